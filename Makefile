@@ -1,0 +1,51 @@
+# Everything starts from a fresh checkout with Python 3.11 (or later) and make:
+#
+#   make demo        train the digits network in both libraries; table, results.json and figure
+#   make test        the whole test suite, slow tests included
+#   make benchmarks  the speed and variance tables of the docs
+#   make lint        ruff, and the types
+#   make clean       remove what the targets above made, the virtual environment too
+#
+# All paths are relative, so the checkout may lie under a folder with spaces in its name.
+
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+DEMO   ?=
+PYTEST ?=
+
+.PHONY: help demo test benchmarks lint clean
+
+help:
+	@sed -n 's/^#   make/  make/p' Makefile
+
+demo: $(STAMP)
+	$(PY) -m ppl_estimators.cli demo $(DEMO)
+
+# Two workers with one thread each: the suite is made of many small computations.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(PYTEST)
+
+benchmarks: $(STAMP)
+	@for script in benchmarks/[!_]*.py; do \
+		echo "== $$script"; $(PY) "$$script" || exit 1; \
+	done
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist demo-results .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment is made afresh whenever a declared dependency or a pin changes. The stamp is
+# written last, so an interrupted installation is never mistaken for a finished one.
+$(STAMP): pyproject.toml constraints.txt
+	@for python in python3.11 python3 python; do \
+		"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+			&& exec "$$python" -m venv --clear $(VENV); \
+	done; \
+	echo "make: Python 3.11 or later is needed, and none was found on the PATH" >&2; exit 1
+	$(PY) -m pip install -c constraints.txt -e ".[dev]"
+	@touch $@

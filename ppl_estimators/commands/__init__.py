@@ -1,0 +1,27 @@
+"""The commands of `ppl-estimators`, one file each."""
+
+from __future__ import annotations
+
+import typer
+
+from ppl_estimators.commands import demo
+from ppl_estimators.commands.errors import CommandError
+
+__all__ = ["CommandError", "app"]
+
+app = typer.Typer(
+    name="ppl-estimators",
+    help="Gradient estimators for stochastic variational inference in Pyro and NumPyro.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps `demo` a subcommand while it is the only one."""
+
+
+app.command("demo")(demo.demo)

@@ -1,0 +1,105 @@
+"""`ppl-estimators demo`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ppl_estimators.commands.errors import CommandError
+
+
+class Backend(StrEnum):
+    """Which library trains."""
+
+    pyro = "pyro"
+    numpyro = "numpyro"
+    both = "both"
+
+
+DISTRIBUTIONS = {"pyro": "pyro-ppl", "numpyro": "numpyro"}
+DEMO_MODULES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+
+
+def demo(
+    backend: Annotated[
+        Backend, typer.Option(help="The library that trains; both share one starting point.")
+    ] = Backend.both,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Training steps per estimator. By default more in NumPyro, which compiles."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split, the starting point and all draws.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for results.json and figure.png.", file_okay=False)] = Path(
+        "demo-results"
+    ),
+    smoke: Annotated[bool, typer.Option("--smoke", help="A short run, to see that everything works.")] = False,
+) -> None:
+    """Train a deep belief network of digits with every kind of estimator, and compare them.
+
+    **The model** draws two layers of binary latents (`top`, then `low`: score function) and a continuous one
+    (`style`: pathwise), and from them 1,797 real images of 8 × 8 pixels. The guide runs the hierarchy backwards. The
+    unmodified `SVI` of each library trains it with a stock ELBO and with `EstimatorELBO` under each estimator:
+    nothing but the loss is swapped.
+
+    **The table** says what each estimator costs and what it gains:
+
+    - *held-out ELBO*, in nats per image: higher is better;
+    - *gradient variance*, every row at the same parameters: lower is better;
+    - *variance × time*, the noise that a fixed budget of time leaves: lower is better.
+
+    **The folder** of `--out` gets every number (`results.json`) and a figure (`figure.png`): learning curves, noise
+    against cost, digits and their reconstructions. The default run takes up to five minutes on two cores.
+
+    **Examples**
+
+    - `ppl-estimators demo --smoke`
+    - `ppl-estimators demo --backend numpyro --steps 20000 --out digits`
+    """
+    chosen = list(DISTRIBUTIONS) if backend is Backend.both else [str(backend)]
+    _require(chosen)
+    _make_folder(out)
+
+    from rich.console import Console
+
+    from ppl_estimators.demo import display, experiment, figure, results
+    from ppl_estimators.demo.rows import ROWS
+    from ppl_estimators.demo.settings import Settings
+
+    settings = Settings(seed=seed)
+    if smoke:
+        settings = settings.smoke()
+    if steps is not None:
+        settings = settings.with_steps(steps)
+
+    console = Console()
+    order = [name for name in experiment.BACKENDS if name in chosen]
+    with display.Bars(console, rows=sum(len(ROWS[name]) for name in order)) as bars:
+        outcome = experiment.run(order, settings, bars)
+    console.print()
+    console.print(display.table(outcome))
+    results.write(outcome, out / "results.json")
+    figure.draw(outcome, out / "figure.png")
+    console.print(f"\nWrote results.json and figure.png to {out}", highlight=False, soft_wrap=True)
+
+
+def _require(backends: list[str]) -> None:
+    for name in backends:
+        if find_spec(name) is None:
+            raise CommandError(f"--backend {name} needs {DISTRIBUTIONS[name]}: pip install 'ppl-estimators[{name}]'")
+    for module, package in DEMO_MODULES.items():
+        if find_spec(module) is None:
+            raise CommandError(f"the demo needs {package}: pip install 'ppl-estimators[demo]'")
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CommandError(f"cannot write to --out {out}: {error.strerror}") from None

@@ -1,0 +1,118 @@
+"""The contract of an estimator: noise in, value out; costs in, surrogate out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .errors import site_error
+from .families import DISCRETE
+from .keep import Initial, Kept, Network
+from .ops import Array, Ops
+from .site import Costs, Draw, Local, Site
+from .spec import Spec
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Noise that an estimator asks for: ``law`` "uniform" on (0, 1), "normal", or "value" (a draw from the site's own
+    distribution; the shape is then the site's)."""
+
+    law: str
+    shape: tuple[int, ...] = ()
+
+
+OWN_VALUE: Mapping[str, Noise] = {"value": Noise("value")}
+
+
+class Estimator(Spec):
+    """An unbiased (or openly biased) estimator of one site's local gradient.
+
+    A subclass states facts as class attributes, and overrides the methods it needs; the order of parts in a file is
+    the order below. Arrays are as documented in `Site`, `Draw` and `Costs`.
+    """
+
+    #: is the expectation the exact gradient?
+    unbiased: ClassVar[bool] = True
+    #: families it supports; None for every distribution
+    families: ClassVar[tuple[str, ...] | None] = None
+    #: does the value carry the gradient (reparameterisation)? Then nothing below is used.
+    pathwise: ClassVar[bool] = False
+    #: does it use the log probability of the drawn value (`Site.log_q`)?
+    score: ClassVar[bool] = False
+    #: may its counterfactual values be evaluated together with those of sites that don't depend on it?
+    shared: ClassVar[bool] = False
+    #: fewest particles it needs
+    min_particles: ClassVar[int] = 1
+    #: what to use instead, for the error that `check` raises
+    instead: ClassVar[str] = "Use Pathwise() if the distribution is reparameterisable, or Reinforce(LeaveOneOut())"
+
+    # ---- facts that depend on the site --------------------------------------------------------------------------
+
+    def check(self, site: Site, particles: int) -> None:
+        """Raise `EstimatorError` where the estimator cannot work."""
+        name = type(self).__name__
+        if self.families is not None and site.family not in self.families:
+            wanted = " or ".join(_FAMILY_NAMES[f] for f in self.families)
+            raise site_error(site.name, f"{name} needs a {wanted} site, got {site.distribution}", self.instead + ".")
+        if self.families is not None and site.time:
+            raise site_error(
+                site.name,
+                f"{name} evaluates single elements, but the steps of a scan depend on each other",
+                "Use Reinforce(LeaveOneOut()) with several particles.",
+            )
+
+    def alternatives(self, site: Site) -> int:
+        """Counterfactual values per step at which the cost is evaluated (beside the drawn one)."""
+        return 0
+
+    def relaxations(self, site: Site) -> int:
+        """Relaxed values per step at which the cost is evaluated and differentiated."""
+        return 0
+
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Array]:
+        """Arrays that the spec itself brings along (inputs of a baseline), given the guide's arguments."""
+        return {}
+
+    def parameters(self, site: Site) -> dict[str, Initial]:
+        """Trained by the user's optimiser, on `Local.auxiliary`."""
+        return {}
+
+    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
+        return {}
+
+    def state(self, site: Site) -> dict[str, Initial]:
+        """Updated once a step, never differentiated."""
+        return {}
+
+    # ---- noise in, value out ------------------------------------------------------------------------------------
+
+    def noise(self, site: Site) -> Mapping[str, Noise]:
+        return OWN_VALUE
+
+    def draw(self, ops: Ops, site: Site, noise: Mapping[str, Array]) -> Draw:
+        return Draw(noise["value"])
+
+    def alternative(self, ops: Ops, site: Site, draw: Draw, index: Array) -> Array:
+        """The counterfactual value number ``index`` (an integer array of shape ``()``)."""
+        raise NotImplementedError
+
+    def relaxed(self, ops: Ops, site: Site, draw: Draw, index: int, kept: Kept) -> Array:
+        """The relaxed value number ``index``, differentiable in ``kept``."""
+        raise NotImplementedError
+
+    # ---- costs in, surrogate out --------------------------------------------------------------------------------
+
+    def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
+        raise NotImplementedError
+
+    # ---- derived ------------------------------------------------------------------------------------------------
+
+    @property
+    def keeps(self) -> bool:
+        """Does it declare anything? (parameters, networks or state, at whatever site)"""
+        return False
+
+
+_FAMILY_NAMES = dict(zip(DISCRETE, ("Bernoulli", "Categorical", "OneHotCategorical"), strict=True))

@@ -1,0 +1,59 @@
+"""Formulas of the distribution families that estimators know by name.
+
+=============  =======================================  ===========================
+family         value                                    natural parameters (logits)
+=============  =======================================  ===========================
+bernoulli      0 or 1, ``[*batch, *event]``             ``[*batch, *event]``
+categorical    integer, ``[*batch, *event]``            ``[*batch, *event, C]``
+onehot         one-hot, ``[*batch, *event]`` (C last)   ``[*batch, *event]`` (C last)
+other          anything                                 none
+=============  =======================================  ===========================
+
+All log probabilities are elementwise: event dimensions are not summed here (the category axis is).
+"""
+
+from __future__ import annotations
+
+from .ops import Array, Ops
+
+BERNOULLI, CATEGORICAL, ONEHOT, OTHER = "bernoulli", "categorical", "onehot", "other"
+DISCRETE = (BERNOULLI, CATEGORICAL, ONEHOT)
+
+
+def log_prob(ops: Ops, family: str, logits: Array, value: Array) -> Array:
+    """log q(value) elementwise; linear in a relaxed Bernoulli or one-hot value.
+
+    Bernoulli is written ``b a - softplus(a)``: its derivative is ``b - sigmoid(a)`` at every ``a``, zero included.
+    """
+    if family == BERNOULLI:
+        return value * logits - ops.softplus(logits)
+    log_p = ops.log_softmax(logits)
+    if family == CATEGORICAL:
+        return ops.take_last(log_p, value[..., None])[..., 0]
+    # 0 * (-inf) is 0: a category of probability zero that was not drawn costs nothing.
+    zero = ops.zeros_like(value)
+    return ops.sum(ops.where(value == 0, zero, value * ops.where(value == 0, zero, log_p)), axis=-1)
+
+
+def probabilities(ops: Ops, family: str, logits: Array) -> Array:
+    return ops.sigmoid(logits) if family == BERNOULLI else ops.softmax(logits)
+
+
+def score(ops: Ops, family: str, logits: Array, value: Array) -> Array:
+    """d log q(value) / d logits, in the shape of the logits: ``b - p``, ``z - p``."""
+    if family == CATEGORICAL:
+        value = ops.one_hot(value, logits.shape[-1], logits)
+    return value - probabilities(ops, family, logits)
+
+
+def threshold(ops: Ops, family: str, logits: Array, u: Array) -> Array:
+    """The hard value that uniform noise ``u`` gives: ``1[logit u + a > 0]``, ``argmax(log p - log(-log u))``."""
+    if family == BERNOULLI:
+        return ops.like(u > ops.sigmoid(-logits), logits)
+    index = ops.argmax(gumbel(ops, logits, u), axis=-1)
+    return index if family == CATEGORICAL else ops.one_hot(index, logits.shape[-1], logits)
+
+
+def gumbel(ops: Ops, logits: Array, u: Array) -> Array:
+    """Gumbel-perturbed *normalised* log probabilities (the conditional relaxation needs the normalisation)."""
+    return ops.log_softmax(logits) - ops.log(-ops.log(u))

@@ -1,0 +1,161 @@
+"""What is maximised: the ELBO, or a multi-sample bound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .errors import EstimatorError, site_error
+from .estimator import Estimator
+from .ops import Array, Ops
+from .site import Plate, Site, Term, sum_to
+from .spec import Spec
+
+
+class Objective(Spec):
+    """``collect`` runs once per particle, ``combine`` once over all of them (axis 0)."""
+
+    #: can sites be evaluated at counterfactual values?
+    counterfactual: ClassVar[bool] = True
+    #: does -log q of a score site keep its own gradient?
+    keeps_score: ClassVar[bool] = False
+
+    def check(self, site: Site, estimator: Estimator, particles: int) -> None:
+        """Raise `EstimatorError` where objective and estimator do not go together."""
+
+    def collect(self, ops: Ops, terms: Sequence[Term]) -> Array:
+        raise NotImplementedError
+
+    def scale(self, terms: Sequence[Term]) -> float:
+        """What multiplies the objective: the N/B of subsampled plates, where it cannot stay inside the terms."""
+        return 1.0
+
+    def combine(self, ops: Ops, collected: Array, scale: float) -> tuple[Array, Array | None]:
+        """The objective (a scalar whose gradient is the explicit part), and, unless every site keeps its own
+        downstream cost, the signal ``[K, ...]`` that replaces it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EvidenceLowerBound(Objective):
+    """E_q[log p(x, z) − log q(z)], averaged over particles. The default.
+
+    >>> EvidenceLowerBound()
+    EvidenceLowerBound()
+    """
+
+    def collect(self, ops: Ops, terms: Sequence[Term]) -> Array:
+        return total(ops, terms)
+
+    def combine(self, ops: Ops, collected: Array, scale: float) -> tuple[Array, Array | None]:
+        return ops.mean(collected), None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Renyi(Objective):
+    """The Rényi bound of finite K: (1 − α)⁻¹ log (1/K) Σ_k w_k^{1−α}, w_k = p(x, z_k) / q(z_k).
+
+    Score sites get the exact gradient of the finite-K bound, Σ_k (L − L_{−k}) ∇ log q(z_k) with L_{−k} the bound of
+    the other particles (the arithmetic form of VIMCO), beside Σ_k w̃_k ∇ log w_k. Sites are Pathwise() or
+    Reinforce(LeaveOneOut()); needs at least two particles. Plates that hold every site get a bound per element.
+
+    >>> Renyi(0.5)
+    Renyi(0.5)
+
+    Reference: Li & Turner (2016), arXiv:1602.02311; Mnih & Rezende (2016), "VIMCO", arXiv:1602.06725.
+    """
+
+    alpha: float
+
+    counterfactual: ClassVar[bool] = False
+    keeps_score: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.alpha == 1 or not math.isfinite(self.alpha):
+            raise ValueError(
+                f"Renyi(alpha) needs a finite alpha other than 1, got {self.alpha!r}; 1 is the ELBO, the default."
+            )
+
+    def check(self, site: Site, estimator: Estimator, particles: int) -> None:
+        from ..estimators.baselines.leave_one_out import LeaveOneOut
+        from ..estimators.pathwise import Pathwise
+        from ..estimators.reinforce import Reinforce
+
+        name = type(self).__name__
+        if particles < 2:
+            raise site_error(
+                site.name, f"{name} is a bound of several particles, got num_particles={particles}", "Pass 2 or more."
+            )
+        if type(estimator) is Pathwise or (
+            isinstance(estimator, Reinforce) and isinstance(estimator.baseline, LeaveOneOut)
+        ):
+            return
+        raise site_error(
+            site.name,
+            f"{estimator!r} estimates the gradient of the ELBO, not of {name}",
+            "Use Pathwise() for reparameterisable sites and Reinforce(LeaveOneOut()) for the others.",
+        )
+
+    def collect(self, ops: Ops, terms: Sequence[Term]) -> Array:
+        """log w per element of the plates that hold every term, ``[*plates]``, without their N/B."""
+        common = _common(terms)
+        ndim = max((-p.dim for p in common), default=0)
+        log_w = sum_to(ops, terms[0].value, common, ndim)
+        for term in terms[1:]:
+            log_w = log_w + sum_to(ops, term.value, common, ndim)
+        return log_w / self.scale(terms)
+
+    def scale(self, terms: Sequence[Term]) -> float:
+        common = _common(terms)
+        for plate in frozenset().union(*(t.plates for t in terms)) - common:
+            if plate.scale != 1:
+                raise EstimatorError(
+                    f"plate '{plate.name}': {type(self).__name__} needs a subsampled plate to hold every site, and "
+                    "this one does not. Move the other sites inside, or use the ELBO."
+                )
+        return math.prod(p.scale for p in common)
+
+    def combine(self, ops: Ops, collected: Array, scale: float) -> tuple[Array, Array | None]:
+        k, order = collected.shape[0], 1 - self.alpha
+        scaled = order * collected
+        log_total = ops.logsumexp(scaled, axis=0)
+        bound = (log_total - math.log(k)) / order
+        weight = ops.stop_gradient(ops.exp(scaled - log_total))
+        explicit = ops.sum(weight * collected)
+        value = ops.sum(bound)
+        # leave-one-out bound: mask out particle k, never subtract it (its weight may be all there is)
+        rows = scaled[None] + ops.reshape(
+            ops.like([[-math.inf if i == j else 0.0 for j in range(k)] for i in range(k)], scaled),
+            (k, k, *(1,) * (scaled.ndim - 1)),
+        )
+        others = (ops.logsumexp(ops.stop_gradient(rows), axis=1) - math.log(k - 1)) / order
+        signal = k * scale * ops.stop_gradient(bound - others)  # the assembly averages over particles
+        return scale * (ops.stop_gradient(value - explicit) + explicit), signal
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImportanceWeighted(Renyi):
+    """The importance-weighted bound log (1/K) Σ_k w_k of the ``num_particles`` particles (IWAE, VIMCO).
+
+    >>> ImportanceWeighted()
+    ImportanceWeighted()
+
+    Reference: Burda, Grosse & Salakhutdinov (2016), arXiv:1509.00519; Mnih & Rezende (2016), arXiv:1602.06725.
+    """
+
+    alpha: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.alpha != 0:
+            raise ValueError("ImportanceWeighted has alpha = 0; use Renyi(alpha) for another.")
+
+
+def _common(terms: Sequence[Term]) -> frozenset[Plate]:
+    return frozenset.intersection(*(t.plates for t in terms))
+
+
+def total(ops: Ops, terms: Sequence[Term]) -> Array:
+    """Every term summed over all its elements."""
+    return ops.sum(ops.stack([ops.sum(t.value) if t.value.ndim else t.value for t in terms]))

@@ -1,0 +1,48 @@
+"""The array operations that the core may use.
+
+An adapter passes an object with the functions of the array API standard (``sum``, ``where``, ``stack``,
+``permute_dims``, ...) and the few that the standard lacks, listed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+Array = Any
+
+
+class Ops(Protocol):
+    """Extras beyond the array API standard; both adapters implement them under these names."""
+
+    def __getattr__(self, name: str) -> Any: ...
+
+    def stop_gradient(self, x: Array) -> Array:
+        """``x`` as a constant of differentiation."""
+
+    def sigmoid(self, x: Array) -> Array: ...
+
+    def softplus(self, x: Array) -> Array: ...
+
+    def softmax(self, x: Array) -> Array:
+        """Over the last axis."""
+
+    def log_softmax(self, x: Array) -> Array:
+        """Over the last axis."""
+
+    def logsumexp(self, x: Array, axis: int) -> Array: ...
+
+    def one_hot(self, index: Array, categories: int, like: Array) -> Array:
+        """``index [...]`` as ``[..., categories]`` in the dtype of ``like``."""
+
+    def take_last(self, x: Array, index: Array) -> Array:
+        """``x [..., C]`` and integer ``index [..., C']``: entries picked along the last axis."""
+
+    def like(self, x: Array, template: Array) -> Array:
+        """``x`` (array or number) in the dtype and on the device of ``template``."""
+
+    def indices(self, n: int, like: Array) -> Array:
+        """``[0, ..., n - 1]`` as integers, on the device of ``like``."""
+
+    def vjp(self, fn: Callable[[Array], Array], x: Array, cotangent: Array) -> Array:
+        """``(d fn / d x)^T cotangent`` at ``x``, itself differentiable in what ``fn`` closes over."""

@@ -1,0 +1,186 @@
+"""Sites, cost terms and plates, as the core sees them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from . import families
+from .ops import Array, Ops
+
+
+class Plate(NamedTuple):
+    """A vectorised plate: ``dim`` counts batch dimensions from the right (-1 is the last)."""
+
+    name: str
+    dim: int
+    size: int
+    scale: float = 1.0  # full size / size, the N/B of subsampling
+
+
+@dataclass(frozen=True)
+class Term:
+    """One cost term of the ELBO: log p or -log q of one site, scaled and masked.
+
+    ``value`` has shape ``[*batch]``; ``depends_on`` names every latent site of the guide that can move it;
+    ``side`` is "model" or "guide".
+    """
+
+    side: str
+    site: str
+    value: Array
+    plates: frozenset[Plate]
+    depends_on: frozenset[str]
+
+
+@dataclass
+class Site:
+    """A latent site of the guide: facts, and the arrays of its distribution.
+
+    Arrays carry ``lead`` axes in front of the batch shape: none while a particle is drawn, one (the particles,
+    ``K``) when local gradients are assembled.
+    """
+
+    name: str
+    distribution: str
+    family: str
+    batch_shape: tuple[int, ...]
+    event_shape: tuple[int, ...]
+    plates: frozenset[Plate]
+    reparameterised: bool = False
+    time: bool = False  # drawn inside a scan: a leading batch axis of dependent steps
+    scale: Any = 1.0
+    logits: Array | None = None
+    parameters: tuple[Array, ...] = ()  # every distribution parameter, [*lead, *batch, ...]
+    log_q: Array | None = None  # log q(stop(value)), unscaled and unmasked, [*lead, *batch]
+    score_norm: Array | None = None  # squared norm of its derivative in the parameters, [*lead, *plates]
+    value: Array | None = None
+    lead: int = 0
+    requested: Any = None  # the estimator that the hook or the site's infer asks for
+    declared: Any = None  # the estimator for which the hook declared parameters and state
+
+    def filled(self, **arrays: Any) -> Site:
+        """The same site with other arrays."""
+        site = object.__new__(Site)
+        site.__dict__.update(self.__dict__, **arrays)
+        return site
+
+    # ---- shapes -------------------------------------------------------------------------------------------------
+
+    @property
+    def plate_shape(self) -> tuple[int, ...]:
+        """The batch shape with 1 in every dimension that no plate declares."""
+        dims = {p.dim for p in self.plates}
+        n = len(self.batch_shape)
+        return tuple(size if i - n in dims else 1 for i, size in enumerate(self.batch_shape))
+
+    @property
+    def lane_axes(self) -> tuple[int, ...]:
+        """Axes of a value, from the left and without lead axes, along which elements are *dependent*:
+        event dimensions, and batch dimensions that no plate declares. A one-hot's category axis is not one."""
+        dims = {p.dim for p in self.plates}
+        n = len(self.batch_shape)
+        batch = [i for i in range(n) if i - n not in dims]
+        event = range(n, n + len(self.event_shape) - (self.family == families.ONEHOT))
+        return (*batch, *event)
+
+    @property
+    def lane_shape(self) -> tuple[int, ...]:
+        shape = (*self.batch_shape, *self.event_shape)
+        return tuple(shape[i] for i in self.lane_axes)
+
+    @property
+    def lanes(self) -> int:
+        """Dependent elements per plate element."""
+        return math.prod(self.lane_shape)
+
+    @property
+    def categories(self) -> int:
+        """Size of the support of one element (Bernoulli and categorical families)."""
+        return 2 if self.family == families.BERNOULLI else int(self.logits.shape[-1])
+
+    def spread(self, ops: Ops, cost: Array, trailing: int = 0) -> Array:
+        """A cost ``[..., *plates]`` broadcastable against values ``[..., *batch, *event]`` (and the category axis)."""
+        extra = len(self.event_shape) - (self.family == families.ONEHOT) + trailing
+        return ops.reshape(cost, (*cost.shape, *(1,) * extra)) if extra else cost
+
+    def sum_lanes(self, ops: Ops, x: Array) -> Array:
+        """Elementwise ``[*lead, *batch, *event]`` (one axis per element) to the cost's ``[*lead, *plates]``."""
+        events = len(self.event_shape) - (self.family == families.ONEHOT)
+        if events:
+            x = ops.sum(x, axis=tuple(range(-events, 0)))
+        undeclared = tuple(i + self.lead for i in self.lane_axes if i < len(self.batch_shape))
+        return ops.sum(x, axis=undeclared, keepdims=True) if undeclared else x
+
+    def features(self, ops: Ops, x: Array) -> Array:
+        """``[*lead, *batch, *rest]`` as one feature vector per plate element: ``[*lead, *plates, F]``."""
+        n = self.lead + len(self.batch_shape)
+        undeclared = [i + self.lead for i in self.lane_axes if i < len(self.batch_shape)]
+        kept = [i for i in range(n) if i not in undeclared]
+        moved = ops.permute_dims(x, (*kept, *undeclared, *range(n, x.ndim)))
+        flat = math.prod(moved.shape[len(kept) :])
+        return ops.reshape(moved, (*x.shape[: self.lead], *self.plate_shape, flat))
+
+    @property
+    def nesting(self) -> int:
+        """How many batch dimensions, counted from the right, the plates reach."""
+        return max((-p.dim for p in self.plates), default=0)
+
+    def feature_count(self, x: Array) -> int:
+        """The ``F`` of ``features(x)``."""
+        return math.prod(x.shape[self.lead :]) // math.prod(self.plate_shape)
+
+    def rows(self, ops: Ops, x: Array) -> Array:
+        """What a user gave as ``[*lead, *plates, ...]``, one row per plate element: ``[*lead, 1 or sizes, F]``."""
+        n = self.lead + self.nesting
+        plates = (*(1,) * (len(self.batch_shape) - self.nesting), *x.shape[self.lead : n])
+        return ops.reshape(x, (*x.shape[: self.lead], *plates, math.prod(x.shape[n:])))
+
+
+def sum_to(ops: Ops, value: Array, plates: frozenset[Plate], batch_ndim: int) -> Array:
+    """Sum ``value [*batch]`` over every batch dimension but those of ``plates``; the result has ``batch_ndim``
+    dimensions, 1 wherever it was summed."""
+    keep = {p.dim for p in plates}
+    ndim = value.ndim
+    axes = tuple(i for i in range(ndim) if i - ndim not in keep and value.shape[i] != 1)
+    if axes:
+        value = ops.sum(value, axis=axes, keepdims=True)
+    if ndim > batch_ndim:
+        return ops.reshape(value, value.shape[ndim - batch_ndim :])
+    if ndim < batch_ndim:
+        return ops.reshape(value, (*(1,) * (batch_ndim - ndim), *value.shape))
+    return value
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What an estimator drew at its site: the value that the run uses, and whatever it needs later."""
+
+    value: Array
+    extra: Mapping[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Downstream costs of one site. ``P`` stands for the site's plate shape.
+
+    ``value [K, *P]``; ``alternatives [A, K, *P]``; ``relaxed [M, K, *P]`` with ``relaxed_slope
+    [M, K, *batch, *event]``, the derivative of the total cost in the relaxed value.
+    """
+
+    value: Array
+    alternatives: Array | None = None
+    relaxed: Array | None = None
+    relaxed_slope: Array | None = None
+
+
+@dataclass(frozen=True)
+class Local:
+    """A site's contribution: ``surrogate`` (summed and averaged over particles by the assembly; its gradient is the
+    local gradient), an ``auxiliary`` objective to minimise over the estimator's own parameters, and new state."""
+
+    surrogate: Array
+    auxiliary: Array | None = None
+    state: Mapping[str, Array] = field(default_factory=dict)

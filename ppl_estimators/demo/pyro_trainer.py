@@ -1,0 +1,118 @@
+"""One row of the table in Pyro: train with `SVI`, evaluate, measure the gradient."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import pyro
+import torch
+from pyro import optim
+from pyro.infer import ELBO, SVI, Trace_ELBO, TraceGraph_ELBO
+from pyro.poutine import replay, trace
+
+from ppl_estimators.demo.digits import Digits
+from ppl_estimators.demo.pyro_program import program
+from ppl_estimators.demo.rows import Row
+from ppl_estimators.demo.settings import Settings
+from ppl_estimators.pyro import EstimatorELBO, with_estimators
+
+STOCK = {"Trace_ELBO": Trace_ELBO, "TraceGraph_ELBO": TraceGraph_ELBO}
+
+
+class Trainer:
+    """`row`'s ELBO on the digits network, from the starting point `initial`."""
+
+    def __init__(self, row: Row, digits: Digits, initial: Mapping[str, np.ndarray], settings: Settings) -> None:
+        torch.set_num_threads(1)  # the matrices are too small to share: two threads only wait for each other
+        pyro.clear_param_store()
+        pyro.set_rng_seed(settings.seed)
+        self.settings = settings
+        self.train = torch.tensor(digits.train)
+        self.held_out = torch.tensor(digits.held_out)
+        self.names = frozenset(initial)
+        self.model, self.plain_guide = program(initial)
+        self.guide, self.elbo = self.plain_guide, make_elbo(row)
+        if row.needs_hook:
+            self.guide = with_estimators(self.guide, row.estimators)
+        self.svi = SVI(self.model, self.guide, optim.Adam({"lr": settings.learning_rate}), self.elbo)
+
+    def steps(self, minibatches: np.ndarray, chunks: int) -> Iterator[tuple[int, float]]:
+        """Train on every minibatch; yields, after each chunk, the steps done and its seconds a step."""
+        done = 0
+        for chunk in np.array_split(minibatches, chunks):
+            start = time.perf_counter()
+            for batch in chunk:
+                self.svi.step(self.train[batch])
+            done += len(chunk)
+            yield done, (time.perf_counter() - start) / len(chunk)
+
+    def parameters(self) -> dict[str, np.ndarray]:
+        """The model's and the guide's parameters, without what the estimators keep."""
+        return {name: pyro.param(name).detach().numpy().copy() for name in self.names}
+
+    def held_out_elbo(self) -> float:
+        """Nats per held-out image, by the library's own ELBO whatever trained the parameters."""
+        random_state = torch.get_rng_state()
+        torch.manual_seed(2)
+        elbo = Trace_ELBO(
+            num_particles=self.settings.held_out_particles,
+            vectorize_particles=True,
+            max_plate_nesting=1,
+        )
+        with torch.no_grad():
+            loss = elbo.loss(self.model, self.plain_guide, self.held_out)
+        torch.set_rng_state(random_state)
+        return -loss / len(self.held_out)
+
+    def gradient_variance(self, reference: Mapping[str, np.ndarray]) -> float:
+        """Total variance of the guide's gradient at `reference`, on the first minibatch.
+
+        In (nats per image)², the loss being the minibatch's mean. First what the estimator keeps is trained on, with
+        the network frozen at `reference`.
+        """
+        settings = self.settings
+        with torch.no_grad():
+            for name, value in reference.items():
+                pyro.param(name).copy_(torch.tensor(value))
+        adam = optim.Adam(lambda name: {"lr": 0.0 if name in self.names else settings.learning_rate})
+        svi = SVI(self.model, self.guide, adam, self.elbo)
+        order = np.arange(settings.burn_in * settings.batch_size) % len(self.train)
+        for batch in order.reshape(settings.burn_in, settings.batch_size):
+            svi.step(self.train[batch])
+
+        images = self.train[: settings.batch_size]
+        kept = [parameter for _, parameter in pyro.get_param_store().named_parameters()]
+        guide = [pyro.param(name) for name in sorted(self.names) if name.startswith("guide.")]
+        mean, squares = 0.0, 0.0
+        for draw in range(1, settings.gradient_draws + 1):
+            pyro.infer.util.zero_grads(kept)
+            self.elbo.loss_and_grads(self.model, self.guide, images)
+            gradient = torch.cat([parameter.grad.flatten().double() for parameter in guide])
+            previous, mean = mean, mean + (gradient - mean) / draw  # Welford's running moments
+            squares = squares + (gradient - previous) * (gradient - mean)
+        variance = float(squares.sum()) / (settings.gradient_draws - 1)
+        return variance / settings.batch_size**2
+
+    def reconstruct(self, images: np.ndarray) -> np.ndarray:
+        """Expected share of ink of each pixel, after one pass through guide and model."""
+        pyro.set_rng_seed(0)
+        images = torch.tensor(images)
+        with torch.no_grad():
+            drawn = trace(self.plain_guide).get_trace(images)
+            return replay(self.model, drawn)(images).numpy()
+
+
+def make_elbo(row: Row) -> ELBO:
+    """The library's own ELBO, or ours with the row's estimators."""
+    if row.stock is not None:
+        return STOCK[row.stock]()
+    particles = {
+        "num_particles": row.num_particles,
+        "vectorize_particles": row.num_particles > 1,
+        "max_plate_nesting": 1,
+    }
+    if row.needs_hook:
+        return EstimatorELBO(**particles)
+    return EstimatorELBO(row.estimators, **particles)

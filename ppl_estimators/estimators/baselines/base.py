@@ -1,0 +1,133 @@
+"""The contract of a baseline, and sums of baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ...core.errors import site_error
+from ...core.keep import Initial, Kept, Network, prefixed, strip
+from ...core.ops import Array, Ops
+from ...core.site import Site
+from ...core.spec import Spec
+
+
+@dataclass(frozen=True)
+class Baselined:
+    """``value`` is broadcastable to the cost ``[K, *plates]`` and independent of the site's own draw;
+    ``auxiliary`` is minimised over the baseline's parameters; ``state`` replaces the old one."""
+
+    value: Array
+    auxiliary: Array | None = None
+    state: Mapping[str, Array] = field(default_factory=dict)
+
+
+class Baseline(Spec):
+    """A function of the past, of other samples, or of what is upstream: never of the draw it is subtracted from."""
+
+    def check(self, site: Site, particles: int) -> None:
+        """Raise `EstimatorError` where the baseline cannot work."""
+
+    #: does it declare parameters, networks or state?
+    keeps: ClassVar[bool] = False
+    #: is it a weighted mean of the other particles' costs (and so linear in them)?
+    from_particles: ClassVar[bool] = False
+
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Array]:
+        """Arrays that the spec itself brings along, given the guide's arguments."""
+        return {}
+
+    def parameters(self, site: Site) -> dict[str, Initial]:
+        return {}
+
+    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
+        return {}
+
+    def state(self, site: Site) -> dict[str, Initial]:
+        return {}
+
+    def predict(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Array:
+        """The baseline for ``cost [K, *plates]``: from state before this step, or from the other particles."""
+        raise NotImplementedError
+
+    def fit(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> tuple[Array | None, Mapping[str, Array]]:
+        """Auxiliary objective and new state, given the cost that this baseline should explain."""
+        return None, {}
+
+    def evaluate(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Baselined:
+        value = self.predict(ops, site, cost, kept)
+        return Baselined(value, *self.fit(ops, site, cost, kept))
+
+    def __add__(self, other: Baseline) -> Sum:
+        if not isinstance(other, Baseline):
+            return NotImplemented
+        return Sum((*self.parts, *other.parts))
+
+    @property
+    def parts(self) -> tuple[Baseline, ...]:
+        return (self,)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sum(Baseline):
+    """Several baselines added: each predicts, and is fitted to, what the parts before it leave over.
+
+    ``MovingAverage() + Learned()`` is the baseline of neural variational inference (NVIL): a running average and a
+    network for what remains. Written with ``+``.
+
+    Reference: Mnih & Gregor (2014), arXiv:1402.0030.
+    """
+
+    terms: tuple[Baseline, ...]
+
+    @property
+    def keeps(self) -> bool:  # type: ignore[override]
+        return any(part.keeps for part in self.terms)
+
+    @property
+    def from_particles(self) -> bool:  # type: ignore[override]
+        return any(part.from_particles for part in self.terms)
+
+    @property
+    def parts(self) -> tuple[Baseline, ...]:
+        return self.terms
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.terms))
+
+    def check(self, site: Site, particles: int) -> None:
+        for part in self.terms:
+            part.check(site, particles)
+        shared = [part for part in self.terms if part.from_particles]
+        if len(shared) > 1:
+            raise site_error(
+                site.name,
+                f"{self!r}: both {shared[0]!r} and {shared[1]!r} are means of the other particles' costs, and what the "
+                "first leaves of the others' costs has seen this particle's",
+                "Keep one of them.",
+            )
+
+    def parameters(self, site: Site) -> dict[str, Initial]:
+        return {k: v for i, p in enumerate(self.terms) for k, v in prefixed(f"{i}_", p.parameters(site)).items()}
+
+    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
+        parts = [(i, p.networks(site, strip(f"{i}_", given))) for i, p in enumerate(self.terms)]
+        return {k: v for i, declared in parts for k, v in prefixed(f"{i}_", declared).items()}
+
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Array]:
+        return {k: v for i, p in enumerate(self.terms) for k, v in prefixed(f"{i}_", p.given(args, kwargs)).items()}
+
+    def state(self, site: Site) -> dict[str, Initial]:
+        return {k: v for i, p in enumerate(self.terms) for k, v in prefixed(f"{i}_", p.state(site)).items()}
+
+    def evaluate(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Baselined:
+        total, auxiliary, state = None, None, {}
+        for i, part in enumerate(self.terms):
+            mine = part.evaluate(ops, site, ops.stop_gradient(cost), kept.sub(f"{i}_"))
+            cost = cost - mine.value
+            total = mine.value if total is None else total + mine.value
+            if mine.auxiliary is not None:
+                auxiliary = mine.auxiliary if auxiliary is None else auxiliary + mine.auxiliary
+            state |= prefixed(f"{i}_", mine.state)
+        return Baselined(total, auxiliary, state)

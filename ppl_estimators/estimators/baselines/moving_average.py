@@ -1,0 +1,46 @@
+"""An exponential moving average of past costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ...core.keep import Initial, Kept, guarded
+from ...core.ops import Array, Ops
+from ...core.site import Site
+from .base import Baseline
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MovingAverage(Baseline):
+    """Running mean of past downstream costs: m ← decay · m + (1 − decay) · mean(f), started at the first cost.
+
+    One number per site, whatever the batch: the mean over particles and plate elements. The baseline of a step is the
+    average *before* that step; the first step has none. A step whose cost is not finite leaves the average alone.
+
+    >>> MovingAverage(decay=0.95)
+    MovingAverage(0.95)
+
+    ``decay``: weight of the past, in [0, 1).
+    """
+
+    decay: float = 0.9
+
+    keeps: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"MovingAverage(decay) needs 0 <= decay < 1, got {self.decay!r}.")
+
+    def state(self, site: Site) -> dict[str, Initial]:
+        return {"mean": Initial(), "started": Initial()}
+
+    def predict(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Array:
+        return ops.zeros_like(cost) + ops.like(kept.state["mean"], cost)
+
+    def fit(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> tuple[Array | None, Mapping[str, Array]]:
+        old, started = kept.state["mean"], kept.state["started"]
+        now = ops.like(ops.mean(cost), old)
+        mean = ops.where(started > 0, self.decay * old + (1 - self.decay) * now, now)
+        return None, guarded(ops, kept.state, {"mean": mean, "started": ops.ones_like(started) + 0 * now})

@@ -1,0 +1,152 @@
+"""A control variate with known expectation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ..core.errors import site_error
+from ..core.estimator import Estimator
+from ..core.keep import Initial, Kept, Network, guarded
+from ..core.ops import Array, Ops
+from ..core.site import Costs, Draw, Local, Site
+from .baselines.base import Baseline
+from .reinforce import check_score
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ControlVariate(Estimator):
+    """Score function with a function h whose expectation under q is known in closed form.
+
+    Approximates  ∇_λ E_{z ~ q_λ}[f(z)]
+    With          (f(z) − a h(z) − b) ∇_λ log q_λ(z) + a ∇_λ E_q[h],   a and b independent of z
+    Requires      any distribution; h and its mean. One evaluation. Unbiased.
+
+    ``h(value)`` returns one number per draw, ``[*batch]``; ``mean(distribution)`` returns E_q[h] ``[*batch]``,
+    differentiable in the parameters of the library's distribution object that it is given. Its gradient is added
+    back: subtracting a *centred* h alone would be biased, because E[(h − E h) ∇ log q] = ∇ E[h].
+
+    ``coefficient``: a number; or None for the regression coefficient of f on h, estimated without the draw it is
+    applied to: from the other particles (at least three), or, with ``decay``, from past steps. ``baseline`` applies
+    to what is left over.
+
+    >>> ControlVariate(abs, abs, decay=0.99).decay
+    0.99
+
+    Reference: Paisley, Blei & Jordan (2012), "Variational Bayesian Inference with Stochastic Search",
+    arXiv:1206.6430.
+    """
+
+    h: Callable[[Any], Any]
+    mean: Callable[[Any], Any]
+    coefficient: float | None = None
+    decay: float | None = field(default=None, kw_only=True)
+    baseline: Baseline | None = field(default=None, kw_only=True)
+
+    score: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.coefficient is not None and not math.isfinite(self.coefficient):
+            raise ValueError(
+                f"ControlVariate(coefficient=...) needs a finite number or None, got {self.coefficient!r}."
+            )
+        if self.decay is not None and not 0 <= self.decay < 1:
+            raise ValueError(f"ControlVariate(decay=...) needs 0 <= decay < 1 or None, got {self.decay!r}.")
+        if self.coefficient is not None and self.decay is not None:
+            raise ValueError("ControlVariate takes a fixed coefficient or a decay to estimate it with, not both.")
+
+    def check(self, site: Site, particles: int) -> None:
+        check_score(site)
+        if site.time:
+            raise site_error(
+                site.name,
+                "ControlVariate needs the expectation of h under the site's distribution given its parents, and the "
+                "steps of a scan are each other's parents",
+                "Use Reinforce(LeaveOneOut()) with several particles.",
+            )
+        if self.coefficient is None and self.decay is None and particles < 3:
+            raise site_error(
+                site.name,
+                f"ControlVariate estimates its coefficient from the other particles, got num_particles={particles}",
+                "Pass num_particles=3 or more, a fixed coefficient, or decay=0.99 to estimate it from past steps.",
+            )
+        if self.baseline is not None:
+            self.baseline.check(site, particles)
+        if self._each_its_own and len(self.baseline.parts) > 1:
+            raise site_error(
+                site.name,
+                f"ControlVariate takes its coefficient from the other particles, and {self.baseline!r} mixes them with "
+                "the past",
+                "Use LeaveOneOut() alone, or decay=0.99 for the coefficient.",
+            )
+
+    @property
+    def _each_its_own(self) -> bool:
+        """Are coefficient and baseline both taken from the other particles?"""
+        estimated = self.coefficient is None and self.decay is None
+        return estimated and self.baseline is not None and self.baseline.from_particles
+
+    @property
+    def keeps(self) -> bool:
+        return self.decay is not None or (self.baseline is not None and self.baseline.keeps)
+
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Array]:
+        return self.baseline.given(args, kwargs) if self.baseline else {}
+
+    def parameters(self, site: Site) -> dict[str, Initial]:
+        return self.baseline.parameters(site) if self.baseline else {}
+
+    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
+        return self.baseline.networks(site, given) if self.baseline else {}
+
+    def state(self, site: Site) -> dict[str, Initial]:
+        own = {} if self.decay is None else {k: Initial() for k in ("weight", "f", "h", "fh", "hh")}
+        return own | (self.baseline.state(site) if self.baseline else {})
+
+    def measured(self, value: Array, distribution: Any) -> dict[str, Array]:
+        """What the adapter evaluates on its own objects: h at the draw, and E[h], both ``[*batch]``."""
+        return {"h": self.h(value), "mean": self.mean(distribution)}
+
+    def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
+        f = ops.stop_gradient(costs.value)
+        h = ops.stop_gradient(_plates(ops, site, draw.extra["h"]))
+        mean = _plates(ops, site, draw.extra["mean"])
+        a, state = self._coefficient(ops, f, h, kept)
+        rest, auxiliary = f - a * h, None
+        if self._each_its_own:
+            # a_k holds every other draw: the baseline of draw k takes a_k too, never a_j, which has seen draw k
+            h = h + ops.zeros_like(f)
+            rest = f - self.baseline.predict(ops, site, f, kept) - a * (h - self.baseline.predict(ops, site, h, kept))
+        elif self.baseline is not None:
+            b = self.baseline.evaluate(ops, site, rest, kept)
+            rest, auxiliary, state = rest - b.value, b.auxiliary, state | dict(b.state)
+        return Local(ops.stop_gradient(rest) * site.log_q + ops.stop_gradient(a) * mean, auxiliary, state)
+
+    def _coefficient(self, ops: Ops, f: Array, h: Array, kept: Kept) -> tuple[Array, dict[str, Array]]:
+        """Cov(f, h) / Var(h) from other samples or the past, and the new moments."""
+        if self.coefficient is not None:
+            return self.coefficient + ops.zeros_like(f), {}
+        h = h + ops.zeros_like(f)
+        moments = {"weight": ops.ones_like(f), "f": f, "h": h, "fh": f * h, "hh": h * h}
+        if self.decay is None:
+            others = {k: ops.sum(x, axis=0, keepdims=True) - x for k, x in moments.items()}
+            return _regress(ops, others), {}
+        old = {k: kept.state[k] for k in moments}
+        now = {k: self.decay * old[k] + (1 - self.decay) * ops.like(ops.mean(x), old[k]) for k, x in moments.items()}
+        return ops.like(_regress(ops, old), f) + ops.zeros_like(f), guarded(ops, old, now)
+
+
+def _plates(ops: Ops, site: Site, x: Array) -> Array:
+    """``[K, *batch]`` summed over batch dimensions that no plate declares."""
+    undeclared = tuple(i + site.lead for i in site.lane_axes if i < len(site.batch_shape))
+    return ops.sum(x, axis=undeclared, keepdims=True) if undeclared else x
+
+
+def _regress(ops: Ops, m: Mapping[str, Array]) -> Array:
+    weight = ops.where(m["weight"] > 0, m["weight"], ops.ones_like(m["weight"]))
+    f, h, fh, hh = (m[k] / weight for k in ("f", "h", "fh", "hh"))
+    variance = hh - h * h
+    flat = variance <= 1e-12 * (hh + 1e-30)
+    return ops.where(flat, ops.zeros_like(variance), (fh - f * h) / ops.where(flat, ops.ones_like(variance), variance))

@@ -1,0 +1,28 @@
+"""The pathwise gradient without the score part of -log q."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .pathwise import Pathwise
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class StickingTheLanding(Pathwise):
+    """Reparameterisation without the score part of −log q.
+
+    Approximates  ∇_λ E_{z ~ q_λ}[log p(x, z) − log q_λ(z)]
+    With          ∂_z [log p(x, z) − log q_λ(z)] · ∂_λ g(ε, λ),   λ inside log q_λ held fixed
+    Requires      as Pathwise, and one more run of the guide. One evaluation of the model. Unbiased for the ELBO.
+
+    The dropped part, ∇_λ log q_λ(z) at fixed z, has mean zero but not variance zero. At the exact posterior the
+    estimator's variance is zero. Prefer it when the guide can come close to the posterior; early in training it can
+    be noisier than Pathwise. Every parameter of the guide is held fixed inside log q, also those through which this
+    site moves the parameters of later sites. Refused for the importance-weighted bounds, where dropping the score
+    part is biased.
+
+    >>> StickingTheLanding()
+    StickingTheLanding()
+
+    Reference: Roeder, Wu & Duvenaud (2017), "Sticking the Landing", arXiv:1703.09194.
+    """

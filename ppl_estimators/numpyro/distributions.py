@@ -1,0 +1,202 @@
+"""NumPyro distributions as the core sees them: family, logits, parameters, scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from numpyro.distributions import constraints
+
+from ..core import families
+from ..core.errors import site_error
+from ..core.site import Plate, Site
+from .ops import OPS
+
+Array = Any
+
+
+def unwrapped(fn: dist.Distribution) -> dist.Distribution:
+    """Without to_event, expand and mask."""
+    while isinstance(fn, (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
+def unmasked(fn: dist.Distribution) -> dist.Distribution:
+    """The same distribution with no mask anywhere: a masked latent still has a score."""
+    if isinstance(fn, dist.MaskedDistribution):
+        return unmasked(fn.base_dist)
+    if isinstance(fn, dist.ExpandedDistribution):
+        return unmasked(fn.base_dist).expand(fn.batch_shape)
+    if isinstance(fn, dist.Independent):
+        return unmasked(fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
+    return fn
+
+
+def family(fn: dist.Distribution) -> str:
+    base = unwrapped(fn)
+    if isinstance(base, (dist.BernoulliLogits, dist.BernoulliProbs)):
+        return families.BERNOULLI
+    if isinstance(base, (dist.CategoricalLogits, dist.CategoricalProbs)):
+        return families.CATEGORICAL
+    if isinstance(base, (dist.MultinomialLogits, dist.MultinomialProbs)) and _draws_one(base):
+        return families.ONEHOT  # NumPyro's one-hot categorical
+    return families.OTHER
+
+
+def _draws_one(fn: Any) -> bool:
+    """Is this Multinomial known to draw once, and so a one-hot categorical?"""
+    if isinstance(fn, OneHotCategorical) or fn.total_count_max == 1:
+        return True
+    return not isinstance(fn.total_count, jax.core.Tracer) and bool(np.all(np.asarray(fn.total_count) == 1))
+
+
+class OneHotCategorical(dist.MultinomialLogits):
+    """A categorical distribution over one-hot vectors ``[..., C]``, which NumPyro does not have by this name.
+
+    The same as ``Multinomial(total_count=1, ...)``, and recognised by relaxed estimators inside plates too, where
+    ``total_count`` can no longer be seen. Give ``probs`` or ``logits``, ``[..., C]``.
+    """
+
+    def __init__(self, probs: Array | None = None, logits: Array | None = None, *, validate_args: bool | None = None):
+        if (probs is None) == (logits is None):
+            raise ValueError("OneHotCategorical takes probs or logits, one of the two.")
+        if logits is None:
+            logits = jnp.log(jnp.clip(probs, jnp.finfo(jnp.result_type(probs, float)).tiny))
+        super().__init__(logits, 1, total_count_max=1, validate_args=validate_args)
+
+    def sample(self, key: Array, sample_shape: tuple[int, ...] = ()) -> Array:
+        index = jax.random.categorical(key, self.logits, shape=(*sample_shape, *self.batch_shape))
+        return jax.nn.one_hot(index, self.logits.shape[-1], dtype=self.logits.dtype)
+
+
+def describe(
+    name: str, fn: dist.Distribution, plates: frozenset[Plate], scale: Any, infer: dict[str, Any], value: Array = None
+) -> Site:
+    """The site's facts and arrays, without lead axes."""
+    base, kind = unwrapped(fn), family(fn)
+    full = (*fn.batch_shape, *fn.event_shape)
+    logits = None
+    if kind != families.OTHER:
+        trailing = base.logits.shape[-1:] if kind == families.CATEGORICAL else ()
+        logits = jnp.broadcast_to(base.logits, (*full, *trailing))
+        parameters: tuple[Array, ...] = (logits,)
+    else:
+        parameters = tuple(_parameters(fn).values())
+    return Site(
+        name=name,
+        distribution=type(base).__name__.removesuffix("Logits").removesuffix("Probs"),
+        family=kind,
+        batch_shape=tuple(fn.batch_shape),
+        event_shape=tuple(fn.event_shape),
+        plates=plates,
+        reparameterised=bool(fn.has_rsample),
+        time="_scan_current_index" in infer,
+        scale=1.0 if scale is None else scale,
+        logits=logits,
+        parameters=parameters,
+        value=value,
+        requested=infer.get("estimator"),
+        declared=infer.get("_with_estimators"),
+    )
+
+
+def _parameters(fn: dist.Distribution) -> dict[str, Array]:
+    """The parameters of the innermost distribution, broadcast to the batch and event shape."""
+    base = unwrapped(fn)
+    while hasattr(base, "base_dist"):
+        base = unwrapped(base.base_dist)
+    outer = (*fn.batch_shape, *fn.event_shape)
+    batch = outer[: len(outer) - len(base.event_shape)]
+    found = {}
+    for key, constraint in base.arg_constraints.items():
+        x = vars(base).get(key)
+        if x is None or isinstance(constraint, type(constraints.dependent)):
+            continue
+        x = jnp.asarray(x)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            continue
+        n = constraint.event_dim
+        found[key] = jnp.broadcast_to(x, (*batch, *x.shape[x.ndim - n :]))
+    return found
+
+
+def cost_log_prob(fn: dist.Distribution, value: Array, intermediates: Any = None) -> Array:
+    """log p(value) ``[*batch]``, masked. Bernoulli sites use our formula, right at logits of exactly 0."""
+    if family(fn) == families.BERNOULLI:
+        return _named_log_prob(fn, value, masked=True)
+    if intermediates:
+        return fn.log_prob(value, intermediates)
+    return fn.log_prob(value)
+
+
+def relaxed_log_prob(fn: dist.Distribution, value: Array) -> Array | None:
+    """log p at a relaxed value, masked; None where the family has no extension to relaxed values."""
+    if family(fn) not in (families.BERNOULLI, families.ONEHOT):
+        return None
+    return _named_log_prob(fn, value, masked=True)
+
+
+def _named_log_prob(fn: dist.Distribution, value: Array, *, masked: bool) -> Array:
+    """log p of a family with logits, ``[*batch]``."""
+    kind = family(fn)
+    log_p = families.log_prob(OPS, kind, describe("", fn, frozenset(), None, {}).logits, value)
+    events = len(fn.event_shape) - (kind == families.ONEHOT)
+    for mask in _masks(fn, events) if masked else ():
+        log_p = jnp.where(mask, log_p, 0.0)
+    return jnp.sum(log_p, axis=tuple(range(-events, 0))) if events else log_p
+
+
+def _masks(fn: dist.Distribution, events: int) -> list[Array]:
+    """Every mask inside ``fn``, broadcastable to one number per element."""
+    masks, reinterpreted = [], 0
+    while isinstance(fn, (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):
+        if isinstance(fn, dist.Independent):
+            reinterpreted += fn.reinterpreted_batch_ndims
+        elif isinstance(fn, dist.MaskedDistribution):
+            mask = jnp.asarray(fn._mask)
+            masks.append(mask.reshape(*mask.shape, *(1,) * (events - reinterpreted)) if mask.ndim else mask)
+        fn = fn.base_dist
+    return masks
+
+
+def log_q(fn: dist.Distribution, value: Array) -> Array:
+    """The score's log q(value) ``[*batch]``: neither masked nor scaled."""
+    if family(fn) != families.OTHER:
+        return _named_log_prob(fn, value, masked=False)
+    return unmasked(fn).log_prob(value)
+
+
+def score_norm(site: Site, fn: dist.Distribution, value: Array) -> Array:
+    """Squared norm of d log q / d parameters, per plate element, ``[*plates]``."""
+    if site.family != families.OTHER:
+        s = families.score(OPS, site.family, site.logits, value) ** 2
+        if site.family != families.BERNOULLI:
+            s = jnp.sum(s, axis=-1)
+        return site.sum_lanes(OPS, s)
+    base, parameters = unwrapped(fn), _parameters(fn)
+    if not parameters or type(base).arg_constraints.keys() != parameters.keys():
+        raise site_error(
+            site.name,
+            f"OptimalConstant needs the score in the distribution's own parameters, and {site.distribution} does not "
+            "show them",
+            "Use LeaveOneOut() or MovingAverage().",
+        )
+
+    def total(p: dict[str, Array]) -> Array:
+        return jnp.sum(type(base)(**p, validate_args=False).log_prob(value))
+
+    norms = []
+    for x in jax.grad(total)(jax.lax.stop_gradient(parameters)).values():
+        axes = tuple(range(len(site.batch_shape), x.ndim))
+        norms.append(jnp.sum(x**2, axis=axes).reshape(site.batch_shape))
+    undeclared = tuple(i for i in site.lane_axes if i < len(site.batch_shape))
+    return jnp.sum(sum(norms), axis=undeclared, keepdims=True) if undeclared else sum(norms)
+
+
+def sampled_dtype(fn: dist.Distribution) -> Any:
+    """The dtype that the distribution's own sampler returns."""
+    return jax.eval_shape(fn.sample, jax.random.key(0)).dtype

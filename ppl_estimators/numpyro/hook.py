@@ -1,0 +1,87 @@
+"""`with_estimators`: the guide hook."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from numpyro.primitives import Messenger
+
+from ..core.estimator import Estimator
+from ..core.plan import check_keys, check_mapping, match
+from .distributions import describe
+from .keep import declare
+from .run import plates_of
+
+_WHERE = "with_estimators"
+
+
+class WithEstimators:
+    """A guide that names its estimators and declares what they keep. Attributes of the guide remain reachable."""
+
+    def __init__(self, guide: Callable[..., Any], estimators: Mapping[str, Estimator]):
+        self.guide = guide
+        self.estimators = estimators
+        self.__name__ = getattr(guide, "__name__", type(guide).__name__)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _Requests(self.estimators) as requests:
+            result = self.guide(*args, **kwargs)
+        check_keys(self.estimators, list(requests.sites), _WHERE)
+        for site in requests.sites.values():
+            if isinstance(site.requested, Estimator) and site.requested.keeps:
+                site.requested.check(site, sys.maxsize)  # the number of particles is the ELBO's affair
+                declare(site, site.requested, site.requested.given(args, kwargs))
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("guide", "estimators") or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.guide, name)
+
+    def __repr__(self) -> str:
+        return f"with_estimators({self.guide!r}, {dict(self.estimators)!r})"
+
+
+def with_estimators(
+    guide: Callable[..., Any], estimators: Mapping[str, Estimator] | Estimator | None = None
+) -> WithEstimators:
+    """Choose an estimator per site of ``guide``, and declare whatever it keeps.
+
+    ``estimators`` maps site names or glob patterns to estimators; it overrides the sites' own
+    ``infer={"estimator": ...}``, and ``EstimatorELBO(...)`` overrides it. Without it, the sites' own are declared.
+
+    Networks and temperatures become `numpyro.param` sites, running averages `numpyro.mutable` sites, named
+    ``"<site>$..."``: ``SVI.init`` finds them, ``SVI.run`` trains, carries and returns them.
+
+    Raises `EstimatorError` when the guide runs and a key matches none of its latent sites.
+
+    >>> guide = with_estimators(guide, {"z_*": Reinforce(MovingAverage()), "w": Pathwise()})  # doctest: +SKIP
+    """
+    return WithEstimators(guide, check_mapping(estimators, _WHERE))
+
+
+class _Requests(Messenger):
+    """Writes the requests into the sites' ``infer``, and takes note of the sites."""
+
+    def __init__(self, estimators: Mapping[str, Estimator]):
+        self.estimators = estimators
+        self.sites: dict[str, Any] = {}
+        super().__init__()
+
+    def __enter__(self) -> _Requests:
+        super().__enter__()
+        return self
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] != "sample" or msg["is_observed"]:
+            return
+        key = match(self.estimators, msg["name"])
+        requested = msg["infer"].get("estimator") if key is None else self.estimators[key]
+        msg["infer"] = {**msg["infer"], "estimator": requested, "_with_estimators": requested}
+
+    def postprocess_message(self, msg: Any) -> None:
+        if msg["type"] == "sample" and not msg["is_observed"]:
+            site = describe(msg["name"], msg["fn"], plates_of(msg), msg["scale"], msg["infer"])
+            self.sites[msg["name"]] = site

@@ -1,0 +1,48 @@
+"""The core's array operations in JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = Any
+
+
+class JaxOps:
+    """`jax.numpy`, which is the array API standard, and the few operations that the standard lacks."""
+
+    stop_gradient = staticmethod(jax.lax.stop_gradient)
+    sigmoid = staticmethod(jax.nn.sigmoid)
+    softplus = staticmethod(jax.nn.softplus)
+    softmax = staticmethod(jax.nn.softmax)
+    log_softmax = staticmethod(jax.nn.log_softmax)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(jnp, name)
+
+    def matmul(self, x: Array, y: Array) -> Array:
+        return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+
+    def logsumexp(self, x: Array, axis: int) -> Array:
+        return jax.scipy.special.logsumexp(x, axis=axis)
+
+    def one_hot(self, index: Array, categories: int, like: Array) -> Array:
+        return jax.nn.one_hot(index, categories, dtype=like.dtype)
+
+    def take_last(self, x: Array, index: Array) -> Array:
+        return jnp.take_along_axis(x, index, axis=-1)
+
+    def like(self, x: Array, template: Array) -> Array:
+        return jnp.asarray(x, dtype=template.dtype)
+
+    def indices(self, n: int, like: Array) -> Array:
+        return jnp.arange(n)
+
+    def vjp(self, fn: Callable[[Array], Array], x: Array, cotangent: Array) -> Array:
+        return jax.vjp(fn, x)[1](cotangent)[0]
+
+
+OPS = JaxOps()

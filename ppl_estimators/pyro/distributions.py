@@ -1,0 +1,169 @@
+"""Pyro distributions as the core sees them: family, logits, parameters, scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributions as td
+from pyro.distributions import MaskedDistribution, TorchDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
+from torch.distributions import constraints
+
+from ..core import families
+from ..core.errors import site_error
+from ..core.site import Plate, Site
+from .ops import OPS
+
+Array = torch.Tensor
+_WRAPPERS = (td.Independent, ExpandedDistribution, MaskedDistribution)
+
+
+def unwrapped(fn: TorchDistribution) -> Any:
+    """Without to_event, expand and mask."""
+    while isinstance(fn, _WRAPPERS):
+        fn = fn.base_dist
+    return fn
+
+
+def unmasked(fn: TorchDistribution) -> Any:
+    """The same distribution with no mask anywhere: a masked latent still has a score."""
+    if isinstance(fn, MaskedDistribution):
+        return unmasked(fn.base_dist)
+    if isinstance(fn, ExpandedDistribution):
+        return unmasked(fn.base_dist).expand(fn.batch_shape)
+    if isinstance(fn, td.Independent):
+        return unmasked(fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
+    return fn
+
+
+def family(fn: TorchDistribution) -> str:
+    base = unwrapped(fn)
+    if isinstance(base, td.Bernoulli):
+        return families.BERNOULLI
+    if isinstance(base, td.OneHotCategorical):
+        return families.ONEHOT
+    if isinstance(base, td.Categorical):
+        return families.CATEGORICAL
+    return families.OTHER
+
+
+def describe(
+    name: str, fn: TorchDistribution, plates: frozenset[Plate], scale: Any, infer: dict[str, Any], value: Any = None
+) -> Site:
+    """The site's facts and arrays, without lead axes."""
+    base, kind = unwrapped(fn), family(fn)
+    logits = natural_parameters(fn, kind)
+    return Site(
+        name=name,
+        distribution=type(base).__name__,
+        family=kind,
+        batch_shape=tuple(fn.batch_shape),
+        event_shape=tuple(fn.event_shape),
+        plates=plates,
+        reparameterised=bool(fn.has_rsample),
+        scale=scale,
+        logits=logits,
+        parameters=() if logits is None else (logits,),
+        value=value,
+        requested=infer.get("estimator"),
+        declared=infer.get("_with_estimators"),
+    )
+
+
+def natural_parameters(fn: TorchDistribution, kind: str) -> Array | None:
+    """The logits of a family that has some, in the shape of the site."""
+    if kind == families.OTHER:
+        return None
+    logits = unwrapped(fn).logits
+    shape = fn.batch_shape + fn.event_shape
+    if kind == families.CATEGORICAL:
+        shape = shape + logits.shape[-1:]
+    return logits if logits.shape == shape else logits.expand(shape)
+
+
+def parameters(fn: TorchDistribution) -> dict[str, Array]:
+    """The parameters of the innermost distribution, broadcast to the batch and event shape."""
+    base = unwrapped(fn)
+    while hasattr(base, "base_dist"):
+        base = unwrapped(base.base_dist)
+    outer = (*fn.batch_shape, *fn.event_shape)
+    batch = outer[: len(outer) - len(base.event_shape)]
+    found = {}
+    for key, constraint in base.arg_constraints.items():
+        x = vars(base).get(key)
+        if isinstance(getattr(type(base), key, None), property):  # Beta keeps a Dirichlet and shows its parts
+            x = getattr(base, key)
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or constraint is constraints.dependent:
+            continue
+        n = constraint.event_dim
+        found[key] = x.expand((*batch, *x.shape[x.ndim - n :]))
+    return found
+
+
+def relaxed_log_prob(fn: TorchDistribution, value: Array) -> Array | None:
+    """log p at a relaxed value, masked; None where the family has no extension to relaxed values."""
+    if family(fn) not in (families.BERNOULLI, families.ONEHOT):
+        return None
+    return _named_log_prob(fn, value, masked=True)
+
+
+def _named_log_prob(fn: TorchDistribution, value: Array, *, masked: bool) -> Array:
+    """log p of a family with logits, ``[*batch]``."""
+    kind = family(fn)
+    log_p = families.log_prob(OPS, kind, unwrapped(fn).logits, value)
+    events = len(fn.event_shape) - (kind == families.ONEHOT)
+    for mask in _masks(fn, events) if masked else ():
+        log_p = torch.where(mask, log_p, torch.zeros_like(log_p))
+    return log_p.sum(tuple(range(-events, 0))) if events else log_p
+
+
+def _masks(fn: Any, events: int) -> list[Array]:
+    """Every mask inside ``fn``, broadcastable to one number per element."""
+    masks, reinterpreted = [], 0
+    while isinstance(fn, _WRAPPERS):
+        if isinstance(fn, td.Independent):
+            reinterpreted += fn.reinterpreted_batch_ndims
+        elif isinstance(fn, MaskedDistribution):
+            mask = torch.as_tensor(fn._mask)
+            masks.append(mask.reshape(*mask.shape, *(1,) * (events - reinterpreted)) if mask.ndim else mask)
+        fn = fn.base_dist
+    return masks
+
+
+def is_masked(fn: Any) -> bool:
+    while isinstance(fn, _WRAPPERS):
+        if isinstance(fn, MaskedDistribution):
+            return True
+        fn = fn.base_dist
+    return False
+
+
+def log_q(fn: TorchDistribution, value: Array) -> Array:
+    """The score's log q(value) ``[*batch]``: neither masked nor scaled."""
+    if family(fn) != families.OTHER:
+        return _named_log_prob(fn, value, masked=False)
+    # A new tensor, so that no transform answers from its cache: the inverse must depend on the parameters.
+    return unmasked(fn).log_prob(value.clone())
+
+
+def score_norm(site: Site, fn: TorchDistribution, value: Array) -> Array:
+    """Squared norm of d log q / d parameters, per plate element, ``[*plates]``."""
+    if site.family != families.OTHER:
+        s = families.score(OPS, site.family, site.logits.detach(), value) ** 2
+        return site.sum_lanes(OPS, s if site.family == families.BERNOULLI else s.sum(-1))
+    base, found = unwrapped(fn), {k: v.detach().requires_grad_() for k, v in parameters(fn).items()}
+    if not found or not found.keys() <= type(base).arg_constraints.keys():
+        raise site_error(
+            site.name,
+            f"OptimalConstant needs the score in the distribution's own parameters, and {site.distribution} does not "
+            "show them",
+            "Use LeaveOneOut() or MovingAverage().",
+        )
+    with torch.enable_grad():
+        total = type(base)(**found, validate_args=False).log_prob(value.detach()).sum()
+        slopes = torch.autograd.grad(total, list(found.values()))
+    n = len(site.batch_shape)
+    squares = sum((s**2).sum(tuple(range(n, s.ndim))) if s.ndim > n else s**2 for s in slopes)
+    undeclared = tuple(i for i in site.lane_axes if i < n)
+    return squares.sum(undeclared, keepdim=True) if undeclared else squares

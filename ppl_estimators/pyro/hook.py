@@ -1,0 +1,79 @@
+"""`with_estimators`: the guide hook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+
+from ..core.estimator import Estimator
+from ..core.plan import check_keys, check_mapping, match
+from .keep import Keeper
+
+_WHERE = "with_estimators"
+
+
+class WithEstimators(torch.nn.Module):
+    """A guide that names its estimators and holds what they keep. Attributes of the guide remain reachable."""
+
+    def __init__(self, guide: Callable[..., Any], estimators: Mapping[str, Estimator]):
+        super().__init__()
+        self.guide = guide
+        self.estimators = estimators
+        self.keeper = Keeper()
+        self._seen: set[str] = set()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with _Requests(self.estimators, self.keeper, self._seen):
+            result = self.guide(*args, **kwargs)
+        check_keys(self.estimators, list(self._seen), _WHERE)
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "guide":
+                raise
+            return getattr(self.guide, name)
+
+    def __repr__(self) -> str:
+        return f"with_estimators({self.guide!r}, {dict(self.estimators)!r})"
+
+
+def with_estimators(
+    guide: Callable[..., Any], estimators: Mapping[str, Estimator] | Estimator | None = None
+) -> WithEstimators:
+    """Choose an estimator per site of ``guide``, and hold whatever it keeps.
+
+    ``estimators`` maps site names or glob patterns to estimators; it overrides the sites' own
+    ``infer={"estimator": ...}``, and ``EstimatorELBO(...)`` overrides it. Without it, the sites' own are used.
+
+    Networks and temperatures become parameters named ``"<site>$..."``, of the module that is returned and of Pyro's
+    store; running averages are kept in the store, and in ``state_dict()``. `SVI` finds them without the hook too; an
+    `ELBOModule` with a plain torch optimiser needs it.
+
+    Raises `EstimatorError` when the guide runs and a key matches none of its latent sites.
+
+    >>> guide = with_estimators(guide, {"z_*": Reinforce(MovingAverage()), "w": Pathwise()})  # doctest: +SKIP
+    """
+    return WithEstimators(guide, check_mapping(estimators, _WHERE))
+
+
+class _Requests(Messenger):
+    """Writes the requests into the sites' ``infer``, and takes note of the sites."""
+
+    def __init__(self, estimators: Mapping[str, Estimator], keeper: Keeper, seen: set[str]):
+        super().__init__()
+        self.estimators, self.keeper, self.seen = estimators, keeper, seen
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or site_is_subsample(msg):
+            return
+        self.seen.add(msg["name"])
+        key = match(self.estimators, msg["name"])
+        requested = msg["infer"].get("estimator") if key is None else self.estimators[key]
+        msg["infer"] = {**msg["infer"], "estimator": requested, "_with_estimators": self.keeper}

@@ -1,0 +1,56 @@
+"""The core's array operations in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from array_api_compat import torch as standard
+
+Array = torch.Tensor
+
+
+class TorchOps:
+    """`array_api_compat.torch`, and the few operations that the standard lacks."""
+
+    sigmoid = staticmethod(torch.sigmoid)
+    softplus = staticmethod(torch.nn.functional.softplus)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(standard, name)
+
+    def stop_gradient(self, x: Array) -> Array:
+        return x.detach()
+
+    def softmax(self, x: Array) -> Array:
+        return torch.softmax(x, -1)
+
+    def log_softmax(self, x: Array) -> Array:
+        return torch.log_softmax(x, -1)
+
+    def logsumexp(self, x: Array, axis: int) -> Array:
+        return torch.logsumexp(x, axis)
+
+    def one_hot(self, index: Array, categories: int, like: Array) -> Array:
+        return torch.nn.functional.one_hot(index.long(), categories).to(like)
+
+    def take_last(self, x: Array, index: Array) -> Array:
+        shape = torch.broadcast_shapes(x.shape[:-1], index.shape[:-1])
+        return x.expand(*shape, x.shape[-1]).gather(-1, index.long().expand(*shape, index.shape[-1]))
+
+    def like(self, x: Any, template: Array) -> Array:
+        return torch.as_tensor(x, dtype=template.dtype, device=template.device)
+
+    def indices(self, n: int, like: Array) -> Array:
+        return torch.arange(n, device=like.device)
+
+    def vjp(self, fn: Callable[[Array], Array], x: Array, cotangent: Array) -> Array:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = fn(x)
+            (slope,) = torch.autograd.grad(y, x, cotangent, create_graph=True)
+        return slope
+
+
+OPS = TorchOps()

@@ -1,0 +1,203 @@
+"""Running guide and model once: which value every latent site takes, and the cost terms that result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+
+from ..core import families
+from ..core.errors import EstimatorError, site_error
+from ..core.site import Plate, Site, Term
+from .dependencies import Provenance, Sites, tensors
+from .distributions import describe, family, is_masked, log_q, relaxed_log_prob
+
+Array = torch.Tensor
+Message = dict[str, Any]
+
+#: value of a latent site, from its message
+Draw = Callable[[Message], Array]
+
+
+@dataclass
+class Traces:
+    """Messages of one run, by site name in order of appearance."""
+
+    guide: dict[str, Message] = field(default_factory=dict)
+    model: dict[str, Message] = field(default_factory=dict)
+    subsamples: dict[str, Array] = field(default_factory=dict)
+
+    def latents(self) -> dict[str, Message]:
+        return {n: m for n, m in self.guide.items() if not m["is_observed"]}
+
+
+def plates_of(msg: Message) -> frozenset[Plate]:
+    frames = msg["cond_indep_stack"]
+    if not frames:
+        return frozenset()
+    return frozenset(
+        Plate(f.name, f.dim, f.size, (f.full_size or f.size) / f.size) for f in frames if f.dim is not None
+    )
+
+
+class _Conduct(Messenger):
+    """Asks ``draw`` for the values of latent sites, records every site, shares the minibatch between runs."""
+
+    def __init__(self, draw: Draw, record: dict[str, Message], subsamples: dict[str, Array], provenance: Any):
+        super().__init__()
+        self.draw, self.record, self.subsamples, self.provenance = draw, record, subsamples, provenance
+
+    def _pyro_sample(self, msg: Message) -> None:
+        if site_is_subsample(msg):
+            if msg["value"] is None and msg["name"] in self.subsamples:
+                msg["value"], msg["done"] = self.subsamples[msg["name"]], True
+            return
+        follow = self.provenance
+        latent = not (msg["is_observed"] or msg["done"])
+        if follow is None:
+            if latent:
+                msg["value"], msg["done"] = self.draw(msg), True
+            return
+        follow.leave()
+        try:
+            held = tensors(msg["fn"])  # before the draw, which caches tensors inside the distribution
+            deps = follow.behind(held)
+            if latent:
+                before = follow.drawn
+                msg["value"], msg["done"] = self.draw(msg), True
+                deps |= follow.drawn & ~before  # a distribution may itself draw: a network with random weights
+                if msg["name"] not in follow.order:  # the model only replays
+                    follow.drawn_at(msg["name"], msg["fn"], msg["value"], held, deps)
+            msg["behind"] = deps | follow.behind((msg["value"], msg["scale"], msg["mask"]))
+        finally:
+            follow.resume()
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        if site_is_subsample(msg):
+            self.subsamples.setdefault(msg["name"], msg["value"])
+            return
+        name = msg["name"]
+        if name in self.record:
+            raise EstimatorError(f"site '{name}': the name is used twice. Give every sample site a name of its own.")
+        self.record[name] = msg.copy()
+
+
+def execute(
+    model: Callable[..., Any] | None,
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    draw: Draw,
+    subsamples: dict[str, Array],
+    provenance: Provenance | None = None,
+    observes: bool = False,
+) -> Traces:
+    """Run the guide, then the model on the guide's values (unless ``model`` is None).
+
+    ``observes``: the guide is a `GuideMessenger`, which runs the model; its observed sites are the model's.
+    """
+    traces = Traces(subsamples=subsamples)
+    if provenance is not None:
+        provenance.begin(args, kwargs)
+    with _Conduct(draw, traces.guide, subsamples, provenance):
+        guide(*args, **kwargs)
+    if observes:
+        for name in [n for n, m in traces.guide.items() if m["is_observed"]]:
+            del traces.guide[name]
+
+    def replay(msg: Message) -> Array:
+        drawn = traces.guide.get(msg["name"])
+        if drawn is None or drawn["is_observed"]:
+            raise _missing(msg)
+        msg["infer"] = drawn["infer"]
+        return drawn["value"]
+
+    if model is not None:
+        with _Conduct(replay, traces.model, subsamples, provenance):
+            model(*args, **kwargs)
+    return traces
+
+
+def _missing(msg: Message) -> EstimatorError:
+    if msg["infer"].get("enumerate"):
+        return enumerated(msg["name"])
+    return site_error(
+        msg["name"],
+        "a latent site of the model that the guide does not draw",
+        "Add a site of this name to the guide (with Enumerate(), a discrete one is summed out exactly given its "
+        "parents), observe it with obs=..., or marginalise it in the model.",
+    )
+
+
+def enumerated(name: str) -> EstimatorError:
+    return site_error(
+        name,
+        'marked infer={"enumerate": ...}, which EstimatorELBO does not sum out',
+        'Remove the mark and choose the estimator Enumerate() for this site: EstimatorELBO({"' + name + '": '
+        "Enumerate()}), or use TraceEnum_ELBO.",
+    )
+
+
+def terms_of(
+    traces: Traces,
+    depends_on: Mapping[tuple[str, str], frozenset[str]],
+    relaxed: frozenset[str] = frozenset(),
+    score_only: frozenset[str] = frozenset(),
+    only: frozenset[str] | None = None,
+    local: frozenset[str] = frozenset(),
+) -> list[Term]:
+    """Every cost term, scaled and masked: log p of the model's sites, then -log q of the guide's.
+
+    ``relaxed`` names the latent sites whose values are relaxed; ``score_only`` those whose -log q needs no gradient
+    (its log_q is computed once, for the score too, and left in the message); ``only`` restricts to terms that depend
+    on one of these sites, terms of a branch not taken before included; ``local`` names the score sites, whose values
+    no transform may invert from its cache.
+    """
+    terms = []
+    for side, record in (("model", traces.model), ("guide", traces.guide)):
+        for name, msg in record.items():
+            deps = depends_on.get((side, name), only or frozenset())
+            if only is not None and not deps & only:
+                continue
+            fn, value = msg["fn"], msg["value"]
+            if name in relaxed:
+                log_p = _relaxed_log_prob(msg, side)
+            elif side == "guide" and name in score_only and family(fn) != families.OTHER and not is_masked(fn):
+                msg["log_q"] = log_q(fn, value)
+                log_p = msg["log_q"].detach()
+            else:
+                if side == "guide" and name in local:
+                    value = value.clone()
+                log_p = fn.log_prob(value, *msg["args"], **msg["kwargs"])
+            log_p = msg["log_prob"] = scale_and_mask(log_p, msg["scale"], msg["mask"])
+            terms.append(Term(side, name, log_p if side == "model" else -log_p, plates_of(msg), deps))
+    return terms
+
+
+def _relaxed_log_prob(msg: Message, side: str) -> Array:
+    log_p = relaxed_log_prob(msg["fn"], msg["value"])
+    if log_p is None:
+        raise site_error(
+            msg["name"],
+            f"its {side} distribution {type(msg['fn']).__name__} has no log probability at relaxed values",
+            "Use a Bernoulli or one-hot categorical there, RELAX() without the model term, or "
+            "Reinforce(LeaveOneOut()).",
+        )
+    return log_p
+
+
+def dependencies(traces: Traces) -> dict[tuple[str, str], Sites]:
+    """The latent sites behind each cost term, of a run that was followed."""
+    records = (("model", traces.model), ("guide", traces.guide))
+    return {(side, name): msg["behind"] for side, record in records for name, msg in record.items()}
+
+
+def view(msg: Message) -> Site:
+    """The site's facts and arrays, from its message."""
+    return describe(msg["name"], msg["fn"], plates_of(msg), msg["scale"], msg["infer"], msg["value"])

@@ -1,0 +1,28 @@
+"""Fixtures for the whole suite."""
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture
+def double_precision() -> Iterator[None]:
+    """float64 in both libraries, for one test."""
+    import jax
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    with jax.enable_x64(True):
+        yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture(autouse=True)
+def empty_parameter_store() -> Iterator[None]:
+    """No test sees another's parameters."""
+    import pyro
+
+    pyro.clear_param_store()
+    yield
+    pyro.clear_param_store()

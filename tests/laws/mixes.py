@@ -1,0 +1,215 @@
+"""Which estimators each case of the zoo is tried with, the same in both libraries.
+
+`EVERY_STATE`: estimators whose gradient is a function of the drawn state alone. Gradients of the
+    states, weighted with their probabilities, must sum to the exact gradient: no statistics.
+`EVERY_DRAW`: every single draw is the exact gradient.
+`ON_AVERAGE`: the mean of many draws is the exact gradient, within five standard errors.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from ppl_estimators import (
+    REBAR,
+    RELAX,
+    Constant,
+    ControlVariate,
+    DisARM,
+    Enumerate,
+    Learned,
+    LeaveOneOut,
+    MovingAverage,
+    OptimalConstant,
+    Pathwise,
+    Reinforce,
+    StickingTheLanding,
+)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A choice of estimators; `particles` and `draws` are NumPyro's (Pyro draws many particles).
+
+    `exact` names the parameters whose gradient has no variance at all.
+    """
+
+    name: str
+    estimators: Mapping[str, Any] | None
+    particles: int = 1
+    draws: int = 40_000
+    hook: bool = False
+    exact: tuple[str, ...] = ()
+
+
+def kept(name: str, estimators: Mapping[str, Any], **options: Any) -> Mix:
+    """A mix that keeps parameters or state, and so needs the guide hook."""
+    return Mix(name, estimators, hook=True, **options)
+
+
+LOO = Reinforce(LeaveOneOut())
+
+
+def double(z: Any) -> Any:
+    return 2.0 * z
+
+
+def double_mean(distribution: Any) -> Any:
+    return 2.0 * distribution.mean
+
+
+AUTO = Mix("auto", None)
+PLAIN = Mix("reinforce", {"*": Reinforce()})
+CONSTANT = Mix("constant", {"*": Reinforce(Constant(-1.7))})
+LEAVE_ONE_OUT = Mix("leave_one_out", {"*": LOO}, particles=3)
+DISARM = Mix("disarm", {"*": DisARM()})
+ENUMERATE = Mix("enumerate", {"*": Enumerate()})
+OPTIMAL = Mix("optimal_constant", {"*": Reinforce(OptimalConstant())}, particles=4)
+CONTROL = Mix("control_variate", {"z*": ControlVariate(double, double_mean, 0.7)})
+CONTROL_LOO = Mix(
+    "control_variate_fitted",
+    {"z*": ControlVariate(double, double_mean, baseline=LeaveOneOut())},
+    particles=4,
+)
+NVIL = kept("nvil", {"*": Reinforce(MovingAverage() + Learned(hidden=4))})
+REBARS = kept("rebar", {"*": REBAR()})
+RELAXES = kept("relax", {"*": RELAX(hidden=4)})
+RELAXES_MODEL = kept("relax_model", {"*": RELAX(hidden=4, model_term=True)})
+
+EVERY_STATE: dict[str, list[Mix]] = {
+    "single": [PLAIN, CONSTANT, CONTROL],
+    "single_zero": [PLAIN, CONSTANT],
+    "single_zero_model": [PLAIN],
+    "chain": [PLAIN, CONSTANT, CONTROL],
+    "chain3": [PLAIN],
+    "scaled": [PLAIN],
+    "delta": [Mix("reinforce", {"z": Reinforce()})],
+    "masked_by_handler": [PLAIN],
+    "masked_by_distribution": [PLAIN],
+    "undeclared": [PLAIN],
+    "event": [PLAIN],
+    "auxiliary": [PLAIN],
+    "branching": [PLAIN],
+    "branching_guide": [PLAIN],
+    "switching": [PLAIN],
+    "over_time": [PLAIN],
+}
+
+#: two particles, leave-one-out: the gradient is a function of both states
+PAIRS_OF_STATES = ("single", "chain", "scaled", "auxiliary", "delta", "branching", "branching_guide")
+
+#: the parameters of the guide: those of the model see the drawn value
+EVERY_DRAW: dict[str, list[Mix]] = {
+    "single": [Mix("enumerate", {"z": Enumerate()}, exact=("a",))],
+    "single_zero": [Mix("enumerate", {"z": Enumerate()}, exact=("a",))],
+    "single_zero_model": [Mix("enumerate", {"z": Enumerate()}, exact=("a",))],
+    "delta": [Mix("enumerate", {"z": Enumerate()}, exact=("b", "c"))],
+    "masked_by_handler": [Mix("enumerate", {"z": Enumerate()}, exact=("a",))],
+    "masked_by_distribution": [Mix("enumerate", {"z": Enumerate()}, exact=("a",))],
+    "branching": [Mix("enumerate", {"z": Enumerate()}, exact=("a",))],
+    "switching": [Mix("enumerate", {"k": Enumerate()}, exact=("a",))],
+}
+
+ON_AVERAGE: dict[str, list[Mix]] = {
+    "single": [
+        AUTO,
+        LEAVE_ONE_OUT,
+        DISARM,
+        CONTROL_LOO,
+        NVIL,
+        REBARS,
+        RELAXES,
+        RELAXES_MODEL,
+    ],
+    "single_zero": [AUTO, DISARM, RELAXES, REBARS],
+    "single_zero_model": [AUTO],
+    "chain": [
+        AUTO,
+        LEAVE_ONE_OUT,
+        DISARM,
+        ENUMERATE,
+        OPTIMAL,
+        CONTROL_LOO,
+        NVIL,
+        REBARS,
+        RELAXES,
+        RELAXES_MODEL,
+        Mix("enumerate_disarm", {"z1": Enumerate(), "z2": DisARM()}),
+        Mix("disarm_reinforce", {"z1": DisARM(), "z2": Reinforce(Constant(-1.5))}),
+        kept("rebar_reinforce", {"z1": REBAR(), "z2": Reinforce(Constant(-1.5))}),
+        kept("relax_model_enumerate", {"z1": RELAX(hidden=4, model_term=True), "z2": Enumerate()}),
+    ],
+    "chain3": [
+        AUTO,
+        DISARM,
+        ENUMERATE,
+        REBARS,
+        kept("three", {"z1": RELAX(hidden=4, model_term=True), "z2": DisARM(), "z3": Enumerate()}),
+    ],
+    "mixed": [
+        AUTO,
+        Mix("disarm_pathwise", {"z*": DisARM(), "w": Pathwise()}),
+        Mix("loo_pathwise", {"z*": LOO, "w": Pathwise()}, particles=3),
+        Mix("enumerate_landing", {"z*": Enumerate(), "w": StickingTheLanding()}),
+        Mix("enumerate_score", {"z*": Enumerate(), "w": LOO}, particles=4),
+        Mix("loo", {"*": LOO}, particles=4),
+        kept("rebar_pathwise", {"z*": REBAR(), "w": Pathwise()}),
+        kept("relax_model", {"z1": RELAX(hidden=4, model_term=True), "z2": DisARM()}),
+    ],
+    "delta": [AUTO, Mix("disarm", {"z": DisARM()})],
+    "scaled": [DISARM, NVIL, REBARS, RELAXES],
+    "subsample": [
+        LEAVE_ONE_OUT,
+        DISARM,
+        ENUMERATE,
+        NVIL,
+        kept("relax_model", {"*": RELAX(hidden=4, model_term=True)}),
+    ],
+    "masked_by_handler": [DISARM, NVIL, REBARS, RELAXES],
+    "masked_by_distribution": [DISARM, REBARS],
+    "undeclared": [LEAVE_ONE_OUT, DISARM, ENUMERATE, OPTIMAL, REBARS, RELAXES],
+    "event": [LEAVE_ONE_OUT, DISARM, ENUMERATE, REBARS, RELAXES],
+    "crossed": [
+        LEAVE_ONE_OUT,
+        DISARM,
+        ENUMERATE,
+        Mix("two", {"z_row": Enumerate(), "z_column": DisARM()}),
+        REBARS,
+    ],
+    "nested": [LEAVE_ONE_OUT, DISARM, ENUMERATE, NVIL, REBARS],
+    "reentered": [LEAVE_ONE_OUT, ENUMERATE],
+    "reentered_same_plate": [LEAVE_ONE_OUT, DISARM, ENUMERATE, OPTIMAL, REBARS],
+    "auxiliary": [LEAVE_ONE_OUT, DISARM, ENUMERATE, REBARS],
+    "mixture": [Mix("loo", {"w": LOO}, particles=4)],
+    "wrapped": [
+        AUTO,
+        Mix("loo", {"*": LOO}, particles=4),
+        Mix("optimal", {"*": Reinforce(OptimalConstant())}, particles=8),
+    ],
+    "categories": [
+        LEAVE_ONE_OUT,
+        ENUMERATE,
+        kept("enumerate_rebar", {"k": Enumerate(), "z": REBAR()}),
+        kept("relax_disarm", {"k": RELAX(hidden=4), "z": RELAX(hidden=4, model_term=True)}),
+    ],
+    "branching": [LEAVE_ONE_OUT, DISARM],
+    "branching_guide": [ENUMERATE, DISARM],
+    "over_time": [LEAVE_ONE_OUT, DISARM, ENUMERATE],
+}
+
+#: a scan draws its steps together, so single elements cannot be moved in NumPyro
+NUMPYRO_REFUSES = {("over_time", "disarm"), ("over_time", "enumerate")}
+#: a Python branch on a value needs particles one after another in Pyro, and that is slow
+PYRO_SEQUENTIAL = {"branching", "branching_guide"}
+PYRO_SLOW = {("branching", "leave_one_out"), ("branching", "disarm"), ("branching_guide", "disarm")}
+
+
+def pairs(table: Mapping[str, list[Mix]], without: Collection[tuple[str, str]] = ()) -> list[Any]:
+    return [
+        pytest.param(name, mix, id=f"{name}-{mix.name}")
+        for name, mixes in table.items()
+        for mix in mixes
+        if (name, mix.name) not in without
+    ]

@@ -1,0 +1,78 @@
+"""The command line: help, one-line errors, exit codes."""
+
+import pytest
+
+from ppl_estimators import cli
+from ppl_estimators.commands import demo as demo_command
+from ppl_estimators.demo import experiment
+
+
+def test_help_names_the_commands(capsys):
+    assert cli.main(["--help"]) == 0
+    assert "demo" in capsys.readouterr().out
+
+
+def test_help_of_demo_explains_the_table(capsys):
+    assert cli.main(["demo", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "held-out ELBO" in shown
+    assert "--smoke" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "nonsense"),
+        (["demo", "--backend", "tensorflow"], "'pyro', 'numpyro', 'both'"),
+        (["demo", "--steps", "0"], "--steps"),
+        (["demo", "--steps", "many"], "--steps"),
+        (["demo", "--seed", "-1"], "--seed"),
+        (["demo", "--sed", "1"], "--seed"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_code_2(arguments, message, capsys):
+    assert cli.main(arguments) == 2
+    assert_one_line(capsys, message)
+
+
+def test_missing_command_line_packages(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    assert cli.main(["demo"]) == 1
+    assert_one_line(capsys, "needs typer and rich: pip install 'ppl-estimators[demo]'")
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("pyro", "needs pyro-ppl: pip install 'ppl-estimators[pyro]'"),
+        ("numpyro", "needs numpyro: pip install 'ppl-estimators[numpyro]'"),
+        ("sklearn", "needs scikit-learn: pip install 'ppl-estimators[demo]'"),
+    ],
+)
+def test_missing_library(missing, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(demo_command, "find_spec", lambda name: None if name == missing else True)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 1
+    assert_one_line(capsys, message)
+
+
+def test_folder_that_cannot_be_made(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    assert cli.main(["demo", "--out", str(tmp_path / "file" / "below")]) == 1
+    assert_one_line(capsys, "cannot write to --out")
+
+
+def test_interruption(monkeypatch, capsys, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "run", interrupted)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def assert_one_line(capsys, message):
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.err.startswith("ppl-estimators: ")
+    assert shown.err.count("\n") == 1
+    assert shown.out == ""

@@ -1,0 +1,271 @@
+"""One row per public estimator: every fact it declares is measured, in both libraries."""
+
+from __future__ import annotations
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as jdist
+import pyro
+import pyro.distributions as tdist
+import pytest
+import torch
+
+import ppl_estimators
+from ppl_estimators import (
+    REBAR,
+    RELAX,
+    ControlVariate,
+    DisARM,
+    Enumerate,
+    EstimatorError,
+    Learned,
+    LeaveOneOut,
+    MovingAverage,
+    OptimalConstant,
+    Pathwise,
+    Reinforce,
+    StickingTheLanding,
+)
+from ppl_estimators.core.estimator import Estimator
+from ppl_estimators.estimators.baselines.base import Baseline
+from ppl_estimators.numpyro import EstimatorELBO as JaxELBO
+from ppl_estimators.numpyro import OneHotCategorical
+from ppl_estimators.numpyro import with_estimators as jax_hook
+from ppl_estimators.pyro import EstimatorELBO as TorchELBO
+from ppl_estimators.pyro import with_estimators as torch_hook
+
+pytestmark = pytest.mark.filterwarnings("ignore::ppl_estimators.EstimatorWarning")
+
+FAMILIES = ("Bernoulli", "Categorical", "OneHot", "Poisson", "Normal")
+DISCRETE = {"Bernoulli", "Categorical", "OneHot"}
+ANY = set(FAMILIES)
+
+
+def identity_mean(d):
+    return d.mean
+
+
+# estimator: (families, evaluations of the model per step at a Bernoulli site or its first family, particles, keeps)
+ROWS = {
+    Pathwise(): ({"Normal"}, 1, 1, set()),
+    StickingTheLanding(): ({"Normal"}, 1, 1, set()),
+    Reinforce(): (ANY, 1, 1, set()),
+    Reinforce(LeaveOneOut()): (ANY, 1, 2, set()),
+    Reinforce(MovingAverage()): (ANY, 1, 1, {"state"}),
+    Reinforce(OptimalConstant()): (ANY, 1, 2, set()),
+    Reinforce(OptimalConstant(0.9)): (ANY, 1, 1, {"state"}),
+    Reinforce(Learned()): (ANY, 1, 1, {"networks"}),
+    Reinforce(MovingAverage() + Learned()): (ANY, 1, 1, {"state", "networks"}),
+    ControlVariate(abs, identity_mean, 0.5): ({"Bernoulli", "Poisson", "Normal"}, 1, 1, set()),
+    Enumerate(): (DISCRETE, 2, 1, set()),
+    DisARM(): ({"Bernoulli"}, 2, 1, set()),
+    REBAR(): ({"Bernoulli", "OneHot"}, 3, 1, {"parameters"}),
+    RELAX(): (DISCRETE, 1, 1, {"parameters", "networks", "state"}),
+    RELAX(baseline=None): (DISCRETE, 1, 1, {"parameters", "networks"}),
+    RELAX(model_term=True): ({"Bernoulli", "OneHot"}, 3, 1, {"parameters", "networks", "state"}),
+}
+
+
+def test_every_public_estimator_and_baseline_has_a_row():
+    public = [vars(ppl_estimators)[n] for n in ppl_estimators.__all__]
+    rows = {type(e) for e in ROWS}
+    assert {c for c in public if inspect.isclass(c) and issubclass(c, Estimator)} == rows
+    baselines = {type(p) for e in ROWS for p in getattr(getattr(e, "baseline", None), "parts", ())}
+    untested = {c.__name__ for c in public if inspect.isclass(c) and issubclass(c, Baseline)}
+    assert untested - {c.__name__ for c in baselines} == {"Constant", "Given"}  # keep nothing, need nothing
+
+
+@pytest.mark.parametrize("estimator", ROWS, ids=repr)
+def test_docstrings_have_the_head_and_a_reference(estimator):
+    doc = type(estimator).__doc__
+    for word in ("Approximates", "With", "Requires", "Reference", ">>>"):
+        assert word in doc, word
+
+
+def jax_site(family, where):
+    logits = jnp.array([0.3, -0.2, 0.5])
+    made = {
+        "Bernoulli": lambda: jdist.Bernoulli(logits=logits[0]),
+        "Categorical": lambda: jdist.Categorical(logits=logits),
+        "OneHot": lambda: OneHotCategorical(logits=logits),
+        "Poisson": lambda: jdist.Poisson(jnp.exp(logits[0])),
+        "Normal": lambda: jdist.Normal(logits[0], 1.0),
+    }[family]()
+    return numpyro.sample("z", made)
+
+
+def torch_site(family, where):
+    logits = (
+        pyro.param("logits", torch.tensor([0.3, -0.2, 0.5])) if where == "guide" else torch.tensor([0.3, -0.2, 0.5])
+    )
+    made = {
+        "Bernoulli": lambda: tdist.Bernoulli(logits=logits[0]),
+        "Categorical": lambda: tdist.Categorical(logits=logits),
+        "OneHot": lambda: tdist.OneHotCategorical(logits=logits),
+        "Poisson": lambda: tdist.Poisson(logits[0].exp()),
+        "Normal": lambda: tdist.Normal(logits[0], 1.0),
+    }[family]()
+    return pyro.sample("z", made)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("estimator", ROWS, ids=repr)
+def test_families_and_evaluations_in_pyro(estimator, family):
+    supported, evaluations, particles, _ = ROWS[estimator]
+    runs = []
+
+    def model():
+        z = torch_site(family, "model")
+        runs.append(z)
+        pyro.sample(
+            "x", tdist.Normal(z @ torch.arange(3.0) if family == "OneHot" else 1.0 * z, 1.0), obs=torch.tensor(0.4)
+        )
+
+    def guide():
+        torch_site(family, "guide")
+
+    elbo = TorchELBO({"z": estimator}, num_particles=particles)
+    if family not in supported:
+        if not isinstance(estimator, ControlVariate):
+            with pytest.raises(EstimatorError, match=r"site 'z': "):
+                elbo.loss_and_grads(model, torch_hook(guide))
+        return
+    wrapped = torch_hook(guide, {"z": estimator})
+    elbo.loss_and_grads(model, wrapped)  # the first step looks at the structure too
+    runs.clear()
+    elbo.loss_and_grads(model, wrapped)
+    expected = evaluations + (isinstance(estimator, Enumerate) and family != "Bernoulli")
+    assert len(runs) == expected * particles
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("estimator", ROWS, ids=repr)
+def test_families_and_finite_gradients_in_numpyro(estimator, family):
+    supported, _, particles, keeps = ROWS[estimator]
+
+    def model():
+        z = jax_site(family, "model")
+        numpyro.sample("x", jdist.Normal(z @ jnp.arange(3.0) if family == "OneHot" else 1.0 * z, 1.0), obs=0.4)
+
+    def guide():
+        shift = numpyro.param("shift", 0.0)
+        logits = jnp.array([0.3, -0.2, 0.5]) + shift * jnp.array([1.0, -1.0, 0.5])
+        made = {
+            "Bernoulli": lambda: jdist.Bernoulli(logits=logits[0]),
+            "Categorical": lambda: jdist.Categorical(logits=logits),
+            "OneHot": lambda: OneHotCategorical(logits=logits),
+            "Poisson": lambda: jdist.Poisson(jnp.exp(logits[0])),
+            "Normal": lambda: jdist.Normal(logits[0], 1.0),
+        }[family]()
+        numpyro.sample("z", made)
+
+    elbo = JaxELBO({"z": estimator}, num_particles=particles)
+    if family not in supported:
+        if not isinstance(estimator, ControlVariate):
+            with pytest.raises(EstimatorError, match=r"site 'z': "):
+                elbo.loss(jax.random.key(0), {}, model, guide)
+        return
+    wrapped = jax_hook(guide, {"z": estimator})
+    trace = numpyro.handlers.trace(numpyro.handlers.seed(wrapped, 0)).get_trace()
+    declared = {k for k in trace if "$" in k}
+    assert any(k.endswith("$state") for k in declared) is ("state" in keeps)
+    assert any("log_" in k for k in declared) is ("parameters" in keeps)
+    assert any(".w1" in k for k in declared) is ("networks" in keeps)
+    params = {k: s["value"] for k, s in trace.items() if s["type"] == "param"}
+    state = {k: s["value"] for k, s in trace.items() if s["type"] == "mutable"}
+
+    def loss(p, key):
+        return elbo.loss_with_mutable_state(key, {**p, **state}, model, wrapped)["loss"]
+
+    # several draws: two particles that agree have a leave-one-out gradient of zero
+    gradient = jax.vmap(jax.grad(loss), in_axes=(None, 0))(params, jax.random.split(jax.random.key(0), 20))
+    assert all(bool(jnp.all(jnp.isfinite(g))) for g in gradient.values())
+    assert float(jnp.abs(gradient["shift"]).sum()) > 0
+
+
+@pytest.mark.parametrize("logit", [-30.0, 30.0, 0.0])
+@pytest.mark.parametrize("estimator", [e for e, (families, *_) in ROWS.items() if "Bernoulli" in families], ids=repr)
+def test_saturated_bernoulli_sites_stay_finite_in_float32(estimator, logit):
+    _, _, particles, _ = ROWS[estimator]
+
+    def model():
+        z = numpyro.sample("z", jdist.Bernoulli(logits=jnp.full(4, 0.2)).to_event(1))
+        numpyro.sample("x", jdist.Normal(z.sum(), 1.0), obs=0.4)
+
+    def guide():
+        a = numpyro.param("a", jnp.full(4, logit))
+        numpyro.sample("z", jdist.Bernoulli(logits=a).to_event(1))
+
+    wrapped = jax_hook(guide, {"z": estimator})
+    if isinstance(estimator, ControlVariate):
+        estimator = ControlVariate(lambda z: z.sum(-1), lambda d: d.mean.sum(-1), 0.5)
+        wrapped = jax_hook(guide, {"z": estimator})
+    svi = numpyro.infer.SVI(model, wrapped, numpyro.optim.SGD(0.1), JaxELBO(num_particles=particles))
+    result = svi.run(jax.random.key(1), 3, progress_bar=False)
+    assert all(bool(jnp.all(jnp.isfinite(v))) for v in result.params.values())
+    assert bool(jnp.all(jnp.isfinite(result.losses)))
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+@pytest.mark.parametrize("estimator", [Reinforce(LeaveOneOut()), DisARM(), Enumerate(), RELAX(), REBAR()], ids=repr)
+def test_probabilities_of_exactly_zero_and_one_stay_finite(estimator, p):
+    particles = ROWS[estimator][2]
+
+    def model():
+        z = pyro.sample("z", tdist.Bernoulli(0.5))
+        pyro.sample("x", tdist.Normal(z, 1.0), obs=torch.tensor(0.4))
+
+    def guide():
+        pyro.sample("z", tdist.Bernoulli(pyro.param("p", torch.tensor(p))))
+
+    elbo = TorchELBO({"z": estimator}, num_particles=particles)
+    elbo.loss_and_grads(model, guide)
+    for name, value in pyro.get_param_store().named_parameters():
+        assert value.grad is None or bool(torch.isfinite(value.grad).all()), name
+
+
+IN_A_PLATE = [e for e, (families, *_) in ROWS.items() if "Bernoulli" in families]
+
+
+@pytest.mark.parametrize("particles", [3, 5])
+@pytest.mark.parametrize("estimator", IN_A_PLATE, ids=repr)
+def test_several_particles_in_a_subsampled_plate(estimator, particles):
+    """The particle axis is neither the plate's (5 of each) nor a stranger to it (3 and 5): scales and networks fit."""
+
+    def model():
+        with numpyro.plate("n", 10, subsample_size=5):
+            z = numpyro.sample("z", jdist.Bernoulli(0.3))
+            numpyro.sample("x", jdist.Normal(1.0 * z, 1.0), obs=jnp.arange(5.0))
+
+    def guide():
+        a = numpyro.param("a", jnp.linspace(-1, 1, 5))
+        with numpyro.plate("n", 10, subsample_size=5):
+            numpyro.sample("z", jdist.Bernoulli(logits=a))
+
+    svi = numpyro.infer.SVI(
+        model, jax_hook(guide, {"z": estimator}), numpyro.optim.SGD(1e-3), JaxELBO(num_particles=particles)
+    )
+    result = svi.run(jax.random.key(1), 3, progress_bar=False)
+    assert all(bool(jnp.all(jnp.isfinite(v))) for v in result.params.values())
+    assert result.params["a"].shape == (5,)
+
+    def torch_model():
+        with pyro.plate("n", 10, subsample_size=5):
+            z = pyro.sample("z", tdist.Bernoulli(0.3))
+            pyro.sample("x", tdist.Normal(z, 1.0), obs=torch.arange(5.0))
+
+    def torch_guide():
+        a = pyro.param("a", torch.linspace(-1, 1, 5))
+        with pyro.plate("n", 10, subsample_size=5):
+            pyro.sample("z", tdist.Bernoulli(logits=a))
+
+    for vectorize in (False, True):
+        loss = TorchELBO({"z": estimator}, num_particles=particles, vectorize_particles=vectorize, max_plate_nesting=1)
+        svi = pyro.infer.SVI(torch_model, torch_guide, pyro.optim.SGD({"lr": 1e-3}), loss)
+        for _ in range(3):
+            svi.step()
+        for name, value in pyro.get_param_store().named_parameters():
+            assert bool(torch.isfinite(value).all()), name

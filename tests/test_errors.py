@@ -1,0 +1,278 @@
+"""Every bad choice gets an error that names site, fact and fix; every poor one a warning. In both libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as jdist
+import pyro
+import pyro.distributions as tdist
+import pytest
+import torch
+
+from ppl_estimators import (
+    REBAR,
+    RELAX,
+    ControlVariate,
+    DisARM,
+    Enumerate,
+    EstimatorError,
+    EstimatorWarning,
+    ImportanceWeighted,
+    Learned,
+    LeaveOneOut,
+    MovingAverage,
+    OptimalConstant,
+    Pathwise,
+    Reinforce,
+    StickingTheLanding,
+)
+from ppl_estimators import numpyro as ours_jax
+from ppl_estimators import pyro as ours_torch
+
+
+class Jax:
+    name = "numpyro"
+    sample, plate, dist = staticmethod(numpyro.sample), staticmethod(numpyro.plate), jdist
+    array = staticmethod(jnp.asarray)
+    ELBO, hook = ours_jax.EstimatorELBO, staticmethod(ours_jax.with_estimators)
+
+    @staticmethod
+    def one_hot(logits):
+        return ours_jax.OneHotCategorical(logits=logits)
+
+    @staticmethod
+    def param(name, value):
+        return numpyro.param(name, jnp.asarray(value))
+
+    @staticmethod
+    def loss(elbo, model, guide, params=None):
+        return jax.value_and_grad(lambda p: elbo.loss(jax.random.key(0), p, model, guide))(params or {})[0]
+
+
+class Torch:
+    name = "pyro"
+    sample, plate, dist = staticmethod(pyro.sample), staticmethod(pyro.plate), tdist
+    array = staticmethod(torch.as_tensor)
+    ELBO, hook = ours_torch.EstimatorELBO, staticmethod(ours_torch.with_estimators)
+
+    @staticmethod
+    def one_hot(logits):
+        return tdist.OneHotCategorical(logits=logits)
+
+    @staticmethod
+    def param(name, value):
+        return pyro.param(name, torch.as_tensor(value))
+
+    @staticmethod
+    def loss(elbo, model, guide, params=None):
+        return elbo.loss_and_grads(model, guide)
+
+
+@pytest.fixture(params=[Jax, Torch], ids=["numpyro", "pyro"])
+def lib(request):
+    return request.param
+
+
+def program(lib, make, guide_infer=None):
+    """One latent site 'z' with distribution ``make(lib)`` in model and guide."""
+
+    def model():
+        lib.sample("z", make(lib))
+
+    def guide():
+        lib.sample("z", make(lib), infer=guide_infer or {})
+
+    return model, guide
+
+
+DISTRIBUTIONS = {
+    "Normal": lambda lib: lib.dist.Normal(lib.array(0.3), 1.0),
+    "Bernoulli": lambda lib: lib.dist.Bernoulli(logits=lib.array(0.3)),
+    "Categorical": lambda lib: lib.dist.Categorical(logits=lib.array([0.3, -0.2, 0.1])),
+    "OneHot": lambda lib: lib.one_hot(lib.array([0.3, -0.2, 0.1])),
+    "Poisson": lambda lib: lib.dist.Poisson(lib.array(2.0)),
+}
+
+UNSUITABLE = [
+    ("Normal", DisARM(), 1, r"site 'z': DisARM needs a Bernoulli site, got Normal\. Use Pathwise\(\)"),
+    ("Categorical", DisARM(), 1, r"site 'z': DisARM needs a Bernoulli site, got Categorical"),
+    ("Normal", Enumerate(), 1, r"Enumerate needs a Bernoulli or Categorical or OneHotCategorical site, got Normal"),
+    ("Poisson", Enumerate(), 1, r"site 'z': Enumerate needs .* got Poisson.*Reinforce\(LeaveOneOut\(\)\)"),
+    (
+        "Bernoulli",
+        Pathwise(),
+        1,
+        r"site 'z': Pathwise needs a reparameterisable distribution, got Bernoulli\. Use DisARM",
+    ),
+    ("Poisson", StickingTheLanding(), 1, r"StickingTheLanding needs a reparameterisable distribution, got Poisson"),
+    ("Categorical", REBAR(), 1, r"REBAR needs .* got Categorical\. Use OneHotCategorical here, RELAX\(\) without"),
+    ("Categorical", RELAX(model_term=True), 1, r"integer Categorical\. Use OneHotCategorical, or RELAX\(\) without"),
+    ("Normal", RELAX(), 1, r"RELAX needs a Bernoulli or Categorical or OneHotCategorical site, got Normal"),
+    ("Bernoulli", Reinforce(LeaveOneOut()), 1, r"site 'z': LeaveOneOut needs at least two particles.*num_particles=2"),
+    ("Bernoulli", Reinforce(OptimalConstant()), 1, r"OptimalConstant\(\) takes its moments from the other particles"),
+    ("Bernoulli", ControlVariate(abs, abs), 2, r"ControlVariate estimates its coefficient .* got num_particles=2"),
+]
+
+
+@pytest.mark.parametrize(("kind", "estimator", "particles", "message"), UNSUITABLE)
+def test_an_estimator_that_does_not_suit_the_site(lib, kind, estimator, particles, message):
+    model, guide = program(lib, DISTRIBUTIONS[kind])
+    elbo = lib.ELBO({"z": estimator}, num_particles=particles)
+    with pytest.raises(EstimatorError, match=message):
+        lib.loss(elbo, model, guide)
+    model, guide = program(lib, DISTRIBUTIONS[kind], {"estimator": estimator})
+    with pytest.raises(EstimatorError, match=message):
+        lib.loss(lib.ELBO(num_particles=particles), model, lib.hook(guide))
+
+
+def test_a_key_that_matches_no_site(lib):
+    model, guide = program(lib, DISTRIBUTIONS["Normal"])
+    message = r"'w_\*' matches no latent site of the guide\. Sites: 'z'"
+    with pytest.raises(EstimatorError, match="EstimatorELBO: " + message):
+        lib.loss(lib.ELBO({"w_*": Pathwise()}), model, guide)
+    with pytest.raises(EstimatorError, match="with_estimators: " + message):
+        lib.loss(lib.ELBO(), model, lib.hook(guide, {"w_*": Pathwise()}))
+
+
+def test_things_that_are_no_estimators(lib):
+    with pytest.raises(TypeError, match=r"the entry for 'z' is not an estimator.*with parentheses"):
+        lib.ELBO({"z": DisARM})
+    with pytest.raises(TypeError, match=r"takes a mapping from site names"):
+        lib.ELBO(["z"])
+    with pytest.raises(TypeError, match=r'takes "auto" or an estimator'):
+        lib.ELBO(default="automatic")
+    with pytest.raises(ValueError, match=r"max_parallel=...\) needs 1 or more"):
+        lib.ELBO(max_parallel=0)
+
+
+@pytest.mark.parametrize(
+    "estimator", [Reinforce(MovingAverage()), Reinforce(Learned()), Reinforce(OptimalConstant(0.9)), RELAX(), REBAR()]
+)
+def test_numpyro_state_without_the_hook_shows_the_fix(estimator):
+    model, guide = program(Jax, DISTRIBUTIONS["OneHot"])
+    for elbo, wrapped in (
+        (ours_jax.EstimatorELBO({"z": estimator}), guide),
+        (ours_jax.EstimatorELBO({"z": estimator}), ours_jax.with_estimators(guide, {"z": Reinforce()})),
+        (ours_jax.EstimatorELBO(), program(Jax, DISTRIBUTIONS["OneHot"], {"estimator": estimator})[1]),
+    ):
+        with pytest.raises(EstimatorError, match=r"does not declare\. Wrap the guide: guide = with_estimators\(guide"):
+            Jax.loss(elbo, model, wrapped)
+
+
+def test_pyro_networks_outside_svi_without_the_hook_show_the_fix():
+    model, guide = program(Torch, DISTRIBUTIONS["Bernoulli"])
+    elbo = ours_torch.EstimatorELBO({"z": RELAX()})
+    with pytest.raises(EstimatorError, match=r"outside SVI .* Wrap the guide: guide = with_estimators\(guide"):
+        elbo(model, guide)()
+    assert torch.isfinite(elbo.differentiable_loss(model, ours_torch.with_estimators(guide, {"z": RELAX()})))
+
+
+def test_a_latent_of_the_model_that_the_guide_does_not_draw(lib):
+    def model():
+        lib.sample("k", lib.dist.Bernoulli(logits=lib.array(0.3)))
+        lib.sample("z", lib.dist.Normal(lib.array(0.0), 1.0))
+
+    def guide():
+        lib.sample("z", lib.dist.Normal(lib.array(0.0), 1.0))
+
+    with pytest.raises(
+        EstimatorError, match=r"site 'k': a latent site of the model that the guide does not draw\. Add"
+    ):
+        lib.loss(lib.ELBO(), model, guide)
+
+
+@pytest.mark.parametrize("side", ["model", "guide"])
+def test_enumerated_sites_are_refused_with_the_fix(lib, side):
+    def model():
+        lib.sample("k", lib.dist.Bernoulli(logits=lib.array(0.3)), infer={"enumerate": "parallel"})
+
+    def guide():
+        if side == "guide":
+            lib.sample("k", lib.dist.Bernoulli(logits=lib.array(0.3)), infer={"enumerate": "parallel"})
+
+    with pytest.raises(EstimatorError, match=r"site 'k': marked infer=.*Enumerate\(\)"):
+        lib.loss(lib.ELBO(), model, guide)
+
+
+def test_relaxed_values_upstream_of_a_site_that_cannot_be_relaxed(lib):
+    def program():
+        z = lib.sample("z", lib.dist.Bernoulli(logits=lib.array(0.3)))
+        lib.sample("k", lib.dist.Poisson(1.0 + z))
+
+    guide = lib.hook(program, {"z": REBAR(), "k": Reinforce(LeaveOneOut())})
+    with pytest.raises(EstimatorError, match=r"site 'z': REBAR .* site 'k' \(Poisson\) depends on it"):
+        lib.loss(lib.ELBO(num_particles=2), program, guide)
+
+
+def test_a_name_used_twice(lib):
+    def twice():
+        lib.sample("z", lib.dist.Normal(lib.array(0.0), 1.0))
+        lib.sample("z", lib.dist.Normal(lib.array(0.0), 1.0))
+
+    with pytest.raises(EstimatorError, match=r"site 'z': the name is used twice"):
+        lib.loss(lib.ELBO(), twice, twice)
+
+
+def test_bounds_refuse_what_estimates_the_elbo(lib):
+    model, guide = program(lib, DISTRIBUTIONS["Bernoulli"])
+    with pytest.raises(EstimatorError, match=r"bound of several particles, got num_particles=1"):
+        lib.loss(lib.ELBO(objective=ImportanceWeighted()), model, guide)
+    with pytest.raises(EstimatorError, match=r"DisARM\(\) estimates the gradient of the ELBO, not of Importance"):
+        lib.loss(lib.ELBO({"z": DisARM()}, objective=ImportanceWeighted(), num_particles=2), model, guide)
+    model, guide = program(lib, DISTRIBUTIONS["Normal"])
+    with pytest.raises(EstimatorError, match=r"StickingTheLanding\(\) estimates the gradient of the ELBO"):
+        elbo = lib.ELBO({"z": StickingTheLanding()}, objective=ImportanceWeighted(), num_particles=2)
+        lib.loss(elbo, model, guide)
+
+
+def test_plain_score_function_with_one_particle_warns(lib):
+    model, guide = program(lib, DISTRIBUTIONS["Poisson"])
+    with pytest.warns(EstimatorWarning, match=r"site 'z': score function without a baseline and with one particle"):
+        lib.loss(lib.ELBO({"z": Reinforce()}), model, guide)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lib.loss(lib.ELBO({"z": Reinforce(LeaveOneOut())}, num_particles=2), model, guide)
+
+
+def test_a_cost_that_is_not_finite_is_named_and_poisons_nothing(lib):
+    """The site is named; every running average is as it was; the next good step goes on from there."""
+
+    def model(x):
+        z = lib.sample("z", lib.dist.Bernoulli(logits=lib.array(0.3)))
+        lib.sample("x", lib.dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        lib.sample("z", lib.dist.Bernoulli(logits=lib.param("a", 0.4)))
+
+    wrapped = lib.hook(guide, {"z": Reinforce(MovingAverage())})
+    states = []
+    data = [(lib.array(x), x != x) for x in (0.7, -0.2, float("nan"), 1.1)]
+    if lib is Jax:
+        svi = numpyro.infer.SVI(model, wrapped, numpyro.optim.SGD(0.0), lib.ELBO())
+        state = svi.init(jax.random.key(0), data[0][0])
+        update = jax.jit(svi.stable_update)
+    else:
+        elbo = lib.ELBO()
+    with pyro.validation_enabled(False):
+        for x, broken in data:
+            with _expected(broken):
+                if lib is Jax:
+                    state, _ = update(state, x)
+                    jax.effects_barrier()
+                    states.append(float(state.mutable_state["z$state"]["mean"]))
+                else:
+                    elbo.loss_and_grads(model, wrapped, x)
+                    states.append(float(pyro.get_param_store()["z$state.mean"].detach()))
+    assert states[0] != 0
+    assert states[2] == states[1]
+    assert abs(states[3]) < 100
+
+
+def _expected(broken):
+    message = r"site 'x' \(log p\): the cost is not finite"
+    return pytest.warns(EstimatorWarning, match=message) if broken else contextlib.nullcontext()

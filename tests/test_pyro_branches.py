@@ -1,0 +1,182 @@
+"""Programs whose structure depends on what is drawn, and distributions that remember."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions.transforms import AffineTransform
+from torch.distributions import constraints
+
+from ppl_estimators import (
+    Constant,
+    ControlVariate,
+    DisARM,
+    Enumerate,
+    EstimatorError,
+    ImportanceWeighted,
+    LeaveOneOut,
+    Reinforce,
+    StickingTheLanding,
+)
+from ppl_estimators.pyro import EstimatorELBO
+
+pytestmark = [
+    pytest.mark.usefixtures("double_precision"),
+    pytest.mark.filterwarnings("ignore::ppl_estimators.EstimatorWarning"),
+]
+
+
+def test_no_particle_is_thrown_away_for_its_structure():
+    """A run that takes another branch than the one before counts as it came: branches appear as often as q says."""
+    p, drawn = 0.3, []
+
+    def branching(where):
+        z = pyro.sample("z", dist.Bernoulli(pyro.param("p", torch.tensor(p)) if where == "guide" else 0.5))
+        if z > 0:
+            pyro.sample("w", dist.Normal(0.0, 1.0))
+        if where == "model":
+            drawn.append(float(z))
+
+    for particles in (1, 2):
+        elbo = EstimatorELBO({"z": Reinforce(Constant(0.0))}, num_particles=particles)
+        elbo.loss_and_grads(lambda: branching("model"), lambda: branching("guide"))
+        drawn.clear()
+        for _ in range(1200):
+            elbo.loss_and_grads(lambda: branching("model"), lambda: branching("guide"))
+        assert len(drawn) == 1200 * particles
+        assert abs(np.mean(drawn) - p) < 5 * np.sqrt(p * (1 - p) / len(drawn)) < 0.07
+
+
+@pytest.mark.parametrize("estimator", [DisARM(), Enumerate()], ids=repr)
+def test_counterfactual_values_may_take_another_branch(estimator):
+    """z decides which site is drawn, and which one is observed: the gradient is exact on average."""
+
+    def model():
+        z = pyro.sample("z", dist.Bernoulli(0.4))
+        if z > 0:
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            pyro.sample("x1", dist.Normal(w, 1.0), obs=torch.tensor(0.5))
+        else:
+            pyro.sample("x0", dist.Normal(0.0, 2.0), obs=torch.tensor(0.5))
+
+    def guide():
+        z = pyro.sample("z", dist.Bernoulli(logits=pyro.param("a", torch.tensor(0.3))))
+        if z > 0:
+            pyro.sample("w", dist.Normal(0.2, 0.8))
+
+    def log_normal(x, m, s):
+        return -0.5 * ((x - m) / s) ** 2 - np.log(s) - 0.5 * np.log(2 * np.pi)
+
+    p = 1 / (1 + np.exp(-0.3))
+    t, w = np.polynomial.hermite_e.hermegauss(30)
+    w, v = w / w.sum(), 0.2 + 0.8 * t
+    f1 = np.log(0.4) - np.log(p) + w @ (log_normal(v, 0, 1) + log_normal(0.5, v, 1) - log_normal(v, 0.2, 0.8))
+    f0 = np.log(0.6) - np.log(1 - p) + log_normal(0.5, 0, 2)
+    exact = -p * (1 - p) * (f1 - f0)
+    elbo, gradients = EstimatorELBO({"z": estimator}), []
+    pyro.set_rng_seed(0)
+    for _ in range(600):
+        elbo.loss_and_grads(model, guide)
+        a = pyro.param("a").unconstrained()
+        gradients.append(float(a.grad))
+        a.grad = None
+    error = np.std(gradients) / np.sqrt(len(gradients))
+    assert abs(np.mean(gradients) - exact) < 5 * error
+    assert 5 * error < 0.3 * abs(exact)
+
+
+def test_sites_are_flipped_alone_when_a_branch_depends_on_one():
+    def program():
+        one = pyro.sample("one", dist.Bernoulli(0.4))
+        two = pyro.sample("two", dist.Bernoulli(0.6))
+        return one, two
+
+    def model(branch):
+        one, two = program()
+        mean = 3.0 * two if branch and one > 0 else torch.tensor(1.0)
+        pyro.sample("x", dist.Normal(mean, 1.0), obs=torch.tensor(0.5))
+
+    elbo = EstimatorELBO()
+    elbo.loss_and_grads(lambda: model(True), program)
+    assert sorted(g.sites for g in elbo._plan.groups) == [("one",), ("two",)]
+    elbo = EstimatorELBO()
+    elbo.loss_and_grads(lambda: model(False), program)
+    assert [g.sites for g in elbo._plan.groups] == [("one", "two")]
+
+
+@pytest.mark.parametrize("cache_size", [0, 1])
+@pytest.mark.parametrize("kind", ["score", "bound", "sticking"])
+def test_transforms_that_persist_and_remember(kind, cache_size):
+    """The density at the drawn value depends on the transform's parameters, whatever its cache holds."""
+    options = {
+        "score": ({"y": Reinforce(LeaveOneOut())}, None),
+        "bound": ({"y": Reinforce(LeaveOneOut())}, ImportanceWeighted()),
+        "sticking": ({"y": StickingTheLanding()}, None),
+    }
+    estimators, objective = options[kind]
+    found = []
+    for size in (0, cache_size):
+        pyro.clear_param_store()
+        m = pyro.param("m", torch.tensor(0.4))
+        s = pyro.param("s", torch.tensor(0.7), constraint=constraints.positive)
+        transform = AffineTransform(m, s, cache_size=size)
+
+        def guide(transform=transform):
+            pyro.sample("y", dist.TransformedDistribution(dist.Normal(torch.tensor(0.0), 1.0), [transform]))
+
+        def model():
+            pyro.sample("y", dist.Normal(0.0, 1.0))
+
+        elbo = EstimatorELBO(estimators, num_particles=3, objective=objective, retain_graph=True)
+        for _ in range(3):  # the transform and its inverse hold each other from the first step on
+            pyro.set_rng_seed(1)
+            m.unconstrained().grad = s.unconstrained().grad = None
+            elbo.loss_and_grads(model, guide)
+        found.append([float(x.unconstrained().grad) for x in (m, s)])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-10)
+    assert all(x != 0 for x in found[1])
+
+
+@pytest.mark.parametrize("estimator", [Reinforce(LeaveOneOut()), ControlVariate(abs, abs, 0.5)], ids=repr)
+def test_a_delta_has_no_score(estimator):
+    def program():
+        pyro.sample("d", dist.Delta(pyro.param("d", torch.tensor(0.3))))
+
+    with pytest.raises(EstimatorError, match=r"site 'd': a Delta has no score function.*Use Pathwise\(\)"):
+        EstimatorELBO({"d": estimator}, num_particles=2).loss_and_grads(program, program)
+
+
+def test_alternatives_in_one_vectorised_run_do_not_share_noise_between_sites():
+    """A and B are drawn again for each value of z; were their noise the same, E[AB] would not vanish."""
+
+    def model():
+        z = pyro.sample("z", dist.Categorical(torch.ones(3) / 3))
+        a = pyro.sample("A", dist.Normal(0.0 * z, 1.0))
+        b = pyro.sample("B", dist.Normal(0.0 * z, 1.0))
+        pyro.factor("f", (1.0 + z) * a * b)
+
+    def guide():
+        logits = pyro.param("logits", torch.tensor([0.2, -0.1, 0.4]))
+        z = pyro.sample("z", dist.Categorical(logits=logits))
+        pyro.sample("A", dist.Normal(0.0 * z, 1.0))
+        pyro.sample("B", dist.Normal(0.0 * z, 1.0))
+
+    q = torch.softmax(torch.tensor([0.2, -0.1, 0.4]), 0)
+    cost = -q.log()  # the prior is flat, the factor has mean zero
+    exact = -(q * (cost - (q * cost).sum())).numpy()
+    elbo = EstimatorELBO(
+        {"z": Enumerate()}, num_particles=4000, vectorize_particles=True, max_plate_nesting=0, max_parallel=8
+    )
+    gradients = []
+    pyro.set_rng_seed(0)
+    for _ in range(20):
+        elbo.loss_and_grads(model, guide)
+        p = pyro.param("logits").unconstrained()
+        gradients.append(p.grad.numpy().copy())
+        p.grad = None
+    error = np.std(gradients, axis=0) / np.sqrt(len(gradients))
+    assert np.all(np.abs(np.mean(gradients, axis=0) - exact) < 5 * error)
+    assert np.all(5 * error < 0.06)  # shared noise moved it by 0.2
