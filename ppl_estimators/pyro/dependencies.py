@@ -255,7 +255,12 @@ class StopParameters(TorchFunctionMode):
     """Every leaf that requires a gradient enters operations as a constant; other tensors keep their history."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*map(_constant, args), **{k: _constant(v) for k, v in (kwargs or {}).items()})
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _METADATA:  # a question about the parameter itself, such as requires_grad
+            answer = func(*args, **kwargs)
+            if not (isinstance(answer, torch.Tensor) and answer.grad_fn is not None):
+                return answer
+        return func(*map(_constant, args), **{k: _constant(v) for k, v in kwargs.items()})
 
 
 def _constant(x: Any) -> Any:
