@@ -13,21 +13,28 @@ from .estimators.baselines.moving_average import MovingAverage
 from .estimators.baselines.optimal_constant import OptimalConstant
 from .estimators.control_variate import ControlVariate
 from .estimators.disarm import DisARM
+from .estimators.double_control_variate import DoubleControlVariate
 from .estimators.enumerate import Enumerate
+from .estimators.muprop import MuProp
+from .estimators.nvil import NVIL
 from .estimators.pathwise import Pathwise
 from .estimators.rebar import REBAR
 from .estimators.reinforce import Reinforce
 from .estimators.relax import RELAX
+from .estimators.stein import Stein
 from .estimators.sticking_the_landing import StickingTheLanding
+from .estimators.vargrad import VarGrad
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "NVIL",
     "REBAR",
     "RELAX",
     "Constant",
     "ControlVariate",
     "DisARM",
+    "DoubleControlVariate",
     "Enumerate",
     "EstimatorError",
     "EstimatorWarning",
@@ -37,9 +44,12 @@ __all__ = [
     "Learned",
     "LeaveOneOut",
     "MovingAverage",
+    "MuProp",
     "OptimalConstant",
     "Pathwise",
     "Reinforce",
     "Renyi",
+    "Stein",
     "StickingTheLanding",
+    "VarGrad",
 ]

@@ -15,18 +15,22 @@ import torch
 
 import ppl_estimators
 from ppl_estimators import (
+    NVIL,
     REBAR,
     RELAX,
     ControlVariate,
     DisARM,
+    DoubleControlVariate,
     Enumerate,
     EstimatorError,
     Learned,
     LeaveOneOut,
     MovingAverage,
+    MuProp,
     OptimalConstant,
     Pathwise,
     Reinforce,
+    Stein,
     StickingTheLanding,
 )
 from ppl_estimators.core.estimator import Estimator
@@ -63,6 +67,11 @@ ROWS = {
     Enumerate(): (DISCRETE, 2, 1, set()),
     DisARM(): ({"Bernoulli"}, 2, 1, set()),
     REBAR(): ({"Bernoulli", "OneHot"}, 3, 1, {"parameters"}),
+    MuProp(): ({"Bernoulli", "OneHot"}, 2, 1, set()),
+    MuProp(MovingAverage()): ({"Bernoulli", "OneHot"}, 2, 1, {"state"}),
+    DoubleControlVariate(): ({"Bernoulli", "OneHot"}, 2, 2, {"parameters"}),
+    Stein(): ({"Bernoulli"}, 2, 2, {"networks"}),
+    NVIL(): (ANY, 1, 1, {"state", "networks"}),
     RELAX(): (DISCRETE, 1, 1, {"parameters", "networks", "state"}),
     RELAX(baseline=None): (DISCRETE, 1, 1, {"parameters", "networks"}),
     RELAX(model_term=True): ({"Bernoulli", "OneHot"}, 3, 1, {"parameters", "networks", "state"}),
@@ -172,7 +181,7 @@ def test_families_and_finite_gradients_in_numpyro(estimator, family):
     trace = numpyro.handlers.trace(numpyro.handlers.seed(wrapped, 0)).get_trace()
     declared = {k for k in trace if "$" in k}
     assert any(k.endswith("$state") for k in declared) is ("state" in keeps)
-    assert any("log_" in k for k in declared) is ("parameters" in keeps)
+    assert any("log_" in k or k.endswith("coefficient") for k in declared) is ("parameters" in keeps)
     assert any(".w1" in k for k in declared) is ("networks" in keeps)
     params = {k: s["value"] for k, s in trace.items() if s["type"] == "param"}
     state = {k: s["value"] for k, s in trace.items() if s["type"] == "mutable"}

@@ -43,6 +43,10 @@ class Estimator(Spec):
     score: ClassVar[bool] = False
     #: may its counterfactual values be evaluated together with those of sites that don't depend on it?
     shared: ClassVar[bool] = False
+    #: what discrete sites downstream of a relaxed value do while the cost is evaluated there: "relaxed" too, at the
+    #: temperature that the estimator keeps (so that the cost is smooth); "mean", at their probabilities; "drawn", as in
+    #: the run (the relaxed value then is the drawn one)
+    downstream: ClassVar[str] = "relaxed"
     #: fewest particles it needs
     min_particles: ClassVar[int] = 1
     #: what to use instead, for the error that `check` raises
@@ -56,6 +60,12 @@ class Estimator(Spec):
         if self.families is not None and site.family not in self.families:
             wanted = " or ".join(_FAMILY_NAMES[f] for f in self.families)
             raise site_error(site.name, f"{name} needs a {wanted} site, got {site.distribution}", self.instead + ".")
+        if particles < self.min_particles:
+            raise site_error(
+                site.name,
+                f"{name} compares particles and needs at least {self.min_particles}, got num_particles={particles}",
+                f"Pass EstimatorELBO(..., num_particles={self.min_particles}) or more.",
+            )
         if self.families is not None and site.time:
             raise site_error(
                 site.name,

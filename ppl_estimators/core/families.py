@@ -39,6 +39,14 @@ def probabilities(ops: Ops, family: str, logits: Array) -> Array:
     return ops.sigmoid(logits) if family == BERNOULLI else ops.softmax(logits)
 
 
+def mean_vjp(ops: Ops, family: str, logits: Array, v: Array) -> Array:
+    """``(d p / d logits)^T v`` for probabilities p in the shape of ``v``: ``p (1 - p) v``, ``p ⊙ (v - p·v)``."""
+    if family == BERNOULLI:
+        return ops.sigmoid(logits) * ops.sigmoid(-logits) * v
+    p = ops.softmax(logits)
+    return p * (v - ops.sum(p * v, axis=-1, keepdims=True))
+
+
 def score(ops: Ops, family: str, logits: Array, value: Array) -> Array:
     """d log q(value) / d logits, in the shape of the logits: ``b - p``, ``z - p``."""
     if family == CATEGORICAL:

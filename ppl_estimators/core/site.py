@@ -114,6 +114,16 @@ class Site:
         undeclared = tuple(i + self.lead for i in self.lane_axes if i < len(self.batch_shape))
         return ops.sum(x, axis=undeclared, keepdims=True) if undeclared else x
 
+    def sum_elements(self, ops: Ops, x: Array) -> Array:
+        """``[*lead, *batch, *event]`` in the shape of a value (the category axis of a one-hot too) to
+        ``[*lead, *plates]``."""
+        return self.sum_lanes(ops, ops.sum(x, axis=-1) if self.family == families.ONEHOT else x)
+
+    def unit(self, ops: Ops, trailing: int = 0) -> Array:
+        """The site's scale, broadcastable against values: what an estimator trains should not see the N/B of
+        subsampling."""
+        return self.spread(ops, self.scale, trailing) if hasattr(self.scale, "shape") else self.scale
+
     def features(self, ops: Ops, x: Array) -> Array:
         """``[*lead, *batch, *rest]`` as one feature vector per plate element: ``[*lead, *plates, F]``."""
         n = self.lead + len(self.batch_shape)

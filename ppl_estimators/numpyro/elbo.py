@@ -331,28 +331,34 @@ class _Step:
     # ---- counterfactual and relaxed evaluations -------------------------------------------------------------------
 
     def _rerun(
-        self, plan: _JaxPlan, group: Group, key: Array, values: dict[str, Array], temperature: Array | None = None
+        self,
+        plan: _JaxPlan,
+        group: Group,
+        key: Array,
+        values: dict[str, Array],
+        temperature: Array | None = None,
     ) -> list[Term]:
         """Cost terms downstream of the group when its sites take other values: the guide runs again from the same
-        keys, so what is not downstream comes out as before and what is shares its noise. With a ``temperature``,
-        discrete sites downstream are relaxed."""
+        keys, so what is not downstream comes out as before and what is shares its noise; where the values are
+        relaxed, discrete sites downstream do what the group says."""
         members = frozenset(group.sites)
-        down = plan.graph.descendants(members) if temperature is not None else frozenset()
-        soft = frozenset(n for n in down if not plan.estimators[n].pathwise)
+        moves = group.relaxations and group.downstream != "drawn"
+        soft = frozenset(n for n in plan.graph.descendants(members) if moves and plan.relaxable(n)) - members
 
         def draw(msg: Message, key: Array) -> tuple[Array, list[Any]]:
             name = msg["name"]
             if name in values:
                 return values[name], []
             if name in soft:
-                site = self._view(plan, msg)
-                u = self.elbo._noise(name, "u", Noise("uniform", tuple(site.logits.shape)), jax.random.fold_in(key, 0))
-                z = relaxation.unconditional(OPS, site.family, site.logits, u)
-                return relaxation.soften(OPS, site.family, z, temperature), []
+                site, u = self._view(plan, msg), None
+                if temperature is not None:
+                    noise = Noise("uniform", tuple(site.logits.shape))
+                    u = self.elbo._noise(name, "u", noise, jax.random.fold_in(key, 0))
+                return relaxation.downstream(OPS, site.family, site.logits, u, temperature), []
             return self._draw(plan, {}, msg, key)
 
         traces = self.execute(key, draw, partial(self._in_scan, plan), stopped=True)
-        relaxed = members | soft if temperature is not None else frozenset()
+        relaxed = frozenset(n for n in members | soft if group.relaxations and plan.relaxable(n))
         terms = terms_of(traces, plan.depends_on, relaxed)
         return [t for t in terms if t.depends_on & members]
 
@@ -393,7 +399,9 @@ class _Step:
         """Costs ``[M, *plates]`` at relaxed values and their slopes ``[M, *batch, *event]``, differentiable in what
         the estimators keep and in nothing else."""
         members = [sites[n] for n in group.sites]
-        temperature = jnp.exp(kept[group.sites[0]].parameters["log_temperature"])
+        temperature = None
+        if group.downstream == "relaxed":
+            temperature = jnp.exp(kept[group.sites[0]].parameters["log_temperature"])
 
         def total(values: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
             terms = self._rerun(plan, group, key, values, temperature)
@@ -404,7 +412,8 @@ class _Step:
         slope: dict[str, list[Array]] = {n: [] for n in group.sites}
         for index in range(group.relaxations):
             values = {
-                s.name: plan.estimators[s.name].relaxed(OPS, s, draws[s.name], index, kept[s.name]) for s in members
+                s.name: plan.estimators[s.name].relaxed(OPS, s, draws[s.name], index, kept.get(s.name, Kept()))
+                for s in members
             }
             slopes, costs = jax.grad(total, has_aux=True)(values)
             for n in group.sites:
@@ -449,6 +458,7 @@ class _JaxPlan:
     sites = property(lambda self: self.shared.sites)
     graph = property(lambda self: self.shared.graph)
     groups = property(lambda self: self.shared.groups)
+    relaxable = property(lambda self: self.shared.relaxable)
 
 
 def _constant(x: Any) -> Any:

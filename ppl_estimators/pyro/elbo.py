@@ -178,6 +178,7 @@ class _TorchPlan:
     graph = property(lambda self: self.shared.graph)
     groups = property(lambda self: self.shared.groups)
     local = property(lambda self: self.shared.local)
+    relaxable = property(lambda self: self.shared.relaxable)
 
     def view(self, msg: Message, static: tuple[Any, ...] | None = None) -> Site:
         """The site of a message in this plan's plates, with the arrays of this run."""
@@ -415,10 +416,12 @@ class _Step:
         vectorized: Any = None,
     ) -> list[Term]:
         """Cost terms downstream of the group when its sites take other values. What is not downstream keeps its
-        value; what is, is drawn again from the same noise, or relaxed if there is a ``temperature``."""
+        value; what is, is drawn again from the same noise; where the values are relaxed, discrete sites downstream do
+        what the group says."""
         plan, members = run.plan, frozenset(group.sites)
         down = plan.graph.descendants(members)
-        soft = frozenset(n for n in down if not plan.estimators[n].pathwise) if temperature is not None else frozenset()
+        moves = group.relaxations and group.downstream != "drawn"
+        soft = frozenset(n for n in down if moves and plan.relaxable(n)) - members
         first = run.traces.guide
 
         def draw(msg: Message) -> Array:
@@ -426,7 +429,7 @@ class _Step:
             if name in values:
                 return values[name]
             if name not in first:  # a branch that the drawn values did not take
-                if temperature is not None:
+                if group.relaxations:
                     raise site_error(
                         name,
                         "drawn only in a branch that relaxed values take, and a branch has no derivative",
@@ -442,11 +445,10 @@ class _Step:
             name = msg["name"]
             estimator = plan.estimators[name]
             if name in soft:
-                site = view(msg)
-                noise = run.noise[name]
-                u = noise["u"] if "u" in noise else self._fresh_uniform(run, name, site)
-                z = relaxation.unconditional(OPS, site.family, site.logits, u)
-                return relaxation.soften(OPS, site.family, z, temperature)
+                site, noise, u = view(msg), run.noise[name], None
+                if temperature is not None:
+                    u = noise["u"] if "u" in noise else self._fresh_uniform(run, name, site)
+                return relaxation.downstream(OPS, site.family, site.logits, u, temperature)
             if estimator.pathwise:
                 return self._plain(msg)
             noise = dict(run.noise[name])
@@ -459,10 +461,10 @@ class _Step:
         if vectorized is not None:
             model, guide = vectorized(model), vectorized(guide)
         args, kwargs = self.args, self.kwargs
-        if temperature is not None:  # the slope leads to what the estimators keep and to nothing else
+        if group.relaxations:  # the slope leads to what the estimators keep and to nothing else
             args, kwargs = tree_map(_detached, (args, kwargs))
         traces = self.execute(model, guide, args, kwargs, draw=draw, subsamples=self.subsamples)
-        relaxed = members | soft if temperature is not None else frozenset()
+        relaxed = frozenset(n for n in members | soft if group.relaxations and plan.relaxable(n))
         return terms_of(traces, run.depends_on, relaxed, only=members)
 
     def _fresh_uniform(self, run: _Run, name: str, site: Site) -> Array:
@@ -529,14 +531,17 @@ class _Step:
         """Costs ``[M, *plates]`` at relaxed values and their slopes ``[M, *batch, *event]``, differentiable in what
         the estimators keep and in nothing else."""
         members = [run.sites[n] for n in group.sites]
-        temperature = kept[group.sites[0]].parameters["log_temperature"].exp()
+        temperature = None
+        if group.downstream == "relaxed":
+            temperature = kept[group.sites[0]].parameters["log_temperature"].exp()
         relaxed: dict[str, list[Array]] = {n: [] for n in group.sites}
         slope: dict[str, list[Array]] = {n: [] for n in group.sites}
         for index in range(group.relaxations):
             values = {
-                s.name: run.plan.estimators[s.name].relaxed(OPS, s, run.draws[s.name], index, kept[s.name])
+                s.name: run.plan.estimators[s.name].relaxed(OPS, s, run.draws[s.name], index, kept.get(s.name, Kept()))
                 for s in members
             }
+            values = {n: v if v.requires_grad else v.clone().requires_grad_() for n, v in values.items()}
             with StopParameters():
                 terms = self._rerun(run, group, values, temperature)
                 costs = downstream_costs(OPS, run.plan.graph, terms, members)

@@ -18,13 +18,16 @@ from ppl_estimators import (
     Constant,
     ControlVariate,
     DisARM,
+    DoubleControlVariate,
     Enumerate,
     Learned,
     LeaveOneOut,
     MovingAverage,
+    MuProp,
     OptimalConstant,
     Pathwise,
     Reinforce,
+    Stein,
     StickingTheLanding,
 )
 
@@ -77,6 +80,10 @@ NVIL = kept("nvil", {"*": Reinforce(MovingAverage() + Learned(hidden=4))})
 REBARS = kept("rebar", {"*": REBAR()})
 RELAXES = kept("relax", {"*": RELAX(hidden=4)})
 RELAXES_MODEL = kept("relax_model", {"*": RELAX(hidden=4, model_term=True)})
+
+MUPROP = Mix("muprop", {"*": MuProp()})
+DOUBLE = kept("double_control_variate", {"*": DoubleControlVariate(-0.5)}, particles=3)
+STEIN = kept("stein", {"*": Stein(hidden=4)}, particles=3)
 
 EVERY_STATE: dict[str, list[Mix]] = {
     "single": [PLAIN, CONSTANT, CONTROL],
@@ -136,6 +143,9 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         REBARS,
         RELAXES,
         RELAXES_MODEL,
+        MUPROP,
+        DOUBLE,
+        STEIN,
         Mix("enumerate_disarm", {"z1": Enumerate(), "z2": DisARM()}),
         Mix("disarm_reinforce", {"z1": DisARM(), "z2": Reinforce(Constant(-1.5))}),
         kept("rebar_reinforce", {"z1": REBAR(), "z2": Reinforce(Constant(-1.5))}),
@@ -156,6 +166,7 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         Mix("enumerate_score", {"z*": Enumerate(), "w": LOO}, particles=4),
         Mix("loo", {"*": LOO}, particles=4),
         kept("rebar_pathwise", {"z*": REBAR(), "w": Pathwise()}),
+        kept("muprop_stein", {"z1": MuProp(MovingAverage()), "z2": Stein(), "w": Pathwise()}, particles=3),
         kept("relax_model", {"z1": RELAX(hidden=4, model_term=True), "z2": DisARM()}),
     ],
     "delta": [AUTO, Mix("disarm", {"z": DisARM()})],
@@ -166,11 +177,14 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         ENUMERATE,
         NVIL,
         kept("relax_model", {"*": RELAX(hidden=4, model_term=True)}),
+        MUPROP,
+        DOUBLE,
+        STEIN,
     ],
     "masked_by_handler": [DISARM, NVIL, REBARS, RELAXES],
     "masked_by_distribution": [DISARM, REBARS],
-    "undeclared": [LEAVE_ONE_OUT, DISARM, ENUMERATE, OPTIMAL, REBARS, RELAXES],
-    "event": [LEAVE_ONE_OUT, DISARM, ENUMERATE, REBARS, RELAXES],
+    "undeclared": [LEAVE_ONE_OUT, DISARM, ENUMERATE, OPTIMAL, REBARS, RELAXES, STEIN],
+    "event": [LEAVE_ONE_OUT, DISARM, ENUMERATE, REBARS, RELAXES, MUPROP, DOUBLE, STEIN],
     "crossed": [
         LEAVE_ONE_OUT,
         DISARM,
