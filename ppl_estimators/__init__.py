@@ -6,11 +6,14 @@ This module holds the specs and imports neither torch nor jax. The ELBOs are in 
 
 from .core.errors import EstimatorError, EstimatorWarning
 from .core.objectives import EvidenceLowerBound, ImportanceWeighted, Renyi
+from .estimators.antithetic import Antithetic
+from .estimators.average import Average
 from .estimators.baselines.constant import Constant
 from .estimators.baselines.learned import Given, Learned
 from .estimators.baselines.leave_one_out import LeaveOneOut
 from .estimators.baselines.moving_average import MovingAverage
 from .estimators.baselines.optimal_constant import OptimalConstant
+from .estimators.combine import Combine
 from .estimators.control_variate import ControlVariate
 from .estimators.disarm import DisARM
 from .estimators.double_control_variate import DoubleControlVariate
@@ -21,6 +24,7 @@ from .estimators.pathwise import Pathwise
 from .estimators.rebar import REBAR
 from .estimators.reinforce import Reinforce
 from .estimators.relax import RELAX
+from .estimators.repeat import Repeat
 from .estimators.stein import Stein
 from .estimators.sticking_the_landing import StickingTheLanding
 from .estimators.vargrad import VarGrad
@@ -31,6 +35,9 @@ __all__ = [
     "NVIL",
     "REBAR",
     "RELAX",
+    "Antithetic",
+    "Average",
+    "Combine",
     "Constant",
     "ControlVariate",
     "DisARM",
@@ -49,6 +56,7 @@ __all__ = [
     "Pathwise",
     "Reinforce",
     "Renyi",
+    "Repeat",
     "Stein",
     "StickingTheLanding",
     "VarGrad",

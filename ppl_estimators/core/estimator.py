@@ -47,6 +47,8 @@ class Estimator(Spec):
     #: temperature that the estimator keeps (so that the cost is smooth); "mean", at their probabilities; "drawn", as in
     #: the run (the relaxed value then is the drawn one)
     downstream: ClassVar[str] = "relaxed"
+    #: does each counterfactual value move one element, with the dependent others as drawn?
+    lanewise: ClassVar[bool] = False
     #: fewest particles it needs
     min_particles: ClassVar[int] = 1
     #: what to use instead, for the error that `check` raises
@@ -111,6 +113,14 @@ class Estimator(Spec):
     def relaxed(self, ops: Ops, site: Site, draw: Draw, index: int, kept: Kept) -> Array:
         """The relaxed value number ``index``, differentiable in ``kept``."""
         raise NotImplementedError
+
+    def scored(self, draw: Draw) -> Mapping[str, Array]:
+        """Values other than the drawn one whose log q it wants (``[*batch]``, in ``Draw.extra`` under these labels)."""
+        return {}
+
+    def downstream_temperature(self, ops: Ops, site: Site, index: int, kept: Kept) -> Array | None:
+        """Of the discrete sites downstream, while relaxed value number ``index`` is evaluated; None for their means."""
+        return None
 
     # ---- costs in, surrogate out --------------------------------------------------------------------------------
 

@@ -108,11 +108,14 @@ class Site:
 
     def sum_lanes(self, ops: Ops, x: Array) -> Array:
         """Elementwise ``[*lead, *batch, *event]`` (one axis per element) to the cost's ``[*lead, *plates]``."""
-        events = len(self.event_shape) - (self.family == families.ONEHOT)
-        if events:
-            x = ops.sum(x, axis=tuple(range(-events, 0)))
+        x = self.sum_event(ops, x)
         undeclared = tuple(i + self.lead for i in self.lane_axes if i < len(self.batch_shape))
         return ops.sum(x, axis=undeclared, keepdims=True) if undeclared else x
+
+    def sum_event(self, ops: Ops, x: Array) -> Array:
+        """Elementwise ``[*lead, *batch, *event]`` (one axis per element) to ``[*lead, *batch]``."""
+        events = len(self.event_shape) - (self.family == families.ONEHOT)
+        return ops.sum(x, axis=tuple(range(-events, 0))) if events else x
 
     def sum_elements(self, ops: Ops, x: Array) -> Array:
         """``[*lead, *batch, *event]`` in the shape of a value (the category axis of a one-hot too) to

@@ -66,6 +66,9 @@ class REBAR(Estimator):
     def relaxed(self, ops: Ops, site: Site, draw: Draw, index: int, kept: Kept) -> Array:
         return soft_values(ops, site, draw, kept)[index](ops.stop_gradient(site.logits))
 
+    def downstream_temperature(self, ops: Ops, site: Site, index: int, kept: Kept) -> Array | None:
+        return ops.exp(kept.parameters["log_temperature"])
+
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         a = ops.stop_gradient(site.logits)
         eta = ops.exp(kept.parameters["log_scale"])

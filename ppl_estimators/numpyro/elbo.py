@@ -271,7 +271,8 @@ class _Step:
         noise = {}
         for i, (label, n) in enumerate(estimator.noise(site).items()):
             if n.law == "value":
-                noise[label] = jax.lax.stop_gradient(self.elbo._sample(name, msg["fn"], key)[0])
+                own = key if i == 0 else jax.random.fold_in(key, i)
+                noise[label] = jax.lax.stop_gradient(self.elbo._sample(name, msg["fn"], own)[0])
             else:
                 noise[label] = self.elbo._noise(name, label, n, jax.random.fold_in(key, i))
         draws[name] = _stopped(estimator.draw(OPS, site, noise), site)
@@ -293,6 +294,9 @@ class _Step:
         value = site.value if site.family == families.OTHER else draws[site.name].value
         if estimator.score:
             site.log_q = log_q(fn, value)
+            scores = {label: log_q(fn, v) for label, v in estimator.scored(draws[site.name]).items()}
+            if scores:
+                draws[site.name] = Draw(draws[site.name].value, {**draws[site.name].extra, **scores})
         if _uses(estimator, OptimalConstant):
             site.score_norm = score_norm(site, fn, value)
         if isinstance(estimator, ControlVariate):
@@ -399,11 +403,8 @@ class _Step:
         """Costs ``[M, *plates]`` at relaxed values and their slopes ``[M, *batch, *event]``, differentiable in what
         the estimators keep and in nothing else."""
         members = [sites[n] for n in group.sites]
-        temperature = None
-        if group.downstream == "relaxed":
-            temperature = jnp.exp(kept[group.sites[0]].parameters["log_temperature"])
 
-        def total(values: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        def total(values: dict[str, Array], temperature: Array | None) -> tuple[Array, dict[str, Array]]:
             terms = self._rerun(plan, group, key, values, temperature)
             found = downstream_costs(OPS, plan.graph, terms, members)
             return sum(jnp.sum(t.value) for t in terms), found
@@ -415,7 +416,11 @@ class _Step:
                 s.name: plan.estimators[s.name].relaxed(OPS, s, draws[s.name], index, kept.get(s.name, Kept()))
                 for s in members
             }
-            slopes, costs = jax.grad(total, has_aux=True)(values)
+            first = members[0]
+            temperature = plan.estimators[first.name].downstream_temperature(
+                OPS, first, index, kept.get(first.name, Kept())
+            )
+            slopes, costs = jax.grad(total, has_aux=True)(values, temperature)
             for n in group.sites:
                 relaxed[n].append(costs[n])
                 slope[n].append(slopes[n])

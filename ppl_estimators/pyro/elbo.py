@@ -360,18 +360,22 @@ class _Step:
         if estimator.pathwise:
             return self._plain(msg)
         site = run.sites[name] = plan.view(msg, static)
-        noise = {}
-        for label, n in estimator.noise(site).items():
-            if n.law == "value":
-                with torch.no_grad():
-                    noise[label] = self._plain(msg)
-            else:
+        declared = estimator.noise(site)
+        noise = self._own_values(msg, declared)
+        for label, n in declared.items():
+            if n.law != "value":
                 noise[label] = self.elbo._noise(name, label, n, site.logits)
         run.noise[name] = noise
         with torch.no_grad():
             draw = estimator.draw(OPS, site, noise)
         run.draws[name] = draw
         return draw.value
+
+    def _own_values(self, msg: Message, declared: Mapping[str, Noise]) -> dict[str, Array]:
+        """The noise that is a draw from the site's own distribution: before any other, so that a seeded stream gives
+        the same ones when only they are drawn again."""
+        with torch.no_grad():
+            return {label: self._plain(msg) for label, n in declared.items() if n.law == "value"}
 
     def _choose(self, msg: Message, static: tuple[Any, ...]) -> Estimator:
         """The estimator of a site; once chosen it stays, whatever the structure around the site. A site that the plan
@@ -394,6 +398,9 @@ class _Step:
         fn, value = msg["fn"], msg["value"]
         if estimator.score:
             site.log_q = msg["log_q"] if "log_q" in msg else log_q(fn, value)
+            scores = {label: log_q(fn, v) for label, v in estimator.scored(run.draws[site.name]).items()}
+            if scores:
+                run.draws[site.name] = Draw(value, {**run.draws[site.name].extra, **scores})
         if _uses(estimator, OptimalConstant):
             site.score_norm = score_norm(site, fn, value)
         if estimator.keeps and site.family == families.OTHER:
@@ -451,11 +458,9 @@ class _Step:
                 return relaxation.downstream(OPS, site.family, site.logits, u, temperature)
             if estimator.pathwise:
                 return self._plain(msg)
-            noise = dict(run.noise[name])
-            if "value" in noise:
-                with torch.no_grad():
-                    noise["value"] = self._plain(msg)
-            return estimator.draw(OPS, view(msg), noise).value
+            site = view(msg)
+            noise = {**run.noise[name], **self._own_values(msg, estimator.noise(site))}
+            return estimator.draw(OPS, site, noise).value
 
         model, guide = self.model, self.guide
         if vectorized is not None:
@@ -531,9 +536,6 @@ class _Step:
         """Costs ``[M, *plates]`` at relaxed values and their slopes ``[M, *batch, *event]``, differentiable in what
         the estimators keep and in nothing else."""
         members = [run.sites[n] for n in group.sites]
-        temperature = None
-        if group.downstream == "relaxed":
-            temperature = kept[group.sites[0]].parameters["log_temperature"].exp()
         relaxed: dict[str, list[Array]] = {n: [] for n in group.sites}
         slope: dict[str, list[Array]] = {n: [] for n in group.sites}
         for index in range(group.relaxations):
@@ -542,6 +544,8 @@ class _Step:
                 for s in members
             }
             values = {n: v if v.requires_grad else v.clone().requires_grad_() for n, v in values.items()}
+            first, estimator = members[0], run.plan.estimators[members[0].name]
+            temperature = estimator.downstream_temperature(OPS, first, index, kept.get(first.name, Kept()))
             with StopParameters():
                 terms = self._rerun(run, group, values, temperature)
                 costs = downstream_costs(OPS, run.plan.graph, terms, members)

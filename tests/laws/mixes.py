@@ -15,6 +15,9 @@ import pytest
 from ppl_estimators import (
     REBAR,
     RELAX,
+    Antithetic,
+    Average,
+    Combine,
     Constant,
     ControlVariate,
     DisARM,
@@ -27,6 +30,7 @@ from ppl_estimators import (
     OptimalConstant,
     Pathwise,
     Reinforce,
+    Repeat,
     Stein,
     StickingTheLanding,
 )
@@ -83,6 +87,8 @@ RELAXES_MODEL = kept("relax_model", {"*": RELAX(hidden=4, model_term=True)})
 
 MUPROP = Mix("muprop", {"*": MuProp()})
 DOUBLE = kept("double_control_variate", {"*": DoubleControlVariate(-0.5)}, particles=3)
+REPEAT = Mix("repeat", {"*": Repeat(3, LOO)})
+COMBINE = kept("combine", {"*": Combine((DisARM(), REBAR(), Reinforce(MovingAverage())))})
 STEIN = kept("stein", {"*": Stein(hidden=4)}, particles=3)
 
 EVERY_STATE: dict[str, list[Mix]] = {
@@ -146,6 +152,9 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         MUPROP,
         DOUBLE,
         STEIN,
+        REPEAT,
+        COMBINE,
+        Mix("antithetic_average", {"z1": Antithetic(Reinforce()), "z2": Average((DisARM(), Enumerate()))}),
         Mix("enumerate_disarm", {"z1": Enumerate(), "z2": DisARM()}),
         Mix("disarm_reinforce", {"z1": DisARM(), "z2": Reinforce(Constant(-1.5))}),
         kept("rebar_reinforce", {"z1": REBAR(), "z2": Reinforce(Constant(-1.5))}),
@@ -180,11 +189,13 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         MUPROP,
         DOUBLE,
         STEIN,
+        REPEAT,
+        COMBINE,
     ],
     "masked_by_handler": [DISARM, NVIL, REBARS, RELAXES],
     "masked_by_distribution": [DISARM, REBARS],
     "undeclared": [LEAVE_ONE_OUT, DISARM, ENUMERATE, OPTIMAL, REBARS, RELAXES, STEIN],
-    "event": [LEAVE_ONE_OUT, DISARM, ENUMERATE, REBARS, RELAXES, MUPROP, DOUBLE, STEIN],
+    "event": [LEAVE_ONE_OUT, DISARM, ENUMERATE, REBARS, RELAXES, MUPROP, DOUBLE, STEIN, REPEAT],
     "crossed": [
         LEAVE_ONE_OUT,
         DISARM,
@@ -196,15 +207,17 @@ ON_AVERAGE: dict[str, list[Mix]] = {
     "reentered": [LEAVE_ONE_OUT, ENUMERATE],
     "reentered_same_plate": [LEAVE_ONE_OUT, DISARM, ENUMERATE, OPTIMAL, REBARS],
     "auxiliary": [LEAVE_ONE_OUT, DISARM, ENUMERATE, REBARS],
-    "mixture": [Mix("loo", {"w": LOO}, particles=4)],
+    "mixture": [Mix("loo", {"w": LOO}, particles=4), Mix("repeat", {"w": Repeat(4, LOO)})],
     "wrapped": [
         AUTO,
         Mix("loo", {"*": LOO}, particles=4),
+        Mix("repeat", {"*": Repeat(4, LOO)}),
         Mix("optimal", {"*": Reinforce(OptimalConstant())}, particles=8),
     ],
     "categories": [
         LEAVE_ONE_OUT,
         ENUMERATE,
+        REPEAT,
         kept("enumerate_rebar", {"k": Enumerate(), "z": REBAR()}),
         kept("relax_disarm", {"k": RELAX(hidden=4), "z": RELAX(hidden=4, model_term=True)}),
     ],
