@@ -14,11 +14,17 @@ from .estimators.baselines.optimal_constant import OptimalConstant
 from .estimators.control_variate import ControlVariate
 from .estimators.disarm import DisARM
 from .estimators.enumerate import Enumerate
+from .estimators.gapped_straight_through import GappedStraightThrough
+from .estimators.gumbel_softmax import GumbelSoftmax
+from .estimators.gumbel_straight_through import GumbelStraightThrough
 from .estimators.pathwise import Pathwise
+from .estimators.rao_gumbel import RaoGumbel
 from .estimators.rebar import REBAR
 from .estimators.reinforce import Reinforce
+from .estimators.reinmax import ReinMax
 from .estimators.relax import RELAX
 from .estimators.sticking_the_landing import StickingTheLanding
+from .estimators.straight_through import StraightThrough
 
 __version__ = "0.1.0"
 
@@ -32,14 +38,20 @@ __all__ = [
     "EstimatorError",
     "EstimatorWarning",
     "EvidenceLowerBound",
+    "GappedStraightThrough",
     "Given",
+    "GumbelSoftmax",
+    "GumbelStraightThrough",
     "ImportanceWeighted",
     "Learned",
     "LeaveOneOut",
     "MovingAverage",
     "OptimalConstant",
     "Pathwise",
+    "RaoGumbel",
+    "ReinMax",
     "Reinforce",
     "Renyi",
     "StickingTheLanding",
+    "StraightThrough",
 ]
