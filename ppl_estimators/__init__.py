@@ -17,6 +17,7 @@ from .estimators.enumerate import Enumerate
 from .estimators.gapped_straight_through import GappedStraightThrough
 from .estimators.gumbel_softmax import GumbelSoftmax
 from .estimators.gumbel_straight_through import GumbelStraightThrough
+from .estimators.implicit_pathwise import ImplicitPathwise
 from .estimators.pathwise import Pathwise
 from .estimators.rao_gumbel import RaoGumbel
 from .estimators.rebar import REBAR
@@ -42,6 +43,7 @@ __all__ = [
     "Given",
     "GumbelSoftmax",
     "GumbelStraightThrough",
+    "ImplicitPathwise",
     "ImportanceWeighted",
     "Learned",
     "LeaveOneOut",

@@ -24,6 +24,7 @@ from ppl_estimators import (
     GappedStraightThrough,
     GumbelSoftmax,
     GumbelStraightThrough,
+    ImplicitPathwise,
     Learned,
     LeaveOneOut,
     MovingAverage,
@@ -81,6 +82,7 @@ ROWS = {
     RELAX(baseline=None): (DISCRETE, 1, 1, {"parameters", "networks"}),
     RELAX(model_term=True): ({"Bernoulli", "OneHot"}, 3, 1, {"parameters", "networks", "state"}),
     **{e: ({"Bernoulli", "OneHot"}, 1, 1, set()) for e in BIASED},
+    ImplicitPathwise(): ({"Normal"}, 1, 1, set()),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import jax
@@ -146,7 +147,8 @@ class Law:
 
     @property
     def discrete(self) -> bool:
-        return bool(self.fn.support.is_discrete)
+        support = self.fn.support
+        return support is not None and bool(support.is_discrete)
 
     def cdf(self, z: Array) -> Array:
         return self.fn.cdf(z)
@@ -162,9 +164,9 @@ class Law:
             f, back = jax.vjp(lambda leaves: tree.unflatten(leaves).cdf(z), leaves)
             return back(jnp.ones_like(f))
 
-        jax.eval_shape(
-            pull, *jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), (leaves, z))
-        )
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), (leaves, z))
+        with contextlib.suppress(jax.errors.UnexpectedTracerError):  # parameters that the class does not declare
+            jax.eval_shape(pull, *shapes)
 
 
 def cost_log_prob(fn: dist.Distribution, value: Array, intermediates: Any = None) -> Array:

@@ -127,7 +127,10 @@ class Law:
 
     @property
     def discrete(self) -> bool:
-        return bool(self.fn.support.is_discrete)
+        try:
+            return bool(self.fn.support.is_discrete)
+        except NotImplementedError:  # a class of the user's that declares no support
+            return False
 
     def cdf(self, z: Array) -> Array:
         return self.fn.cdf(z)
