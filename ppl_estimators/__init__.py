@@ -18,15 +18,22 @@ from .estimators.control_variate import ControlVariate
 from .estimators.disarm import DisARM
 from .estimators.double_control_variate import DoubleControlVariate
 from .estimators.enumerate import Enumerate
+from .estimators.gapped_straight_through import GappedStraightThrough
+from .estimators.gumbel_softmax import GumbelSoftmax
+from .estimators.gumbel_straight_through import GumbelStraightThrough
+from .estimators.implicit_pathwise import ImplicitPathwise
 from .estimators.muprop import MuProp
 from .estimators.nvil import NVIL
 from .estimators.pathwise import Pathwise
+from .estimators.rao_gumbel import RaoGumbel
 from .estimators.rebar import REBAR
 from .estimators.reinforce import Reinforce
+from .estimators.reinmax import ReinMax
 from .estimators.relax import RELAX
 from .estimators.repeat import Repeat
 from .estimators.stein import Stein
 from .estimators.sticking_the_landing import StickingTheLanding
+from .estimators.straight_through import StraightThrough
 from .estimators.vargrad import VarGrad
 
 __version__ = "0.1.0"
@@ -46,7 +53,11 @@ __all__ = [
     "EstimatorError",
     "EstimatorWarning",
     "EvidenceLowerBound",
+    "GappedStraightThrough",
     "Given",
+    "GumbelSoftmax",
+    "GumbelStraightThrough",
+    "ImplicitPathwise",
     "ImportanceWeighted",
     "Learned",
     "LeaveOneOut",
@@ -54,10 +65,13 @@ __all__ = [
     "MuProp",
     "OptimalConstant",
     "Pathwise",
+    "RaoGumbel",
+    "ReinMax",
     "Reinforce",
     "Renyi",
     "Repeat",
     "Stein",
     "StickingTheLanding",
+    "StraightThrough",
     "VarGrad",
 ]

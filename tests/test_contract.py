@@ -26,16 +26,23 @@ from ppl_estimators import (
     DoubleControlVariate,
     Enumerate,
     EstimatorError,
+    GappedStraightThrough,
+    GumbelSoftmax,
+    GumbelStraightThrough,
+    ImplicitPathwise,
     Learned,
     LeaveOneOut,
     MovingAverage,
     MuProp,
     OptimalConstant,
     Pathwise,
+    RaoGumbel,
     Reinforce,
+    ReinMax,
     Repeat,
     Stein,
     StickingTheLanding,
+    StraightThrough,
 )
 from ppl_estimators.core.estimator import Estimator
 from ppl_estimators.estimators.baselines.base import Baseline
@@ -56,6 +63,14 @@ def identity_mean(d):
     return d.mean
 
 
+BIASED = (
+    StraightThrough(),
+    ReinMax(),
+    GumbelSoftmax(),
+    GumbelStraightThrough(),
+    RaoGumbel(3),
+    GappedStraightThrough(),
+)
 # estimator: (families, evaluations of the model per step at a Bernoulli site or its first family, particles, keeps)
 ROWS = {
     Pathwise(): ({"Normal"}, 1, 1, set()),
@@ -85,6 +100,8 @@ ROWS = {
     RELAX(): (DISCRETE, 1, 1, {"parameters", "networks", "state"}),
     RELAX(baseline=None): (DISCRETE, 1, 1, {"parameters", "networks"}),
     RELAX(model_term=True): ({"Bernoulli", "OneHot"}, 3, 1, {"parameters", "networks", "state"}),
+    **{e: ({"Bernoulli", "OneHot"}, 1, 1, set()) for e in BIASED},
+    ImplicitPathwise(): ({"Normal"}, 1, 1, set()),
 }
 
 
@@ -102,6 +119,7 @@ def test_docstrings_have_the_head_and_a_reference(estimator):
     doc = type(estimator).__doc__
     for word in ("Approximates", "With", "Requires", "Reference", ">>>"):
         assert word in doc, word
+    assert doc.startswith("Biased: ") is not type(estimator).unbiased
 
 
 def jax_site(family, where):
@@ -229,7 +247,9 @@ def test_saturated_bernoulli_sites_stay_finite_in_float32(estimator, logit):
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
-@pytest.mark.parametrize("estimator", [Reinforce(LeaveOneOut()), DisARM(), Enumerate(), RELAX(), REBAR()], ids=repr)
+@pytest.mark.parametrize(
+    "estimator", [Reinforce(LeaveOneOut()), DisARM(), Enumerate(), RELAX(), REBAR(), *BIASED], ids=repr
+)
 def test_probabilities_of_exactly_zero_and_one_stay_finite(estimator, p):
     particles = ROWS[estimator][2]
 

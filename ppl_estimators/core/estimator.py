@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .errors import site_error
-from .families import DISCRETE
+from .families import NAMES
 from .keep import Initial, Kept, Network
 from .ops import Array, Ops
 from .site import Costs, Draw, Local, Site
@@ -16,11 +16,13 @@ from .spec import Spec
 
 @dataclass(frozen=True)
 class Noise:
-    """Noise that an estimator asks for: ``law`` "uniform" on (0, 1), "normal", or "value" (a draw from the site's own
-    distribution; the shape is then the site's)."""
+    """What an estimator asks for to draw with. ``law`` is "uniform" on (0, 1), "normal", "gamma" (of unit rate, and of
+    ``concentration``, in its shape), "value" (a draw from the site's own distribution; the shape is then the site's),
+    or "state" (no noise, but the present value of what the estimator keeps under this label)."""
 
     law: str
     shape: tuple[int, ...] = ()
+    concentration: Any = None
 
 
 OWN_VALUE: Mapping[str, Noise] = {"value": Noise("value")}
@@ -37,8 +39,12 @@ class Estimator(Spec):
     unbiased: ClassVar[bool] = True
     #: families it supports; None for every distribution
     families: ClassVar[tuple[str, ...] | None] = None
-    #: does the value carry the gradient (reparameterisation)? Then nothing below is used.
+    #: does the value carry a gradient (reparameterisation)? Then -log q keeps its own gradient too.
     pathwise: ClassVar[bool] = False
+    #: is that value the library's own reparameterised draw? Then `noise` and `draw` are not used.
+    library_draw: ClassVar[bool] = False
+    #: does a pathwise estimator also have a surrogate in its downstream cost? All the others have one.
+    corrected: ClassVar[bool] = False
     #: does it use the log probability of the drawn value (`Site.log_q`)?
     score: ClassVar[bool] = False
     #: may its counterfactual values be evaluated together with those of sites that don't depend on it?
@@ -60,7 +66,7 @@ class Estimator(Spec):
         """Raise `EstimatorError` where the estimator cannot work."""
         name = type(self).__name__
         if self.families is not None and site.family not in self.families:
-            wanted = " or ".join(_FAMILY_NAMES[f] for f in self.families)
+            wanted = " or ".join(NAMES[f] for f in self.families)
             raise site_error(site.name, f"{name} needs a {wanted} site, got {site.distribution}", self.instead + ".")
         if particles < self.min_particles:
             raise site_error(
@@ -104,6 +110,7 @@ class Estimator(Spec):
         return OWN_VALUE
 
     def draw(self, ops: Ops, site: Site, noise: Mapping[str, Array]) -> Draw:
+        """Differentiable in the site's parameters where the estimator is pathwise."""
         return Draw(noise["value"])
 
     def alternative(self, ops: Ops, site: Site, draw: Draw, index: Array) -> Array:
@@ -134,5 +141,7 @@ class Estimator(Spec):
         """Does it declare anything? (parameters, networks or state, at whatever site)"""
         return False
 
-
-_FAMILY_NAMES = dict(zip(DISCRETE, ("Bernoulli", "Categorical", "OneHotCategorical"), strict=True))
+    @property
+    def local_part(self) -> bool:
+        """Is `local` asked for a surrogate?"""
+        return self.corrected or not self.pathwise

@@ -16,7 +16,7 @@ from ..estimators.reinforce import Reinforce
 from .credit import Graph
 from .errors import EstimatorError, EstimatorWarning, site_error
 from .estimator import Estimator
-from .families import BERNOULLI, DISCRETE, ONEHOT
+from .families import BERNOULLI, DISCRETE, RELAXABLE
 from .site import Site, Term
 
 #: the default spends at most this many extra evaluations of model and guide per step, all sites together
@@ -75,12 +75,17 @@ class Plan:
 
     @property
     def local(self) -> list[str]:
-        """Sites whose gradient does not flow through the value."""
-        return [name for name, e in self.estimators.items() if not e.pathwise]
+        """Sites with a surrogate of their own."""
+        return [name for name, e in self.estimators.items() if e.local_part]
+
+    @property
+    def soft(self) -> frozenset[str]:
+        """Discrete sites whose value carries a gradient: only our log probability is differentiable in it."""
+        return frozenset(n for n, e in self.estimators.items() if e.pathwise and self.sites[n].family in RELAXABLE)
 
     def relaxable(self, name: str) -> bool:
         """Can the site take relaxed values?"""
-        return not self.estimators[name].pathwise and self.sites[name].family in (BERNOULLI, ONEHOT)
+        return not self.estimators[name].pathwise and self.sites[name].family in RELAXABLE
 
 
 def make_plan(
@@ -193,7 +198,7 @@ def _together(
 def _check_relaxable(name: str, views: Mapping[str, Site], chosen: Mapping[str, Estimator], graph: Graph) -> None:
     """A hard draw downstream of a relaxed value would make the cost jump: the gradient would be biased."""
     for down in graph.descendants(frozenset([name])):
-        if not chosen[down].pathwise and (views[down].family not in (BERNOULLI, ONEHOT) or views[down].time):
+        if chosen[down].local_part and (views[down].family not in RELAXABLE or views[down].time):
             raise site_error(
                 name,
                 f"{type(chosen[name]).__name__} differentiates the cost at relaxed values, but site '{down}' "

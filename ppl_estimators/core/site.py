@@ -53,7 +53,8 @@ class Site:
     time: bool = False  # drawn inside a scan: a leading batch axis of dependent steps
     scale: Any = 1.0
     logits: Array | None = None
-    parameters: tuple[Array, ...] = ()  # every distribution parameter, [*lead, *batch, ...]
+    named: Mapping[str, Array] = field(default_factory=dict)  # distribution parameters by name, [*lead, *batch, ...]
+    law: Any = None  # the library's distribution of one element: `cdf(z)`, `log_prob(z)`, `slope(z)`, `event_shape`
     log_q: Array | None = None  # log q(stop(value)), unscaled and unmasked, [*lead, *batch]
     score_norm: Array | None = None  # squared norm of its derivative in the parameters, [*lead, *plates]
     value: Array | None = None
@@ -100,6 +101,11 @@ class Site:
     def categories(self) -> int:
         """Size of the support of one element (Bernoulli and categorical families)."""
         return 2 if self.family == families.BERNOULLI else int(self.logits.shape[-1])
+
+    @property
+    def parameters(self) -> tuple[Array, ...]:
+        """Every distribution parameter."""
+        return tuple(self.named.values())
 
     def spread(self, ops: Ops, cost: Array, trailing: int = 0) -> Array:
         """A cost ``[..., *plates]`` broadcastable against values ``[..., *batch, *event]`` (and the category axis)."""

@@ -75,7 +75,7 @@ class Repeat(Several):
             site,
             scale=tile(site.scale),
             logits=tile(site.logits),
-            parameters=tuple(map(tile, site.parameters)),
+            named={k: tile(x) for k, x in site.named.items()},
             log_q=ops.concat([draw.extra[f"{j}_log_q"] for j in range(n)], axis=0) if self.score else None,
         )
         together = Draw(

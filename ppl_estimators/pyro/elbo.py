@@ -38,8 +38,8 @@ from ..estimators.pathwise import Pathwise
 from ..estimators.reinforce import Reinforce
 from ..estimators.sticking_the_landing import StickingTheLanding
 from .dependencies import Provenance, StopParameters
-from .distributions import log_q, natural_parameters, parameters, score_norm
-from .keep import Keeper, update_state
+from .distributions import Law, log_q, natural_parameters, parameters, score_norm
+from .keep import Keeper, read_state, update_state
 from .ops import OPS
 from .run import Message, Traces, dependencies, enumerated, execute, plates_of, terms_of, view
 
@@ -142,6 +142,8 @@ class EstimatorELBO(ELBO):
         dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
         if noise.law == "normal":
             return torch.randn(noise.shape, dtype=dtype, device=like.device)
+        if noise.law == "gamma":
+            return torch._standard_gamma(noise.concentration.detach())
         info = torch.finfo(dtype)
         return torch.rand(noise.shape, dtype=dtype, device=like.device).clamp(info.tiny, 1 - info.eps / 2)
 
@@ -154,6 +156,7 @@ class _Run:
     draws: dict[str, Draw]
     noise: dict[str, dict[str, Array]]
     rng: dict[str, int]  # seeds of the sites that counterfactual evaluations draw again
+    soft: set[str] = field(default_factory=set)  # discrete sites whose value carries a gradient
     terms: list[Term] = field(default_factory=list)
     depends_on: dict[tuple[str, str], frozenset[str]] = field(default_factory=dict)
     sites: dict[str, Site] = field(default_factory=dict)
@@ -187,8 +190,8 @@ class _TorchPlan:
             return view(msg)
         facts = self.sites[msg["name"]]
         logits = natural_parameters(fn, facts.family)
-        known = () if logits is None else (logits,)
-        return facts.filled(scale=msg["scale"], logits=logits, parameters=known, value=msg["value"])
+        named = {} if logits is None else {"logits": logits}
+        return facts.filled(scale=msg["scale"], logits=logits, named=named, law=Law(fn), value=msg["value"])
 
     @cached_property
     def redrawn(self) -> frozenset[str]:
@@ -298,7 +301,8 @@ class _Step:
                 elbo._chosen.setdefault((n, static[n]), estimator)
             self._check_program(traces)
             # arrays of this run are not wanted: only facts
-            facts = {n: replace(s, value=None, scale=1.0, logits=None, parameters=()) for n, s in shared.sites.items()}
+            none = {"value": None, "scale": 1.0, "logits": None, "named": {}, "law": None}
+            facts = {n: replace(s, **none) for n, s in shared.sites.items()}
             plan = elbo._plans[signature] = _TorchPlan(replace(shared, sites=facts), depends_on, static)
         elbo._plan = plan
         return plan
@@ -322,16 +326,16 @@ class _Step:
         latents = run.traces.latents()
         if not detail:
             keys = [("model", n) for n in run.traces.model] + [("guide", n) for n in run.traces.guide]
-            run.terms = terms_of(run.traces, dict.fromkeys(keys, frozenset()))
+            run.terms = terms_of(run.traces, dict.fromkeys(keys, frozenset()), frozenset(run.soft))
             return run
         run.plan = self._planned(run.traces, provenance)
         run.depends_on = run.plan.depends_on
         if run.plan is not plan:  # another structure; no run is ever thrown away, that would select what is drawn
             run.sites = {n: run.plan.view(latents[n]) for n in run.plan.local}
         plan = run.plan
-        local = frozenset(plan.local)
+        local = frozenset(n for n in plan.local if not plan.estimators[n].pathwise)
         score_only = frozenset() if elbo.objective.keeps_score else local
-        run.terms = terms_of(run.traces, run.depends_on, score_only=score_only, local=local)
+        run.terms = terms_of(run.traces, run.depends_on, frozenset(run.soft), score_only=score_only, local=local)
         if is_validation_enabled() and id(plan) not in elbo._validated:
             elbo._validated.add(id(plan))  # a plan fixes every shape
             for record in (run.traces.model, run.traces.guide):
@@ -357,25 +361,39 @@ class _Step:
     def _draw_now(self, plan: _TorchPlan, run: _Run, msg: Message) -> Array:
         name, static = msg["name"], _static(msg)
         estimator = self._choose(msg, static)
-        if estimator.pathwise:
+        if estimator.library_draw:
             return self._plain(msg)
-        site = run.sites[name] = plan.view(msg, static)
-        declared = estimator.noise(site)
-        noise = self._own_values(msg, declared)
-        for label, n in declared.items():
-            if n.law != "value":
-                noise[label] = self.elbo._noise(name, label, n, site.logits)
-        run.noise[name] = noise
-        with torch.no_grad():
-            draw = estimator.draw(OPS, site, noise)
-        run.draws[name] = draw
+        site = plan.view(msg, static)
+        draw, run.noise[name] = self._drawn(msg, site, estimator, {})
+        if estimator.local_part:
+            run.sites[name] = site
+            run.draws[name] = Draw(*tree_map(_detached, (draw.value, dict(draw.extra))))
+        if estimator.pathwise and site.family in families.RELAXABLE:
+            run.soft.add(name)
         return draw.value
 
-    def _own_values(self, msg: Message, declared: Mapping[str, Noise]) -> dict[str, Array]:
-        """The noise that is a draw from the site's own distribution: before any other, so that a seeded stream gives
-        the same ones when only they are drawn again."""
-        with torch.no_grad():
-            return {label: self._plain(msg) for label, n in declared.items() if n.law == "value"}
+    def _drawn(
+        self, msg: Message, site: Site, estimator: Estimator, before: Mapping[str, Array]
+    ) -> tuple[Draw, dict[str, Array]]:
+        """What an estimator draws at a site, and from which noise: that of ``before``, but for what the site's own
+        parameters shape."""
+        if estimator.families is not None and not site.named:
+            site.named = parameters(msg["fn"])
+        like = site.logits if site.logits is not None else next(iter(site.named.values()), torch.empty(()))
+        declared = estimator.noise(site)
+        with torch.no_grad():  # values first, so that a seeded stream gives the same when only they are drawn again
+            noise = {label: self._plain(msg) for label, n in declared.items() if n.law == "value"}
+        for label, n in declared.items():
+            if n.law == "value":
+                continue
+            if n.law == "state":
+                noise[label] = read_state(site.name, label, estimator.state(site)[label], like)
+            elif label in before and n.law != "gamma":
+                noise[label] = before[label]
+            else:
+                noise[label] = self.elbo._noise(site.name, label, n, like)
+        with nullcontext() if estimator.pathwise else torch.no_grad():
+            return estimator.draw(OPS, site, noise), noise
 
     def _choose(self, msg: Message, static: tuple[Any, ...]) -> Estimator:
         """The estimator of a site; once chosen it stays, whatever the structure around the site. A site that the plan
@@ -403,8 +421,8 @@ class _Step:
                 run.draws[site.name] = Draw(value, {**run.draws[site.name].extra, **scores})
         if _uses(estimator, OptimalConstant):
             site.score_norm = score_norm(site, fn, value)
-        if estimator.keeps and site.family == families.OTHER:
-            site.parameters = tuple(parameters(fn).values())
+        if not site.named and (estimator.keeps or estimator.families is not None):
+            site.named = parameters(fn)
         if isinstance(estimator, ControlVariate):
             draw = run.draws[site.name]
             run.draws[site.name] = Draw(draw.value, {**draw.extra, **estimator.measured(value, fn)})
@@ -456,11 +474,9 @@ class _Step:
                 if temperature is not None:
                     u = noise["u"] if "u" in noise else self._fresh_uniform(run, name, site)
                 return relaxation.downstream(OPS, site.family, site.logits, u, temperature)
-            if estimator.pathwise:
+            if estimator.library_draw:
                 return self._plain(msg)
-            site = view(msg)
-            noise = {**run.noise[name], **self._own_values(msg, estimator.noise(site))}
-            return estimator.draw(OPS, site, noise).value
+            return self._drawn(msg, view(msg), estimator, run.noise[name])[0].value
 
         model, guide = self.model, self.guide
         if vectorized is not None:
@@ -469,7 +485,7 @@ class _Step:
         if group.relaxations:  # the slope leads to what the estimators keep and to nothing else
             args, kwargs = tree_map(_detached, (args, kwargs))
         traces = self.execute(model, guide, args, kwargs, draw=draw, subsamples=self.subsamples)
-        relaxed = frozenset(n for n in members | soft if group.relaxations and plan.relaxable(n))
+        relaxed = run.soft | frozenset(n for n in members | soft if group.relaxations and plan.relaxable(n))
         return terms_of(traces, run.depends_on, relaxed, only=members)
 
     def _fresh_uniform(self, run: _Run, name: str, site: Site) -> Array:
@@ -647,7 +663,7 @@ class _Step:
             if t.side == "guide" and t.site in fixed:
                 t = replace(t, value=fixed[t.site])
             elif t.side == "guide" and t.site in run.sites and not self.elbo.objective.keeps_score:
-                if t.value.requires_grad:
+                if t.value.requires_grad and not plan.estimators[t.site].pathwise:
                     t = replace(t, value=t.value.detach())
             explicit.append(t)
         return explicit
@@ -670,7 +686,8 @@ class _Step:
             lead=1,
             **facts,
             logits=lead([s.logits for s in sites]),
-            parameters=tuple(lead(list(p)) for p in zip(*(s.parameters for s in sites), strict=True)),
+            named={k: lead([s.named[k] for s in sites]) for k in first.named},
+            law=None,
             log_q=lead([s.log_q for s in sites]),
             score_norm=lead([s.score_norm for s in sites]),
             value=None,
