@@ -18,6 +18,7 @@ from .estimators.gapped_straight_through import GappedStraightThrough
 from .estimators.gumbel_softmax import GumbelSoftmax
 from .estimators.gumbel_straight_through import GumbelStraightThrough
 from .estimators.implicit_pathwise import ImplicitPathwise
+from .estimators.lax import LAX
 from .estimators.pathwise import Pathwise
 from .estimators.rao_gumbel import RaoGumbel
 from .estimators.rebar import REBAR
@@ -30,6 +31,7 @@ from .estimators.straight_through import StraightThrough
 __version__ = "0.1.0"
 
 __all__ = [
+    "LAX",
     "REBAR",
     "RELAX",
     "Constant",

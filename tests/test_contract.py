@@ -15,6 +15,7 @@ import torch
 
 import ppl_estimators
 from ppl_estimators import (
+    LAX,
     REBAR,
     RELAX,
     ControlVariate,
@@ -83,6 +84,8 @@ ROWS = {
     RELAX(model_term=True): ({"Bernoulli", "OneHot"}, 3, 1, {"parameters", "networks", "state"}),
     **{e: ({"Bernoulli", "OneHot"}, 1, 1, set()) for e in BIASED},
     ImplicitPathwise(): ({"Normal"}, 1, 1, set()),
+    LAX(): ({"Normal"}, 1, 1, {"networks", "state"}),
+    LAX(baseline=None): ({"Normal"}, 1, 1, {"networks"}),
 }
 
 

@@ -103,9 +103,9 @@ def assemble(
     a = ops.stop_gradient(site.logits)
     signal = site.spread(ops, ops.stop_gradient(costs.value) - c_tilde, trailing)
     gradient = signal * score(ops, site.family, a, draw.value) + slope_z - slope_z_tilde
-    return Local(ops.stop_gradient(gradient) * site.logits, (gradient / _unit(ops, site, trailing)) ** 2)
+    return Local(ops.stop_gradient(gradient) * site.logits, (gradient / unit(ops, site, trailing)) ** 2)
 
 
-def _unit(ops: Ops, site: Site, trailing: int) -> Array:
+def unit(ops: Ops, site: Site, trailing: int = 0) -> Array:
     """The site's scale: the objective should not see the N/B of subsampling."""
     return site.spread(ops, site.scale, trailing) if hasattr(site.scale, "shape") else site.scale

@@ -27,6 +27,8 @@ from injected import (
 )
 
 from ppl_estimators import (
+    LAX,
+    Constant,
     EstimatorError,
     GappedStraightThrough,
     GumbelSoftmax,
@@ -35,14 +37,20 @@ from ppl_estimators import (
     ImportanceWeighted,
     Pathwise,
     RaoGumbel,
+    Reinforce,
     ReinMax,
     StraightThrough,
 )
+from ppl_estimators.core.families import CONTINUOUS
+from ppl_estimators.core.keep import Kept
+from ppl_estimators.core.site import Costs, Draw
 from ppl_estimators.numpyro import EstimatorELBO as Jax
-from ppl_estimators.numpyro import OneHotCategorical
+from ppl_estimators.numpyro import OneHotCategorical, with_estimators
 from ppl_estimators.numpyro.distributions import describe as jax_describe
 from ppl_estimators.numpyro.ops import OPS as JAX_OPS
 from ppl_estimators.pyro import EstimatorELBO as Torch
+from ppl_estimators.pyro.distributions import describe as torch_describe
+from ppl_estimators.pyro.distributions import parameters as torch_parameters
 
 pytestmark = [
     pytest.mark.usefixtures("double_precision"),
@@ -523,3 +531,125 @@ def test_implicit_pathwise_asks_the_distribution(fn, twin, fact):
     program = lambda: pyro.sample("z", twin())  # noqa: E731
     with pytest.raises(EstimatorError, match=f"site 'z': .*{fact}.*{fix}"):
         Torch({"z": ImplicitPathwise()}).loss(program, program)
+
+
+# ---- LAX ------------------------------------------------------------------------------------------------------------
+
+
+def location_scale(family, fn, value):
+    """A site of one element and one particle, as `local` sees it."""
+    site = jax_describe("z", fn, frozenset(), None, {})
+    assert site.family == family
+    return site.filled(lead=1, named={k: v[None] for k, v in site.named.items()}, scale=1.0)
+
+
+FAMILIES = {
+    "normal": (dist.Normal, lambda e: np.exp(-(e**2) / 2) / np.sqrt(2 * np.pi), 9.0),
+    "laplace": (dist.Laplace, lambda e: np.exp(-np.abs(e)) / 2, 36.0),
+    "logistic": (dist.Logistic, lambda e: sigmoid(e) * sigmoid(-e), 36.0),
+    "gumbel": (dist.Gumbel, lambda e: np.exp(-e - np.exp(-e)), 36.0),
+    "cauchy": (dist.Cauchy, lambda e: 1 / (np.pi * (1 + e**2)), None),
+}
+
+
+def standard_grid(family):
+    """Nodes ε and weights of the standard law."""
+    _, density, width = FAMILIES[family]
+    x, w = np.polynomial.legendre.leggauss(200)
+    if width is None:  # Cauchy: ε = tan
+        angle = np.pi / 2 * x
+        return np.tan(angle), w / 2
+    nodes = [width * (x - 1) / 2, width * (x + 1) / 2]  # a Laplace density has a corner at 0
+    e = np.concatenate(nodes)
+    return e, density(e) * np.tile(w, 2) * width / 2
+
+
+ALL = [*FAMILIES, "gamma", "beta", "dirichlet"]
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_both_libraries_show_the_parameters_of_a_family_by_the_same_names(family):
+    names = CONTINUOUS[family]
+    values = [np.array([0.7, 1.9, 0.4]), np.array([1.1, 0.6, 2.0])][: len(names)]
+    name = family.capitalize()
+    numbers = [jnp.asarray(v) for v in values], [torch.tensor(v) for v in values]
+    twins = getattr(dist, name)(*numbers[0]), getattr(pdist, name)(*numbers[1])
+    sites = [jax_describe("z", twins[0], frozenset(), None, {}), torch_describe("z", twins[1], frozenset(), 1.0, {})]
+    assert [s.family for s in sites] == [family, family]
+    found = sites[0].named, torch_parameters(twins[1])
+    for named in found:
+        assert set(named) == set(names)
+        for key, value in zip(names, values, strict=True):
+            np.testing.assert_allclose(named[key], value, rtol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lax_is_unbiased_for_every_location_scale_family_and_whatever_network(family):
+    e, weights = standard_grid(family)
+    np.testing.assert_allclose(weights.sum(), 1, atol=1e-10)
+    f, loc, scale = lambda z: jax.nn.sigmoid(-1.7 * z), 0.4, 0.8
+    rng = np.random.default_rng(0)
+    w1, w2 = rng.normal(size=(3, 5)), 0.5 * rng.normal(size=(5, 1))
+    kept = Kept(networks={"control": lambda x: jnp.tanh(x @ w1) @ w2})
+
+    def surrogate(parameters, z):
+        fn = FAMILIES[family][0](*parameters)
+        site = location_scale(family, fn, z)
+        return LAX(baseline=None).local(JAX_OPS, site, Draw(z[None]), Costs(f(z)[None]), kept).surrogate.sum()
+
+    start = jnp.array([loc, scale])
+    gradient = np.asarray(jax.vmap(jax.grad(surrogate), (None, 0))(start, jnp.asarray(loc + scale * e)))
+    exact = jax.grad(lambda p: jnp.asarray(weights) @ f(p[0] + p[1] * e))(start)
+    mean, variance = weights @ gradient, weights @ (gradient - weights @ gradient) ** 2
+    np.testing.assert_allclose(mean, exact, atol=1e-10)
+    assert np.all(variance > 1e-3)
+
+
+def test_lax_with_the_cost_itself_as_its_network_is_pathwise():
+    """c = f: the score drops out, and the slope of the network is that of the cost."""
+    fn, z = dist.Normal(0.4, 0.8), jnp.asarray([1.3])
+    kept = Kept(networks={"control": lambda x: bent(x[..., :1])})
+
+    def surrogate(parameters):
+        site = location_scale("normal", dist.Normal(*parameters), z)
+        return LAX(baseline=None).local(JAX_OPS, site, Draw(z), Costs(bent(z)), kept).surrogate.sum()
+
+    epsilon = (z[0] - fn.loc) / fn.scale
+    slope = jax.grad(bent)(z[0])
+    np.testing.assert_allclose(jax.grad(surrogate)((0.4, 0.8)), (slope, slope * epsilon), rtol=1e-12)
+
+
+def test_lax_trains_its_network_on_the_variance_of_the_gradient():
+    """A cost with a jump: the slope is useless, and the trained network halves the variance of the score function."""
+
+    def model():
+        with numpyro.handlers.mask(mask=False):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.factor("f", 2.0 * (z > 0.3) - z)
+
+    def guide():
+        m = numpyro.param("m", 0.1)
+        numpyro.sample("z", dist.Normal(m, 1.0))
+
+    wrapped = with_estimators(guide, {"z": LAX()})
+    elbo = Jax(num_particles=20)
+    svi = numpyro.infer.SVI(model, wrapped, numpyro.optim.optax_to_numpyro(trained_only_networks()), elbo)
+    result = svi.run(jax.random.key(0), 1500, progress_bar=False)
+    state = {"z$state": result.state.mutable_state["z$state"]} if result.state.mutable_state else {}
+
+    def variance(params, loss):
+        keys = jax.random.split(jax.random.key(1), 4000)
+        g = jax.vmap(jax.grad(lambda m, key: loss(key, {**params, "m": m})), (None, 0))(params["m"], keys)
+        return float(g.var())
+
+    fixed = {k: v for k, v in result.params.items() if k != "m"} | {"m": jnp.asarray(0.1)}
+    lax = variance(fixed, lambda key, p: Jax().loss(key, {**p, **state}, model, wrapped))
+    plain = variance(fixed, lambda key, p: Jax({"z": Reinforce(Constant(0.4))}).loss(key, p, model, guide))
+    assert lax < 0.5 * plain
+
+
+def trained_only_networks():
+    import optax
+
+    labels = lambda params: {k: "on" if "$" in k else "off" for k in params}  # noqa: E731
+    return optax.multi_transform({"on": optax.adam(0.01), "off": optax.set_to_zero()}, labels)
