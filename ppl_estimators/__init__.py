@@ -15,6 +15,7 @@ from .estimators.control_variate import ControlVariate
 from .estimators.disarm import DisARM
 from .estimators.enumerate import Enumerate
 from .estimators.gapped_straight_through import GappedStraightThrough
+from .estimators.generalized_pathwise import GeneralizedPathwise
 from .estimators.gumbel_softmax import GumbelSoftmax
 from .estimators.gumbel_straight_through import GumbelStraightThrough
 from .estimators.implicit_pathwise import ImplicitPathwise
@@ -24,6 +25,7 @@ from .estimators.rao_gumbel import RaoGumbel
 from .estimators.rebar import REBAR
 from .estimators.reinforce import Reinforce
 from .estimators.reinmax import ReinMax
+from .estimators.rejection_pathwise import RejectionPathwise
 from .estimators.relax import RELAX
 from .estimators.sticking_the_landing import StickingTheLanding
 from .estimators.straight_through import StraightThrough
@@ -42,6 +44,7 @@ __all__ = [
     "EstimatorWarning",
     "EvidenceLowerBound",
     "GappedStraightThrough",
+    "GeneralizedPathwise",
     "Given",
     "GumbelSoftmax",
     "GumbelStraightThrough",
@@ -55,6 +58,7 @@ __all__ = [
     "RaoGumbel",
     "ReinMax",
     "Reinforce",
+    "RejectionPathwise",
     "Renyi",
     "StickingTheLanding",
     "StraightThrough",
