@@ -19,9 +19,11 @@ from .estimators.disarm import DisARM
 from .estimators.double_control_variate import DoubleControlVariate
 from .estimators.enumerate import Enumerate
 from .estimators.gapped_straight_through import GappedStraightThrough
+from .estimators.generalized_pathwise import GeneralizedPathwise
 from .estimators.gumbel_softmax import GumbelSoftmax
 from .estimators.gumbel_straight_through import GumbelStraightThrough
 from .estimators.implicit_pathwise import ImplicitPathwise
+from .estimators.lax import LAX
 from .estimators.muprop import MuProp
 from .estimators.nvil import NVIL
 from .estimators.pathwise import Pathwise
@@ -29,6 +31,7 @@ from .estimators.rao_gumbel import RaoGumbel
 from .estimators.rebar import REBAR
 from .estimators.reinforce import Reinforce
 from .estimators.reinmax import ReinMax
+from .estimators.rejection_pathwise import RejectionPathwise
 from .estimators.relax import RELAX
 from .estimators.repeat import Repeat
 from .estimators.stein import Stein
@@ -39,6 +42,7 @@ from .estimators.vargrad import VarGrad
 __version__ = "0.1.0"
 
 __all__ = [
+    "LAX",
     "NVIL",
     "REBAR",
     "RELAX",
@@ -54,6 +58,7 @@ __all__ = [
     "EstimatorWarning",
     "EvidenceLowerBound",
     "GappedStraightThrough",
+    "GeneralizedPathwise",
     "Given",
     "GumbelSoftmax",
     "GumbelStraightThrough",
@@ -68,6 +73,7 @@ __all__ = [
     "RaoGumbel",
     "ReinMax",
     "Reinforce",
+    "RejectionPathwise",
     "Renyi",
     "Repeat",
     "Stein",

@@ -15,6 +15,7 @@ import torch
 
 import ppl_estimators
 from ppl_estimators import (
+    LAX,
     NVIL,
     REBAR,
     RELAX,
@@ -27,6 +28,7 @@ from ppl_estimators import (
     Enumerate,
     EstimatorError,
     GappedStraightThrough,
+    GeneralizedPathwise,
     GumbelSoftmax,
     GumbelStraightThrough,
     ImplicitPathwise,
@@ -39,6 +41,7 @@ from ppl_estimators import (
     RaoGumbel,
     Reinforce,
     ReinMax,
+    RejectionPathwise,
     Repeat,
     Stein,
     StickingTheLanding,
@@ -102,7 +105,19 @@ ROWS = {
     RELAX(model_term=True): ({"Bernoulli", "OneHot"}, 3, 1, {"parameters", "networks", "state"}),
     **{e: ({"Bernoulli", "OneHot"}, 1, 1, set()) for e in BIASED},
     ImplicitPathwise(): ({"Normal"}, 1, 1, set()),
+    LAX(): ({"Normal"}, 1, 1, {"networks", "state"}),
+    GeneralizedPathwise(): ({"Gamma"}, 1, 1, set()),
+    RejectionPathwise(): ({"Gamma"}, 1, 1, set()),
+    LAX(baseline=None): ({"Normal"}, 1, 1, {"networks"}),
 }
+
+
+# every estimator at every family, and those of `OWN` where an estimator names them
+OWN = ("Gamma",)
+CASES = [
+    pytest.param(e, f, id=f"{e!r}-{f}") for e, (named, *_) in ROWS.items() for f in (*FAMILIES, *OWN)
+    if f in FAMILIES or f in named
+]  # fmt: skip
 
 
 def test_every_public_estimator_and_baseline_has_a_row():
@@ -130,6 +145,7 @@ def jax_site(family, where):
         "OneHot": lambda: OneHotCategorical(logits=logits),
         "Poisson": lambda: jdist.Poisson(jnp.exp(logits[0])),
         "Normal": lambda: jdist.Normal(logits[0], 1.0),
+        "Gamma": lambda: jdist.Gamma(jnp.exp(logits[0]), 1.0),
     }[family]()
     return numpyro.sample("z", made)
 
@@ -144,12 +160,12 @@ def torch_site(family, where):
         "OneHot": lambda: tdist.OneHotCategorical(logits=logits),
         "Poisson": lambda: tdist.Poisson(logits[0].exp()),
         "Normal": lambda: tdist.Normal(logits[0], 1.0),
+        "Gamma": lambda: tdist.Gamma(logits[0].exp(), 1.0),
     }[family]()
     return pyro.sample("z", made)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("estimator", ROWS, ids=repr)
+@pytest.mark.parametrize(("estimator", "family"), CASES)
 def test_families_and_evaluations_in_pyro(estimator, family):
     supported, evaluations, particles, _ = ROWS[estimator]
     runs = []
@@ -178,8 +194,7 @@ def test_families_and_evaluations_in_pyro(estimator, family):
     assert len(runs) == expected * particles
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("estimator", ROWS, ids=repr)
+@pytest.mark.parametrize(("estimator", "family"), CASES)
 def test_families_and_finite_gradients_in_numpyro(estimator, family):
     supported, _, particles, keeps = ROWS[estimator]
 
@@ -196,6 +211,7 @@ def test_families_and_finite_gradients_in_numpyro(estimator, family):
             "OneHot": lambda: OneHotCategorical(logits=logits),
             "Poisson": lambda: jdist.Poisson(jnp.exp(logits[0])),
             "Normal": lambda: jdist.Normal(logits[0], 1.0),
+            "Gamma": lambda: jdist.Gamma(jnp.exp(logits[0]), 1.0),
         }[family]()
         numpyro.sample("z", made)
 

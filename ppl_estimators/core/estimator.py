@@ -16,9 +16,12 @@ from .spec import Spec
 
 @dataclass(frozen=True)
 class Noise:
-    """What an estimator asks for to draw with. ``law`` is "uniform" on (0, 1), "normal", "gamma" (of unit rate, and of
-    ``concentration``, in its shape), "value" (a draw from the site's own distribution; the shape is then the site's),
-    or "state" (no noise, but the present value of what the estimator keeps under this label)."""
+    """What an estimator asks for to draw with.
+
+    ``law`` is "uniform" on (0, 1), "normal", "log gamma" (the logarithm of a gamma of ``concentration`` and unit
+    rate), "value" (a draw from the site's own distribution; the shape is then the site's), or "state" (no noise, but
+    the present value of what the estimator keeps under this label).
+    """
 
     law: str
     shape: tuple[int, ...] = ()

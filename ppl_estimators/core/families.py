@@ -79,6 +79,19 @@ def score(ops: Ops, family: str, logits: Array, value: Array) -> Array:
     return value - probabilities(ops, family, logits)
 
 
+def standard_score(ops: Ops, family: str, epsilon: Array) -> Array:
+    """d log density / d ε of a location-scale family at location 0 and scale 1."""
+    if family == NORMAL:
+        return -epsilon
+    if family == LAPLACE:
+        return -ops.sign(epsilon)
+    if family == LOGISTIC:
+        return -ops.tanh(epsilon / 2)
+    if family == GUMBEL:
+        return ops.exp(-epsilon) - 1
+    return -2 * epsilon / (1 + epsilon**2)  # Cauchy
+
+
 def threshold(ops: Ops, family: str, logits: Array, u: Array) -> Array:
     """The hard value that uniform noise ``u`` gives: ``1[logit u + a > 0]``, ``argmax(log p - log(-log u))``."""
     if family == BERNOULLI:

@@ -32,6 +32,13 @@ class Ops(Protocol):
 
     def logsumexp(self, x: Array, axis: int) -> Array: ...
 
+    def lgamma(self, x: Array) -> Array: ...
+
+    def digamma(self, x: Array) -> Array: ...
+
+    def polygamma(self, n: int, x: Array) -> Array:
+        """The n-th derivative of ``digamma``, differentiable in ``x``."""
+
     def one_hot(self, index: Array, categories: int, like: Array) -> Array:
         """``index [...]`` as ``[..., categories]`` in the dtype of ``like``."""
 

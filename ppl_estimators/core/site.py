@@ -104,8 +104,8 @@ class Site:
 
     @property
     def parameters(self) -> tuple[Array, ...]:
-        """Every distribution parameter."""
-        return tuple(self.named.values())
+        """Every distribution parameter, in the order of their names."""
+        return tuple(self.named[k] for k in sorted(self.named))
 
     def spread(self, ops: Ops, cost: Array, trailing: int = 0) -> Array:
         """A cost ``[..., *plates]`` broadcastable against values ``[..., *batch, *event]`` (and the category axis)."""

@@ -122,8 +122,8 @@ class EstimatorELBO(ELBO):
         """Noise that an estimator asked for; uniform noise lies strictly inside (0, 1)."""
         if noise.law == "normal":
             return jax.random.normal(key, noise.shape, dtype=float)
-        if noise.law == "gamma":
-            return jax.random.gamma(key, jax.lax.stop_gradient(noise.concentration))
+        if noise.law == "log gamma":
+            return jax.random.loggamma(key, jax.lax.stop_gradient(noise.concentration))
         tiny = jnp.finfo(jnp.result_type(float)).tiny
         u = jax.random.uniform(key, noise.shape, dtype=float, minval=tiny)
         return jnp.minimum(u, 1 - jnp.finfo(u.dtype).epsneg)

@@ -29,6 +29,12 @@ class JaxOps:
     def logsumexp(self, x: Array, axis: int) -> Array:
         return jax.scipy.special.logsumexp(x, axis=axis)
 
+    lgamma = staticmethod(jax.scipy.special.gammaln)
+    digamma = staticmethod(jax.scipy.special.digamma)
+
+    def polygamma(self, n: int, x: Array) -> Array:
+        return jax.scipy.special.polygamma(n, x)
+
     def one_hot(self, index: Array, categories: int, like: Array) -> Array:
         return jax.nn.one_hot(index, categories, dtype=like.dtype)
 

@@ -102,7 +102,7 @@ def natural_parameters(fn: TorchDistribution, kind: str) -> Array | None:
 def parameters(fn: TorchDistribution) -> dict[str, Array]:
     """The parameters of the innermost distribution, broadcast to the batch and event shape."""
     base = unwrapped(fn)
-    while hasattr(base, "base_dist"):
+    while hasattr(base, "base_dist") and family(fn) == families.OTHER:
         base = unwrapped(base.base_dist)
     outer = (*fn.batch_shape, *fn.event_shape)
     batch = outer[: len(outer) - len(base.event_shape)]

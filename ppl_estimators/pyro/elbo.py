@@ -142,10 +142,12 @@ class EstimatorELBO(ELBO):
         dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
         if noise.law == "normal":
             return torch.randn(noise.shape, dtype=dtype, device=like.device)
-        if noise.law == "gamma":
-            return torch._standard_gamma(noise.concentration.detach())
         info = torch.finfo(dtype)
-        return torch.rand(noise.shape, dtype=dtype, device=like.device).clamp(info.tiny, 1 - info.eps / 2)
+        u = torch.rand(noise.shape, dtype=dtype, device=like.device).clamp(info.tiny, 1 - info.eps / 2)
+        if noise.law == "log gamma":  # g u^(1/a) has shape a if g has shape a + 1; in logarithms nothing underflows
+            a = noise.concentration.detach()
+            return torch._standard_gamma(a + 1).log() + u.log() / a
+        return u
 
 
 @dataclass
@@ -388,7 +390,7 @@ class _Step:
                 continue
             if n.law == "state":
                 noise[label] = read_state(site.name, label, estimator.state(site)[label], like)
-            elif label in before and n.law != "gamma":
+            elif label in before and n.law != "log gamma":
                 noise[label] = before[label]
             else:
                 noise[label] = self.elbo._noise(site.name, label, n, like)

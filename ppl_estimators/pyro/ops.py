@@ -32,6 +32,12 @@ class TorchOps:
     def logsumexp(self, x: Array, axis: int) -> Array:
         return torch.logsumexp(x, axis)
 
+    lgamma = staticmethod(torch.lgamma)
+    digamma = staticmethod(torch.digamma)
+
+    def polygamma(self, n: int, x: Array) -> Array:
+        return torch.polygamma(n, x)
+
     def one_hot(self, index: Array, categories: int, like: Array) -> Array:
         return torch.nn.functional.one_hot(index.long(), categories).to(like)
 

@@ -3,6 +3,7 @@ bias of known sign and size where they are not."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
@@ -27,22 +28,32 @@ from injected import (
 )
 
 from ppl_estimators import (
+    LAX,
+    Constant,
     EstimatorError,
     GappedStraightThrough,
+    GeneralizedPathwise,
     GumbelSoftmax,
     GumbelStraightThrough,
     ImplicitPathwise,
     ImportanceWeighted,
     Pathwise,
     RaoGumbel,
+    Reinforce,
     ReinMax,
+    RejectionPathwise,
     StraightThrough,
 )
+from ppl_estimators.core.families import CONTINUOUS
+from ppl_estimators.core.keep import Kept
+from ppl_estimators.core.site import Costs, Draw
 from ppl_estimators.numpyro import EstimatorELBO as Jax
-from ppl_estimators.numpyro import OneHotCategorical
+from ppl_estimators.numpyro import OneHotCategorical, with_estimators
 from ppl_estimators.numpyro.distributions import describe as jax_describe
 from ppl_estimators.numpyro.ops import OPS as JAX_OPS
 from ppl_estimators.pyro import EstimatorELBO as Torch
+from ppl_estimators.pyro.distributions import describe as torch_describe
+from ppl_estimators.pyro.distributions import parameters as torch_parameters
 
 pytestmark = [
     pytest.mark.usefixtures("double_precision"),
@@ -523,3 +534,266 @@ def test_implicit_pathwise_asks_the_distribution(fn, twin, fact):
     program = lambda: pyro.sample("z", twin())  # noqa: E731
     with pytest.raises(EstimatorError, match=f"site 'z': .*{fact}.*{fix}"):
         Torch({"z": ImplicitPathwise()}).loss(program, program)
+
+
+# ---- LAX ------------------------------------------------------------------------------------------------------------
+
+
+def location_scale(family, fn, value):
+    """A site of one element and one particle, as `local` sees it."""
+    site = jax_describe("z", fn, frozenset(), None, {})
+    assert site.family == family
+    return site.filled(lead=1, named={k: v[None] for k, v in site.named.items()}, scale=1.0)
+
+
+FAMILIES = {
+    "normal": (dist.Normal, lambda e: np.exp(-(e**2) / 2) / np.sqrt(2 * np.pi), 9.0),
+    "laplace": (dist.Laplace, lambda e: np.exp(-np.abs(e)) / 2, 36.0),
+    "logistic": (dist.Logistic, lambda e: sigmoid(e) * sigmoid(-e), 36.0),
+    "gumbel": (dist.Gumbel, lambda e: np.exp(-e - np.exp(-e)), 36.0),
+    "cauchy": (dist.Cauchy, lambda e: 1 / (np.pi * (1 + e**2)), None),
+}
+
+
+def standard_grid(family):
+    """Nodes ε and weights of the standard law."""
+    _, density, width = FAMILIES[family]
+    x, w = np.polynomial.legendre.leggauss(200)
+    if width is None:  # Cauchy: ε = tan
+        angle = np.pi / 2 * x
+        return np.tan(angle), w / 2
+    nodes = [width * (x - 1) / 2, width * (x + 1) / 2]  # a Laplace density has a corner at 0
+    e = np.concatenate(nodes)
+    return e, density(e) * np.tile(w, 2) * width / 2
+
+
+ALL = [*FAMILIES, "gamma", "beta", "dirichlet"]
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_both_libraries_show_the_parameters_of_a_family_by_the_same_names(family):
+    names = CONTINUOUS[family]
+    values = [np.array([0.7, 1.9, 0.4]), np.array([1.1, 0.6, 2.0])][: len(names)]
+    name = family.capitalize()
+    numbers = [jnp.asarray(v) for v in values], [torch.tensor(v) for v in values]
+    twins = getattr(dist, name)(*numbers[0]), getattr(pdist, name)(*numbers[1])
+    sites = [jax_describe("z", twins[0], frozenset(), None, {}), torch_describe("z", twins[1], frozenset(), 1.0, {})]
+    assert [s.family for s in sites] == [family, family]
+    found = sites[0].named, torch_parameters(twins[1])
+    for named in found:
+        assert set(named) == set(names)
+        for key, value in zip(names, values, strict=True):
+            np.testing.assert_allclose(named[key], value, rtol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lax_is_unbiased_for_every_location_scale_family_and_whatever_network(family):
+    e, weights = standard_grid(family)
+    np.testing.assert_allclose(weights.sum(), 1, atol=1e-10)
+    f, loc, scale = lambda z: jax.nn.sigmoid(-1.7 * z), 0.4, 0.8
+    rng = np.random.default_rng(0)
+    w1, w2 = rng.normal(size=(3, 5)), 0.5 * rng.normal(size=(5, 1))
+    kept = Kept(networks={"control": lambda x: jnp.tanh(x @ w1) @ w2})
+
+    def surrogate(parameters, z):
+        fn = FAMILIES[family][0](*parameters)
+        site = location_scale(family, fn, z)
+        return LAX(baseline=None).local(JAX_OPS, site, Draw(z[None]), Costs(f(z)[None]), kept).surrogate.sum()
+
+    start = jnp.array([loc, scale])
+    gradient = np.asarray(jax.vmap(jax.grad(surrogate), (None, 0))(start, jnp.asarray(loc + scale * e)))
+    exact = jax.grad(lambda p: jnp.asarray(weights) @ f(p[0] + p[1] * e))(start)
+    mean, variance = weights @ gradient, weights @ (gradient - weights @ gradient) ** 2
+    np.testing.assert_allclose(mean, exact, atol=1e-10)
+    assert np.all(variance > 1e-3)
+
+
+def test_lax_with_the_cost_itself_as_its_network_is_pathwise():
+    """c = f: the score drops out, and the slope of the network is that of the cost."""
+    fn, z = dist.Normal(0.4, 0.8), jnp.asarray([1.3])
+    kept = Kept(networks={"control": lambda x: bent(x[..., :1])})
+
+    def surrogate(parameters):
+        site = location_scale("normal", dist.Normal(*parameters), z)
+        return LAX(baseline=None).local(JAX_OPS, site, Draw(z), Costs(bent(z)), kept).surrogate.sum()
+
+    epsilon = (z[0] - fn.loc) / fn.scale
+    slope = jax.grad(bent)(z[0])
+    np.testing.assert_allclose(jax.grad(surrogate)((0.4, 0.8)), (slope, slope * epsilon), rtol=1e-12)
+
+
+def test_lax_trains_its_network_on_the_variance_of_the_gradient():
+    """A cost with a jump: the slope is useless, and the trained network halves the variance of the score function."""
+
+    def model():
+        with numpyro.handlers.mask(mask=False):
+            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.factor("f", 2.0 * (z > 0.3) - z)
+
+    def guide():
+        m = numpyro.param("m", 0.1)
+        numpyro.sample("z", dist.Normal(m, 1.0))
+
+    wrapped = with_estimators(guide, {"z": LAX()})
+    elbo = Jax(num_particles=20)
+    svi = numpyro.infer.SVI(model, wrapped, numpyro.optim.optax_to_numpyro(trained_only_networks()), elbo)
+    result = svi.run(jax.random.key(0), 1500, progress_bar=False)
+    state = {"z$state": result.state.mutable_state["z$state"]} if result.state.mutable_state else {}
+
+    def variance(params, loss):
+        keys = jax.random.split(jax.random.key(1), 4000)
+        g = jax.vmap(jax.grad(lambda m, key: loss(key, {**params, "m": m})), (None, 0))(params["m"], keys)
+        return float(g.var())
+
+    fixed = {k: v for k, v in result.params.items() if k != "m"} | {"m": jnp.asarray(0.1)}
+    lax = variance(fixed, lambda key, p: Jax().loss(key, {**p, **state}, model, wrapped))
+    plain = variance(fixed, lambda key, p: Jax({"z": Reinforce(Constant(0.4))}).loss(key, p, model, guide))
+    assert lax < 0.5 * plain
+
+
+def trained_only_networks():
+    import optax
+
+    labels = lambda params: {k: "on" if "$" in k else "off" for k in params}  # noqa: E731
+    return optax.multi_transform({"on": optax.adam(0.01), "off": optax.set_to_zero()}, labels)
+
+
+# ---- generalised reparameterisations --------------------------------------------------------------------------------
+
+
+def log_gamma_grid(a, n=400):
+    """x = log g and weights for g ~ Gamma(a): the trapezoidal rule, which converges fast as both tails vanish."""
+    x = np.linspace(-34 / a - 1, 4.4, n)
+    log_density = a * x - np.exp(x) - float(jax.scipy.special.gammaln(a))
+    return x, np.exp(log_density) * (x[1] - x[0])
+
+
+def gamma_exact(f, p):
+    """E[f(z) − log q(z)] of a gamma with shape p[0] and rate p[1], differentiable in both."""
+    x = jnp.linspace(-75, 4.5, 3000)
+    log_q = p[0] * (x + jnp.log(p[1])) - p[1] * jnp.exp(x) - jax.scipy.special.gammaln(p[0])  # of x = log z
+    return jnp.sum(jnp.exp(log_q) * (f(jnp.exp(x)) - (log_q - x))) * (x[1] - x[0])
+
+
+def gamma_model():
+    with numpyro.handlers.mask(mask=False):
+        z = numpyro.sample("z", dist.Gamma(1.0, 1.0))
+    numpyro.factor("f", wiggle(z))
+
+
+def gamma_guide():
+    numpyro.sample("z", dist.Gamma(numpyro.param("a", 1.0), numpyro.param("b", 1.0)))
+
+
+def wiggle(z):
+    return jnp.sin(z) - 0.3 * z
+
+
+@pytest.mark.parametrize(
+    ("estimator", "shape"),
+    [
+        (GeneralizedPathwise(), 0.6),
+        (GeneralizedPathwise(), 2.3),
+        (RejectionPathwise(), 0.6),
+        (RejectionPathwise(), 2.3),
+    ],
+    ids=repr,
+)
+def test_generalised_reparameterisations_of_a_gamma_are_unbiased_in_shape_and_rate(estimator, shape):
+    rate = 1.7
+    axes, weights = grid(log_gamma_grid(shape + estimator.boost), *[legendre(80)] * estimator.boost)
+    tables = {"z": {label: x[:, None] for label, x in zip(["g0", "u0_0"], axes, strict=False)}}
+    params = {"a": jnp.asarray(shape), "b": jnp.asarray(rate)}
+    _, gradient = jax_gradients(InjectedJax({"z": estimator}), gamma_model, gamma_guide, params, tables)
+    exact = jax.grad(lambda p: gamma_exact(wiggle, p))(jnp.array([shape, rate]))
+    mean = weights @ -gradient
+    np.testing.assert_allclose(weights.sum(), 1, atol=1e-9)
+    np.testing.assert_allclose(mean, exact, atol=1e-10)
+    assert np.all(np.abs(exact) > 0.01)
+    # without the correction it would be biased: the path alone
+    _, path = jax_gradients(InjectedJax({"z": PathOnly(estimator.boost)}), gamma_model, gamma_guide, params, tables)
+    assert abs(weights @ -path[:, 0] - exact[0]) > 1e-4
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PathOnly(RejectionPathwise):
+    """The right value without its correction."""
+
+    boost: int = 1
+    corrected: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.boost == 0:
+            object.__setattr__(self, "standardise", GeneralizedPathwise().standardise)
+            object.__setattr__(self, "transform", GeneralizedPathwise().transform)
+
+
+def simplex_cost(x):
+    return jnp.sin(3 * x) - 0.5 * x**2
+
+
+def simplex_programs(dirichlet):
+    def model():
+        with numpyro.handlers.mask(mask=False):
+            fn = dist.Dirichlet(jnp.ones(2)) if dirichlet else dist.Beta(1.0, 1.0)
+            z = numpyro.sample("z", fn)
+        numpyro.factor("f", simplex_cost(z[..., 0] if dirichlet else z))
+
+    def guide():
+        a = numpyro.param("a", jnp.ones(2))
+        with numpyro.handlers.mask(mask=False):
+            numpyro.sample("z", dist.Dirichlet(a) if dirichlet else dist.Beta(a[0], a[1]))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("dirichlet", [False, True])
+def test_generalised_reparameterisation_of_a_beta_and_a_dirichlet_is_unbiased(dirichlet):
+    a = np.array([1.3, 0.8])
+    (g0, g1), weights = grid(log_gamma_grid(a[0], 200), log_gamma_grid(a[1], 200))
+    labels = {"g0": columns([g0, g1], 1, 2)} if dirichlet else {"g0": g0[:, None], "g1": g1[:, None]}
+    model, guide = simplex_programs(dirichlet)
+    elbo = InjectedJax({"z": GeneralizedPathwise()})
+    _, gradient = jax_gradients(elbo, model, guide, {"a": jnp.asarray(a)}, {"z": labels})
+    x = jnp.linspace(-40, 40, 4001)  # logit
+
+    def expectation(a):
+        log_q = a[0] * jax.nn.log_sigmoid(x) + a[1] * jax.nn.log_sigmoid(-x) - jax.scipy.special.betaln(a[0], a[1])
+        return jnp.sum(jnp.exp(log_q) * simplex_cost(jax.nn.sigmoid(x))) * (x[1] - x[0])
+
+    np.testing.assert_allclose(weights @ -gradient, jax.grad(expectation)(jnp.asarray(a)), atol=1e-10)
+
+
+CORRECTED = {"boosted": RejectionPathwise(2), "generalised": GeneralizedPathwise()}
+
+
+@pytest.mark.parametrize("family", ["gamma", "beta", "dirichlet"])
+@pytest.mark.parametrize("estimator", CORRECTED.values(), ids=repr)
+def test_generalised_reparameterisations_are_the_same_in_both_libraries(estimator, family):
+    rng = np.random.default_rng(0)
+    a, shape = np.array([1.3, 0.8, 2.1]), (4, 1, 3) if family == "dirichlet" else (4, 1)
+    labels = [f"{k}{i}" for i in range(2) for k in ("g", "u")] + [f"u{i}_{j}" for i in range(2) for j in range(2)]
+    tables = {"z": {k: rng.uniform(0.1, 0.9, size=shape) for k in labels}}
+
+    def jax_law(a):
+        made = {"gamma": lambda: dist.Gamma(a[0], a[1]), "beta": lambda: dist.Beta(a[0], a[1])}
+        return made.get(family, lambda: dist.Dirichlet(a))()
+
+    def torch_law(a):
+        made = {"gamma": lambda: pdist.Gamma(a[0], a[1]), "beta": lambda: pdist.Beta(a[0], a[1])}
+        return made.get(family, lambda: pdist.Dirichlet(a))()
+
+    def model():
+        z = numpyro.sample("z", jax_law(jnp.array([1.0, 2.0, 1.5])))
+        numpyro.factor("f", jnp.sum(jnp.sin(z) * jnp.array([1.0, 2.0, 3.0])[: max(z.size, 1)]))
+
+    def torch_model():
+        z = pyro.sample("z", torch_law(torch.tensor([1.0, 2.0, 1.5])))
+        pyro.factor("f", (z.sin() * torch.tensor([1.0, 2.0, 3.0])[: z.numel()]).sum())
+
+    guide = lambda: numpyro.sample("z", jax_law(numpyro.param("a", jnp.ones(3))))  # noqa: E731
+    twin_guide = lambda: pyro.sample("z", torch_law(pyro.param("a", torch.tensor(a))))  # noqa: E731
+    loss, gradient = jax_gradients(InjectedJax({"z": estimator}), model, guide, {"a": jnp.asarray(a)}, tables)
+    twin, torch_gradient = torch_gradients(InjectedTorch({"z": estimator}), torch_model, twin_guide, {"a": a}, tables)
+    np.testing.assert_allclose(twin, loss, rtol=1e-10)
+    np.testing.assert_allclose(torch_gradient, gradient, rtol=1e-8)

@@ -14,6 +14,7 @@ import torch
 from injected import InjectedJax, InjectedTorch
 
 from ppl_estimators import (
+    LAX,
     REBAR,
     RELAX,
     Constant,
@@ -93,6 +94,7 @@ MIXES = {
     "below a relaxed value": {"z": GumbelSoftmax(0.7), "y": DisARM()},
     "below a counterfactual": {"z": DisARM(), "y": GumbelSoftmax(0.7)},
     "below a relaxation": {"z": REBAR(0.6), "y": GappedStraightThrough()},
+    "a network for a normal": {"z": DisARM(), "y": DisARM(), "w": LAX(hidden=4)},
     "score below": {"z": StraightThrough(), "y": Reinforce(Constant(-2.0))},
     "score": {"z": Reinforce(), "y": Reinforce(Constant(-3.0))},
     "past": {"z": Reinforce(MovingAverage(0.7)), "y": Reinforce(OptimalConstant(0.9))},
