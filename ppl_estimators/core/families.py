@@ -11,8 +11,8 @@ others         anything                                 none
 
 All log probabilities are elementwise: event dimensions are not summed here (the category axis is).
 
-The continuous families show their parameters by the names that both libraries give them (`CONTINUOUS`), in
-`Site.named`; ``other`` is whatever has no name here.
+The continuous families (`CONTINUOUS`) and the counts (`COUNTS`) show their parameters by the names that both libraries
+give them, in `Site.named`; ``other`` is whatever has no name here.
 """
 
 from __future__ import annotations
@@ -26,21 +26,25 @@ DISCRETE = (BERNOULLI, CATEGORICAL, ONEHOT)
 RELAXABLE = (BERNOULLI, ONEHOT)  # with a log probability at relaxed values
 
 NORMAL, LAPLACE, LOGISTIC, GUMBEL, CAUCHY = "normal", "laplace", "logistic", "gumbel", "cauchy"
-GAMMA, BETA, DIRICHLET = "gamma", "beta", "dirichlet"
+EXPONENTIAL, GAMMA, BETA, DIRICHLET = "exponential", "gamma", "beta", "dirichlet"
 LOCATION_SCALE = (NORMAL, LAPLACE, LOGISTIC, GUMBEL, CAUCHY)
 CONTINUOUS = {
     **dict.fromkeys(LOCATION_SCALE, ("loc", "scale")),
+    EXPONENTIAL: ("rate",),
     GAMMA: ("concentration", "rate"),
     BETA: ("concentration1", "concentration0"),
     DIRICHLET: ("concentration",),
 }
+
+POISSON, GEOMETRIC, BINOMIAL = "poisson", "geometric", "binomial"
+COUNTS = {POISSON: ("rate",), GEOMETRIC: ("probs",), BINOMIAL: ("total_count", "probs")}
 
 #: how errors call them
 NAMES = {
     BERNOULLI: "Bernoulli",
     CATEGORICAL: "Categorical",
     ONEHOT: "OneHotCategorical",
-    **{family: family.capitalize() for family in CONTINUOUS},
+    **{family: family.capitalize() for family in (*CONTINUOUS, *COUNTS)},
 }
 
 

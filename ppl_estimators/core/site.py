@@ -114,9 +114,15 @@ class Site:
 
     def sum_lanes(self, ops: Ops, x: Array) -> Array:
         """Elementwise ``[*lead, *batch, *event]`` (one axis per element) to the cost's ``[*lead, *plates]``."""
-        x = self.sum_event(ops, x)
+        return self.over_lanes(ops, x, ops.sum)
+
+    def over_lanes(self, ops: Ops, x: Array, reduce: Any) -> Array:
+        """The same with another reduction."""
+        events = len(self.event_shape) - (self.family == families.ONEHOT)
+        if events:
+            x = reduce(x, axis=tuple(range(-events, 0)))
         undeclared = tuple(i + self.lead for i in self.lane_axes if i < len(self.batch_shape))
-        return ops.sum(x, axis=undeclared, keepdims=True) if undeclared else x
+        return reduce(x, axis=undeclared, keepdims=True) if undeclared else x
 
     def sum_event(self, ops: Ops, x: Array) -> Array:
         """Elementwise ``[*lead, *batch, *event]`` (one axis per element) to ``[*lead, *batch]``."""

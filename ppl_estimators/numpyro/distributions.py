@@ -48,7 +48,7 @@ def family(fn: dist.Distribution) -> str:
     for kind, known in _CONTINUOUS.items():
         if isinstance(base, known) and type(base).arg_constraints.keys() == set(families.CONTINUOUS[kind]):
             return kind
-    return families.OTHER
+    return next((kind for kind, known in _COUNTS.items() if isinstance(base, known)), families.OTHER)
 
 
 _CONTINUOUS = {
@@ -57,9 +57,15 @@ _CONTINUOUS = {
     families.LOGISTIC: dist.Logistic,
     families.GUMBEL: dist.Gumbel,
     families.CAUCHY: dist.Cauchy,
+    families.EXPONENTIAL: dist.Exponential,
     families.GAMMA: dist.Gamma,
     families.BETA: dist.Beta,
     families.DIRICHLET: dist.Dirichlet,
+}
+_COUNTS: dict[str, Any] = {
+    families.POISSON: dist.Poisson,
+    families.GEOMETRIC: (dist.GeometricProbs, dist.GeometricLogits),
+    families.BINOMIAL: (dist.BinomialProbs, dist.BinomialLogits),
 }
 
 
@@ -110,12 +116,21 @@ def describe(
         time="_scan_current_index" in infer,
         scale=1.0 if scale is None else scale,
         logits=logits,
-        named=parameters(fn) if logits is None else {"logits": logits},
+        named=named(fn) if logits is None else {"logits": logits},
         law=Law(fn),
         value=value,
         requested=infer.get("estimator"),
         declared=infer.get("_with_estimators"),
     )
+
+
+def named(fn: dist.Distribution) -> dict[str, Array]:
+    """The parameters that the core knows the family by, else those of the distribution itself."""
+    base, kind = unwrapped(fn), family(fn)
+    if kind not in families.COUNTS:
+        return parameters(fn)
+    batch = (*fn.batch_shape, *fn.event_shape)  # whichever way the user gave them: probs or logits
+    return {key: jnp.broadcast_to(jnp.asarray(getattr(base, key), float), batch) for key in families.COUNTS[kind]}
 
 
 def parameters(fn: dist.Distribution) -> dict[str, Array]:

@@ -49,7 +49,7 @@ def family(fn: TorchDistribution) -> str:
     for kind, known in _CONTINUOUS.items():
         if isinstance(base, known) and type(base).arg_constraints.keys() == set(families.CONTINUOUS[kind]):
             return kind
-    return families.OTHER
+    return next((kind for kind, known in _COUNTS.items() if isinstance(base, known)), families.OTHER)
 
 
 _CONTINUOUS = {
@@ -58,9 +58,15 @@ _CONTINUOUS = {
     families.LOGISTIC: Logistic,
     families.GUMBEL: td.Gumbel,
     families.CAUCHY: td.Cauchy,
+    families.EXPONENTIAL: td.Exponential,
     families.GAMMA: td.Gamma,
     families.BETA: td.Beta,
     families.DIRICHLET: td.Dirichlet,
+}
+_COUNTS: dict[str, Any] = {
+    families.POISSON: td.Poisson,
+    families.GEOMETRIC: td.Geometric,
+    families.BINOMIAL: td.Binomial,
 }
 
 
@@ -97,6 +103,15 @@ def natural_parameters(fn: TorchDistribution, kind: str) -> Array | None:
     if kind == families.CATEGORICAL:
         shape = shape + logits.shape[-1:]
     return logits if logits.shape == shape else logits.expand(shape)
+
+
+def named(fn: TorchDistribution) -> dict[str, Array]:
+    """The parameters that the core knows the family by, else those of the distribution itself."""
+    base, kind = unwrapped(fn), family(fn)
+    if kind not in families.COUNTS:
+        return parameters(fn)
+    batch = (*fn.batch_shape, *fn.event_shape)  # whichever way the user gave them: probs or logits
+    return {key: getattr(base, key).expand(batch) for key in families.COUNTS[kind]}
 
 
 def parameters(fn: TorchDistribution) -> dict[str, Array]:

@@ -38,7 +38,7 @@ from ..estimators.pathwise import Pathwise
 from ..estimators.reinforce import Reinforce
 from ..estimators.sticking_the_landing import StickingTheLanding
 from .dependencies import Provenance, StopParameters
-from .distributions import Law, log_q, natural_parameters, parameters, score_norm
+from .distributions import Law, log_q, named, natural_parameters, score_norm
 from .keep import Keeper, read_state, update_state
 from .ops import OPS
 from .run import Message, Traces, dependencies, enumerated, execute, plates_of, terms_of, view
@@ -380,7 +380,7 @@ class _Step:
         """What an estimator draws at a site, and from which noise: that of ``before``, but for what the site's own
         parameters shape."""
         if estimator.families is not None and not site.named:
-            site.named = parameters(msg["fn"])
+            site.named = named(msg["fn"])
         like = site.logits if site.logits is not None else next(iter(site.named.values()), torch.empty(()))
         declared = estimator.noise(site)
         with torch.no_grad():  # values first, so that a seeded stream gives the same when only they are drawn again
@@ -424,7 +424,7 @@ class _Step:
         if _uses(estimator, OptimalConstant):
             site.score_norm = score_norm(site, fn, value)
         if not site.named and (estimator.keeps or estimator.families is not None):
-            site.named = parameters(fn)
+            site.named = named(fn)
         if isinstance(estimator, ControlVariate):
             draw = run.draws[site.name]
             run.draws[site.name] = Draw(draw.value, {**draw.extra, **estimator.measured(value, fn)})
