@@ -43,6 +43,9 @@ class Estimator(Spec):
     score: ClassVar[bool] = False
     #: may its counterfactual values be evaluated together with those of sites that don't depend on it?
     shared: ClassVar[bool] = False
+    #: does it move single elements, the others standing still? Plates that a cost couples then count as dimensions of
+    #: dependent elements ("lanes"): elements move side by side only where no cost sees two of them.
+    lanewise: ClassVar[bool] = False
     #: fewest particles it needs
     min_particles: ClassVar[int] = 1
     #: what to use instead, for the error that `check` raises
