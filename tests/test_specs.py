@@ -12,6 +12,7 @@ import pytest
 import ppl_estimators
 from ppl_estimators import *  # noqa: F403
 from ppl_estimators import (
+    ARM,
     REBAR,
     RELAX,
     Constant,
@@ -45,6 +46,7 @@ SPECS = [
     Reinforce(Learned()),
     Enumerate(),
     DisARM(),
+    ARM(),
     REBAR(0.3, scale=0.5),
     RELAX(hidden=4),
     RELAX(0.2, model_term=True),
