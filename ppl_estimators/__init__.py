@@ -7,6 +7,7 @@ This module holds the specs and imports neither torch nor jax. The ELBOs are in 
 from .core.errors import EstimatorError, EstimatorWarning
 from .core.objectives import EvidenceLowerBound, ImportanceWeighted, Renyi
 from .estimators.arm import ARM
+from .estimators.arms import ARMS
 from .estimators.baselines.constant import Constant
 from .estimators.baselines.learned import Given, Learned
 from .estimators.baselines.leave_one_out import LeaveOneOut
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ARM",
+    "ARMS",
     "REBAR",
     "RELAX",
     "Constant",

@@ -16,6 +16,7 @@ import torch
 import ppl_estimators
 from ppl_estimators import (
     ARM,
+    ARMS,
     REBAR,
     RELAX,
     ControlVariate,
@@ -65,6 +66,8 @@ ROWS = {
     Enumerate(): (DISCRETE, 2, 1, set()),
     DisARM(): ({"Bernoulli"}, 2, 1, set()),
     ARM(): ({"Bernoulli"}, 2, 1, set()),
+    ARMS(2): ({"Bernoulli"}, 2, 1, set()),
+    ARMS(4): ({"Bernoulli"}, 4, 1, set()),
     REBAR(): ({"Bernoulli", "OneHot"}, 3, 1, {"parameters"}),
     RELAX(): (DISCRETE, 1, 1, {"parameters", "networks", "state"}),
     RELAX(baseline=None): (DISCRETE, 1, 1, {"parameters", "networks"}),
@@ -222,6 +225,8 @@ def test_saturated_bernoulli_sites_stay_finite_in_float32(estimator, logit):
         RELAX(),
         REBAR(),
         ARM(),
+        ARMS(2),
+        ARMS(4),
     ],
     ids=repr,
 )

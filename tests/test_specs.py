@@ -13,6 +13,7 @@ import ppl_estimators
 from ppl_estimators import *  # noqa: F403
 from ppl_estimators import (
     ARM,
+    ARMS,
     REBAR,
     RELAX,
     Constant,
@@ -47,6 +48,7 @@ SPECS = [
     Enumerate(),
     DisARM(),
     ARM(),
+    ARMS(3),
     REBAR(0.3, scale=0.5),
     RELAX(hidden=4),
     RELAX(0.2, model_term=True),
