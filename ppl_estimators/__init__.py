@@ -13,6 +13,7 @@ from .estimators.baselines.learned import Given, Learned
 from .estimators.baselines.leave_one_out import LeaveOneOut
 from .estimators.baselines.moving_average import MovingAverage
 from .estimators.baselines.optimal_constant import OptimalConstant
+from .estimators.bit_flip import BitFlip
 from .estimators.control_variate import ControlVariate
 from .estimators.disarm import DisARM
 from .estimators.enumerate import Enumerate
@@ -29,6 +30,7 @@ __all__ = [
     "ARMS",
     "REBAR",
     "RELAX",
+    "BitFlip",
     "Constant",
     "ControlVariate",
     "DisARM",

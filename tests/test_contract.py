@@ -19,6 +19,7 @@ from ppl_estimators import (
     ARMS,
     REBAR,
     RELAX,
+    BitFlip,
     ControlVariate,
     DisARM,
     Enumerate,
@@ -68,6 +69,7 @@ ROWS = {
     ARM(): ({"Bernoulli"}, 2, 1, set()),
     ARMS(2): ({"Bernoulli"}, 2, 1, set()),
     ARMS(4): ({"Bernoulli"}, 4, 1, set()),
+    BitFlip(): ({"Bernoulli"}, 2, 1, set()),
     REBAR(): ({"Bernoulli", "OneHot"}, 3, 1, {"parameters"}),
     RELAX(): (DISCRETE, 1, 1, {"parameters", "networks", "state"}),
     RELAX(baseline=None): (DISCRETE, 1, 1, {"parameters", "networks"}),
@@ -227,6 +229,7 @@ def test_saturated_bernoulli_sites_stay_finite_in_float32(estimator, logit):
         ARM(),
         ARMS(2),
         ARMS(4),
+        BitFlip(),
     ],
     ids=repr,
 )
