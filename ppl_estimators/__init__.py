@@ -22,6 +22,7 @@ from .estimators.rebar import REBAR
 from .estimators.reinforce import Reinforce
 from .estimators.relax import RELAX
 from .estimators.sticking_the_landing import StickingTheLanding
+from .estimators.ugc import UGC
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "ARMS",
     "REBAR",
     "RELAX",
+    "UGC",
     "BitFlip",
     "Constant",
     "ControlVariate",

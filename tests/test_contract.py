@@ -19,6 +19,7 @@ from ppl_estimators import (
     ARMS,
     REBAR,
     RELAX,
+    UGC,
     BitFlip,
     ControlVariate,
     DisARM,
@@ -70,6 +71,7 @@ ROWS = {
     ARMS(2): ({"Bernoulli"}, 2, 1, set()),
     ARMS(4): ({"Bernoulli"}, 4, 1, set()),
     BitFlip(): ({"Bernoulli"}, 2, 1, set()),
+    UGC(): ({"Bernoulli"}, 3, 1, set()),
     REBAR(): ({"Bernoulli", "OneHot"}, 3, 1, {"parameters"}),
     RELAX(): (DISCRETE, 1, 1, {"parameters", "networks", "state"}),
     RELAX(baseline=None): (DISCRETE, 1, 1, {"parameters", "networks"}),
@@ -230,6 +232,7 @@ def test_saturated_bernoulli_sites_stay_finite_in_float32(estimator, logit):
         ARMS(2),
         ARMS(4),
         BitFlip(),
+        UGC(),
     ],
     ids=repr,
 )
