@@ -22,6 +22,7 @@ from .estimators.rebar import REBAR
 from .estimators.reinforce import Reinforce
 from .estimators.relax import RELAX
 from .estimators.sticking_the_landing import StickingTheLanding
+from .estimators.sum_and_sample import SumAndSample
 from .estimators.ugc import UGC
 
 __version__ = "0.1.0"
@@ -50,4 +51,5 @@ __all__ = [
     "Reinforce",
     "Renyi",
     "StickingTheLanding",
+    "SumAndSample",
 ]

@@ -32,6 +32,7 @@ from ppl_estimators import (
     Pathwise,
     Reinforce,
     StickingTheLanding,
+    SumAndSample,
 )
 from ppl_estimators.core.estimator import Estimator
 from ppl_estimators.estimators.baselines.base import Baseline
@@ -72,6 +73,8 @@ ROWS = {
     ARMS(4): ({"Bernoulli"}, 4, 1, set()),
     BitFlip(): ({"Bernoulli"}, 2, 1, set()),
     UGC(): ({"Bernoulli"}, 3, 1, set()),
+    SumAndSample(1): (CATEGORICAL, 2, 1, set()),
+    SumAndSample(2): (CATEGORICAL, 3, 1, set()),
     REBAR(): ({"Bernoulli", "OneHot"}, 3, 1, {"parameters"}),
     RELAX(): (DISCRETE, 1, 1, {"parameters", "networks", "state"}),
     RELAX(baseline=None): (DISCRETE, 1, 1, {"parameters", "networks"}),

@@ -33,6 +33,7 @@ from ppl_estimators import (
     Reinforce,
     Renyi,
     StickingTheLanding,
+    SumAndSample,
 )
 from ppl_estimators.core.spec import Spec
 
@@ -54,6 +55,7 @@ SPECS = [
     BitFlip(),
     BitFlip(4),
     UGC(),
+    SumAndSample(2),
     REBAR(0.3, scale=0.5),
     RELAX(hidden=4),
     RELAX(0.2, model_term=True),
