@@ -24,6 +24,7 @@ from .estimators.relax import RELAX
 from .estimators.sticking_the_landing import StickingTheLanding
 from .estimators.sum_and_sample import SumAndSample
 from .estimators.ugc import UGC
+from .estimators.unordered_set import UnorderedSet
 
 __version__ = "0.1.0"
 
@@ -52,4 +53,5 @@ __all__ = [
     "Renyi",
     "StickingTheLanding",
     "SumAndSample",
+    "UnorderedSet",
 ]

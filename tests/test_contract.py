@@ -33,6 +33,7 @@ from ppl_estimators import (
     Reinforce,
     StickingTheLanding,
     SumAndSample,
+    UnorderedSet,
 )
 from ppl_estimators.core.estimator import Estimator
 from ppl_estimators.estimators.baselines.base import Baseline
@@ -75,6 +76,8 @@ ROWS = {
     UGC(): ({"Bernoulli"}, 3, 1, set()),
     SumAndSample(1): (CATEGORICAL, 2, 1, set()),
     SumAndSample(2): (CATEGORICAL, 3, 1, set()),
+    UnorderedSet(1): (CATEGORICAL, 1, 1, set()),
+    UnorderedSet(2): (CATEGORICAL, 2, 1, set()),
     REBAR(): ({"Bernoulli", "OneHot"}, 3, 1, {"parameters"}),
     RELAX(): (DISCRETE, 1, 1, {"parameters", "networks", "state"}),
     RELAX(baseline=None): (DISCRETE, 1, 1, {"parameters", "networks"}),

@@ -34,6 +34,7 @@ from ppl_estimators import (
     Renyi,
     StickingTheLanding,
     SumAndSample,
+    UnorderedSet,
 )
 from ppl_estimators.core.spec import Spec
 
@@ -56,6 +57,7 @@ SPECS = [
     BitFlip(4),
     UGC(),
     SumAndSample(2),
+    UnorderedSet(3),
     REBAR(0.3, scale=0.5),
     RELAX(hidden=4),
     RELAX(0.2, model_term=True),
