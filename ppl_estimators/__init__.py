@@ -16,6 +16,7 @@ from .estimators.baselines.optimal_constant import OptimalConstant
 from .estimators.bit_flip import BitFlip
 from .estimators.control_variate import ControlVariate
 from .estimators.disarm import DisARM
+from .estimators.disarm_stick_breaking import DisARMStickBreaking
 from .estimators.enumerate import Enumerate
 from .estimators.pathwise import Pathwise
 from .estimators.rebar import REBAR
@@ -38,6 +39,7 @@ __all__ = [
     "Constant",
     "ControlVariate",
     "DisARM",
+    "DisARMStickBreaking",
     "Enumerate",
     "EstimatorError",
     "EstimatorWarning",
