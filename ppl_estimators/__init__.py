@@ -17,6 +17,7 @@ from .estimators.bit_flip import BitFlip
 from .estimators.control_variate import ControlVariate
 from .estimators.disarm import DisARM
 from .estimators.disarm_stick_breaking import DisARMStickBreaking
+from .estimators.disarm_tree import DisARMTree
 from .estimators.enumerate import Enumerate
 from .estimators.pathwise import Pathwise
 from .estimators.rebar import REBAR
@@ -40,6 +41,7 @@ __all__ = [
     "ControlVariate",
     "DisARM",
     "DisARMStickBreaking",
+    "DisARMTree",
     "Enumerate",
     "EstimatorError",
     "EstimatorWarning",
