@@ -15,6 +15,7 @@ from .estimators.baselines.moving_average import MovingAverage
 from .estimators.baselines.optimal_constant import OptimalConstant
 from .estimators.bit_flip import BitFlip
 from .estimators.control_variate import ControlVariate
+from .estimators.coupled_importance import CoupledImportance
 from .estimators.disarm import DisARM
 from .estimators.disarm_stick_breaking import DisARMStickBreaking
 from .estimators.disarm_tree import DisARMTree
@@ -39,6 +40,7 @@ __all__ = [
     "BitFlip",
     "Constant",
     "ControlVariate",
+    "CoupledImportance",
     "DisARM",
     "DisARMStickBreaking",
     "DisARMTree",
