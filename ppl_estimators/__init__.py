@@ -8,6 +8,7 @@ from .core.errors import EstimatorError, EstimatorWarning
 from .core.objectives import EvidenceLowerBound, ImportanceWeighted, Renyi
 from .estimators.arm import ARM
 from .estimators.arms import ARMS
+from .estimators.arsm import ARSM
 from .estimators.baselines.constant import Constant
 from .estimators.baselines.learned import Given, Learned
 from .estimators.baselines.leave_one_out import LeaveOneOut
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ARM",
     "ARMS",
+    "ARSM",
     "REBAR",
     "RELAX",
     "UGC",

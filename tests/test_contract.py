@@ -17,6 +17,7 @@ import ppl_estimators
 from ppl_estimators import (
     ARM,
     ARMS,
+    ARSM,
     REBAR,
     RELAX,
     UGC,
@@ -84,6 +85,7 @@ ROWS = {
     DisARMStickBreaking(): (CATEGORICAL, 2, 1, set()),
     DisARMTree(): (CATEGORICAL, 2, 1, set()),
     CoupledImportance(): (CATEGORICAL, 2, 1, set()),
+    ARSM(): (CATEGORICAL, 4, 1, set()),
     REBAR(): ({"Bernoulli", "OneHot"}, 3, 1, {"parameters"}),
     RELAX(): (DISCRETE, 1, 1, {"parameters", "networks", "state"}),
     RELAX(baseline=None): (DISCRETE, 1, 1, {"parameters", "networks"}),

@@ -14,6 +14,7 @@ from ppl_estimators import *  # noqa: F403
 from ppl_estimators import (
     ARM,
     ARMS,
+    ARSM,
     REBAR,
     RELAX,
     UGC,
@@ -65,6 +66,7 @@ SPECS = [
     DisARMStickBreaking("given"),
     DisARMTree(),
     CoupledImportance(),
+    ARSM(),
     REBAR(0.3, scale=0.5),
     RELAX(hidden=4),
     RELAX(0.2, model_term=True),
