@@ -6,29 +6,45 @@ This module holds the specs and imports neither torch nor jax. The ELBOs are in 
 
 from .core.errors import EstimatorError, EstimatorWarning
 from .core.objectives import EvidenceLowerBound, ImportanceWeighted, Renyi
+from .estimators.antithetic import Antithetic
 from .estimators.arm import ARM
 from .estimators.arms import ARMS
 from .estimators.arsm import ARSM
+from .estimators.average import Average
 from .estimators.baselines.constant import Constant
 from .estimators.baselines.learned import Given, Learned
 from .estimators.baselines.leave_one_out import LeaveOneOut
 from .estimators.baselines.moving_average import MovingAverage
 from .estimators.baselines.optimal_constant import OptimalConstant
 from .estimators.bit_flip import BitFlip
+from .estimators.combine import Combine
 from .estimators.control_variate import ControlVariate
 from .estimators.coupled_importance import CoupledImportance
 from .estimators.disarm import DisARM
 from .estimators.disarm_stick_breaking import DisARMStickBreaking
 from .estimators.disarm_tree import DisARMTree
+from .estimators.double_control_variate import DoubleControlVariate
 from .estimators.enumerate import Enumerate
+from .estimators.gapped_straight_through import GappedStraightThrough
+from .estimators.gumbel_softmax import GumbelSoftmax
+from .estimators.gumbel_straight_through import GumbelStraightThrough
+from .estimators.implicit_pathwise import ImplicitPathwise
+from .estimators.muprop import MuProp
+from .estimators.nvil import NVIL
 from .estimators.pathwise import Pathwise
+from .estimators.rao_gumbel import RaoGumbel
 from .estimators.rebar import REBAR
 from .estimators.reinforce import Reinforce
+from .estimators.reinmax import ReinMax
 from .estimators.relax import RELAX
+from .estimators.repeat import Repeat
+from .estimators.stein import Stein
 from .estimators.sticking_the_landing import StickingTheLanding
+from .estimators.straight_through import StraightThrough
 from .estimators.sum_and_sample import SumAndSample
 from .estimators.ugc import UGC
 from .estimators.unordered_set import UnorderedSet
+from .estimators.vargrad import VarGrad
 
 __version__ = "0.1.0"
 
@@ -36,30 +52,46 @@ __all__ = [
     "ARM",
     "ARMS",
     "ARSM",
+    "NVIL",
     "REBAR",
     "RELAX",
     "UGC",
+    "Antithetic",
+    "Average",
     "BitFlip",
+    "Combine",
     "Constant",
     "ControlVariate",
     "CoupledImportance",
     "DisARM",
     "DisARMStickBreaking",
     "DisARMTree",
+    "DoubleControlVariate",
     "Enumerate",
     "EstimatorError",
     "EstimatorWarning",
     "EvidenceLowerBound",
+    "GappedStraightThrough",
     "Given",
+    "GumbelSoftmax",
+    "GumbelStraightThrough",
+    "ImplicitPathwise",
     "ImportanceWeighted",
     "Learned",
     "LeaveOneOut",
     "MovingAverage",
+    "MuProp",
     "OptimalConstant",
     "Pathwise",
+    "RaoGumbel",
+    "ReinMax",
     "Reinforce",
     "Renyi",
+    "Repeat",
+    "Stein",
     "StickingTheLanding",
+    "StraightThrough",
     "SumAndSample",
     "UnorderedSet",
+    "VarGrad",
 ]

@@ -18,24 +18,39 @@ from ppl_estimators import (
     ARM,
     ARMS,
     ARSM,
+    NVIL,
     REBAR,
     RELAX,
     UGC,
+    Antithetic,
+    Average,
     BitFlip,
+    Combine,
     ControlVariate,
     CoupledImportance,
     DisARM,
     DisARMStickBreaking,
     DisARMTree,
+    DoubleControlVariate,
     Enumerate,
     EstimatorError,
+    GappedStraightThrough,
+    GumbelSoftmax,
+    GumbelStraightThrough,
+    ImplicitPathwise,
     Learned,
     LeaveOneOut,
     MovingAverage,
+    MuProp,
     OptimalConstant,
     Pathwise,
+    RaoGumbel,
     Reinforce,
+    ReinMax,
+    Repeat,
+    Stein,
     StickingTheLanding,
+    StraightThrough,
     SumAndSample,
     UnorderedSet,
 )
@@ -59,6 +74,14 @@ def identity_mean(d):
     return d.mean
 
 
+BIASED = (
+    StraightThrough(),
+    ReinMax(),
+    GumbelSoftmax(),
+    GumbelStraightThrough(),
+    RaoGumbel(3),
+    GappedStraightThrough(),
+)
 # estimator: (families, evaluations of the model per step at a Bernoulli site or its first family, particles, keeps)
 ROWS = {
     Pathwise(): ({"Normal"}, 1, 1, set()),
@@ -87,9 +110,22 @@ ROWS = {
     CoupledImportance(): (CATEGORICAL, 2, 1, set()),
     ARSM(): (CATEGORICAL, 4, 1, set()),
     REBAR(): ({"Bernoulli", "OneHot"}, 3, 1, {"parameters"}),
+    MuProp(): ({"Bernoulli", "OneHot"}, 2, 1, set()),
+    MuProp(MovingAverage()): ({"Bernoulli", "OneHot"}, 2, 1, {"state"}),
+    DoubleControlVariate(): ({"Bernoulli", "OneHot"}, 2, 2, {"parameters"}),
+    Stein(): ({"Bernoulli"}, 2, 2, {"networks"}),
+    NVIL(): (ANY, 1, 1, {"state", "networks"}),
+    Repeat(2, DisARM()): ({"Bernoulli"}, 4, 1, set()),
+    Repeat(3, Reinforce(LeaveOneOut())): (ANY, 3, 1, set()),
+    Antithetic(Reinforce(MovingAverage())): (DISCRETE, 2, 1, {"state"}),
+    Average((DisARM(), Reinforce())): ({"Bernoulli"}, 3, 1, set()),
+    Combine((DisARM(), RELAX(), REBAR())): ({"Bernoulli"}, 6, 1, {"parameters", "networks", "state"}),
+    Combine((Reinforce(), RELAX(baseline=None))): (DISCRETE, 2, 1, {"parameters", "networks", "state"}),
     RELAX(): (DISCRETE, 1, 1, {"parameters", "networks", "state"}),
     RELAX(baseline=None): (DISCRETE, 1, 1, {"parameters", "networks"}),
     RELAX(model_term=True): ({"Bernoulli", "OneHot"}, 3, 1, {"parameters", "networks", "state"}),
+    **{e: ({"Bernoulli", "OneHot"}, 1, 1, set()) for e in BIASED},
+    ImplicitPathwise(): ({"Normal"}, 1, 1, set()),
 }
 
 
@@ -107,6 +143,7 @@ def test_docstrings_have_the_head_and_a_reference(estimator):
     doc = type(estimator).__doc__
     for word in ("Approximates", "With", "Requires", "Reference", ">>>"):
         assert word in doc, word
+    assert doc.startswith("Biased: ") is not type(estimator).unbiased
 
 
 def jax_site(family, where):
@@ -196,7 +233,7 @@ def test_families_and_finite_gradients_in_numpyro(estimator, family):
     trace = numpyro.handlers.trace(numpyro.handlers.seed(wrapped, 0)).get_trace()
     declared = {k for k in trace if "$" in k}
     assert any(k.endswith("$state") for k in declared) is ("state" in keeps)
-    assert any("log_" in k for k in declared) is ("parameters" in keeps)
+    assert any("log_" in k or k.endswith("coefficient") for k in declared) is ("parameters" in keeps)
     assert any(".w1" in k for k in declared) is ("networks" in keeps)
     params = {k: s["value"] for k, s in trace.items() if s["type"] == "param"}
     state = {k: s["value"] for k, s in trace.items() if s["type"] == "mutable"}
@@ -247,6 +284,7 @@ def test_saturated_bernoulli_sites_stay_finite_in_float32(estimator, logit):
         ARMS(4),
         BitFlip(),
         UGC(),
+        *BIASED,
     ],
     ids=repr,
 )

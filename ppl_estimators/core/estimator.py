@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .errors import site_error
-from .families import DISCRETE
+from .families import NAMES
 from .keep import Initial, Kept, Network
 from .ops import Array, Ops
 from .site import Costs, Draw, Local, Site
@@ -16,11 +16,13 @@ from .spec import Spec
 
 @dataclass(frozen=True)
 class Noise:
-    """Noise that an estimator asks for: ``law`` "uniform" on (0, 1), "normal", or "value" (a draw from the site's own
-    distribution; the shape is then the site's)."""
+    """What an estimator asks for to draw with. ``law`` is "uniform" on (0, 1), "normal", "gamma" (of unit rate, and of
+    ``concentration``, in its shape), "value" (a draw from the site's own distribution; the shape is then the site's),
+    or "state" (no noise, but the present value of what the estimator keeps under this label)."""
 
     law: str
     shape: tuple[int, ...] = ()
+    concentration: Any = None
 
 
 OWN_VALUE: Mapping[str, Noise] = {"value": Noise("value")}
@@ -37,12 +39,20 @@ class Estimator(Spec):
     unbiased: ClassVar[bool] = True
     #: families it supports; None for every distribution
     families: ClassVar[tuple[str, ...] | None] = None
-    #: does the value carry the gradient (reparameterisation)? Then nothing below is used.
+    #: does the value carry a gradient (reparameterisation)? Then -log q keeps its own gradient too.
     pathwise: ClassVar[bool] = False
+    #: is that value the library's own reparameterised draw? Then `noise` and `draw` are not used.
+    library_draw: ClassVar[bool] = False
+    #: does a pathwise estimator also have a surrogate in its downstream cost? All the others have one.
+    corrected: ClassVar[bool] = False
     #: does it use the log probability of the drawn value (`Site.log_q`)?
     score: ClassVar[bool] = False
     #: may its counterfactual values be evaluated together with those of sites that don't depend on it?
     shared: ClassVar[bool] = False
+    #: what discrete sites downstream of a relaxed value do while the cost is evaluated there: "relaxed" too, at the
+    #: temperature that the estimator keeps (so that the cost is smooth); "mean", at their probabilities; "drawn", as in
+    #: the run (the relaxed value then is the drawn one)
+    downstream: ClassVar[str] = "relaxed"
     #: does it move single elements, the others standing still? Plates that a cost couples then count as dimensions of
     #: dependent elements ("lanes"): elements move side by side only where no cost sees two of them.
     lanewise: ClassVar[bool] = False
@@ -57,8 +67,14 @@ class Estimator(Spec):
         """Raise `EstimatorError` where the estimator cannot work."""
         name = type(self).__name__
         if self.families is not None and site.family not in self.families:
-            wanted = " or ".join(_FAMILY_NAMES[f] for f in self.families)
+            wanted = " or ".join(NAMES[f] for f in self.families)
             raise site_error(site.name, f"{name} needs a {wanted} site, got {site.distribution}", self.instead + ".")
+        if particles < self.min_particles:
+            raise site_error(
+                site.name,
+                f"{name} compares particles and needs at least {self.min_particles}, got num_particles={particles}",
+                f"Pass EstimatorELBO(..., num_particles={self.min_particles}) or more.",
+            )
         if self.families is not None and site.time:
             raise site_error(
                 site.name,
@@ -95,6 +111,7 @@ class Estimator(Spec):
         return OWN_VALUE
 
     def draw(self, ops: Ops, site: Site, noise: Mapping[str, Array]) -> Draw:
+        """Differentiable in the site's parameters where the estimator is pathwise."""
         return Draw(noise["value"])
 
     def alternative(self, ops: Ops, site: Site, draw: Draw, index: Array) -> Array:
@@ -104,6 +121,14 @@ class Estimator(Spec):
     def relaxed(self, ops: Ops, site: Site, draw: Draw, index: int, kept: Kept) -> Array:
         """The relaxed value number ``index``, differentiable in ``kept``."""
         raise NotImplementedError
+
+    def scored(self, draw: Draw) -> Mapping[str, Array]:
+        """Values other than the drawn one whose log q it wants (``[*batch]``, in ``Draw.extra`` under these labels)."""
+        return {}
+
+    def downstream_temperature(self, ops: Ops, site: Site, index: int, kept: Kept) -> Array | None:
+        """Of the discrete sites downstream, while relaxed value number ``index`` is evaluated; None for their means."""
+        return None
 
     # ---- costs in, surrogate out --------------------------------------------------------------------------------
 
@@ -117,5 +142,7 @@ class Estimator(Spec):
         """Does it declare anything? (parameters, networks or state, at whatever site)"""
         return False
 
-
-_FAMILY_NAMES = dict(zip(DISCRETE, ("Bernoulli", "Categorical", "OneHotCategorical"), strict=True))
+    @property
+    def local_part(self) -> bool:
+        """Is `local` asked for a surrogate?"""
+        return self.corrected or not self.pathwise

@@ -6,18 +6,42 @@ family         value                                    natural parameters (logi
 bernoulli      0 or 1, ``[*batch, *event]``             ``[*batch, *event]``
 categorical    integer, ``[*batch, *event]``            ``[*batch, *event, C]``
 onehot         one-hot, ``[*batch, *event]`` (C last)   ``[*batch, *event]`` (C last)
-other          anything                                 none
+others         anything                                 none
 =============  =======================================  ===========================
 
 All log probabilities are elementwise: event dimensions are not summed here (the category axis is).
+
+The continuous families show their parameters by the names that both libraries give them (`CONTINUOUS`), in
+`Site.named`; ``other`` is whatever has no name here.
 """
 
 from __future__ import annotations
+
+import math
 
 from .ops import Array, Ops
 
 BERNOULLI, CATEGORICAL, ONEHOT, OTHER = "bernoulli", "categorical", "onehot", "other"
 DISCRETE = (BERNOULLI, CATEGORICAL, ONEHOT)
+RELAXABLE = (BERNOULLI, ONEHOT)  # with a log probability at relaxed values
+
+NORMAL, LAPLACE, LOGISTIC, GUMBEL, CAUCHY = "normal", "laplace", "logistic", "gumbel", "cauchy"
+GAMMA, BETA, DIRICHLET = "gamma", "beta", "dirichlet"
+LOCATION_SCALE = (NORMAL, LAPLACE, LOGISTIC, GUMBEL, CAUCHY)
+CONTINUOUS = {
+    **dict.fromkeys(LOCATION_SCALE, ("loc", "scale")),
+    GAMMA: ("concentration", "rate"),
+    BETA: ("concentration1", "concentration0"),
+    DIRICHLET: ("concentration",),
+}
+
+#: how errors call them
+NAMES = {
+    BERNOULLI: "Bernoulli",
+    CATEGORICAL: "Categorical",
+    ONEHOT: "OneHotCategorical",
+    **{family: family.capitalize() for family in CONTINUOUS},
+}
 
 
 def log_prob(ops: Ops, family: str, logits: Array, value: Array) -> Array:
@@ -30,13 +54,22 @@ def log_prob(ops: Ops, family: str, logits: Array, value: Array) -> Array:
     log_p = ops.log_softmax(logits)
     if family == CATEGORICAL:
         return ops.take_last(log_p, value[..., None])[..., 0]
-    # 0 * (-inf) is 0: a category of probability zero that was not drawn costs nothing.
-    zero = ops.zeros_like(value)
-    return ops.sum(ops.where(value == 0, zero, value * ops.where(value == 0, zero, log_p)), axis=-1)
+    # 0 * (-inf) is 0: a category of probability zero that was not drawn costs nothing. All others keep their slope
+    # in the value, at 0 too.
+    impossible = (value == 0) & (log_p == -math.inf)
+    return ops.sum(value * ops.where(impossible, ops.zeros_like(log_p), log_p), axis=-1)
 
 
 def probabilities(ops: Ops, family: str, logits: Array) -> Array:
     return ops.sigmoid(logits) if family == BERNOULLI else ops.softmax(logits)
+
+
+def mean_vjp(ops: Ops, family: str, logits: Array, v: Array) -> Array:
+    """``(d p / d logits)^T v`` for probabilities p in the shape of ``v``: ``p (1 - p) v``, ``p ⊙ (v - p·v)``."""
+    if family == BERNOULLI:
+        return ops.sigmoid(logits) * ops.sigmoid(-logits) * v
+    p = ops.softmax(logits)
+    return p * (v - ops.sum(p * v, axis=-1, keepdims=True))
 
 
 def score(ops: Ops, family: str, logits: Array, value: Array) -> Array:

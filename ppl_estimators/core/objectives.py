@@ -80,6 +80,7 @@ class Renyi(Objective):
 
     def check(self, site: Site, estimator: Estimator, particles: int) -> None:
         from ..estimators.baselines.leave_one_out import LeaveOneOut
+        from ..estimators.implicit_pathwise import ImplicitPathwise
         from ..estimators.pathwise import Pathwise
         from ..estimators.reinforce import Reinforce
 
@@ -88,7 +89,7 @@ class Renyi(Objective):
             raise site_error(
                 site.name, f"{name} is a bound of several particles, got num_particles={particles}", "Pass 2 or more."
             )
-        if type(estimator) is Pathwise or (
+        if type(estimator) in (Pathwise, ImplicitPathwise) or (
             isinstance(estimator, Reinforce) and isinstance(estimator.baseline, LeaveOneOut)
         ):
             return

@@ -16,7 +16,7 @@ from ..estimators.reinforce import Reinforce
 from .credit import Graph
 from .errors import EstimatorError, EstimatorWarning, site_error
 from .estimator import Estimator
-from .families import BERNOULLI, DISCRETE
+from .families import BERNOULLI, DISCRETE, RELAXABLE
 from .site import Site, Term
 
 #: the default spends at most this many extra evaluations of model and guide per step, all sites together
@@ -63,6 +63,7 @@ class Group:
     sites: tuple[str, ...]
     alternatives: int = 0
     relaxations: int = 0
+    downstream: str = "relaxed"  # what discrete sites downstream of relaxed values do meanwhile
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,17 @@ class Plan:
 
     @property
     def local(self) -> list[str]:
-        """Sites whose gradient does not flow through the value."""
-        return [name for name, e in self.estimators.items() if not e.pathwise]
+        """Sites with a surrogate of their own."""
+        return [name for name, e in self.estimators.items() if e.local_part]
+
+    @property
+    def soft(self) -> frozenset[str]:
+        """Discrete sites whose value carries a gradient: only our log probability is differentiable in it."""
+        return frozenset(n for n, e in self.estimators.items() if e.pathwise and self.sites[n].family in RELAXABLE)
+
+    def relaxable(self, name: str) -> bool:
+        """Can the site take relaxed values?"""
+        return not self.estimators[name].pathwise and self.sites[name].family in RELAXABLE
 
 
 def make_plan(
@@ -161,23 +171,34 @@ def _groups(
     groups = []
     alternatives = {n: chosen[n].alternatives(s) for n, s in views.items()}
     relaxations = {n: chosen[n].relaxations(s) for n, s in views.items()}
-    for kind, counts in (("alternatives", alternatives), ("relaxations", relaxations)):
-        active = [n for n, count in counts.items() if count]
-        together = [n for n in active if chosen[n].shared and not branches]
-        alone = [frozenset([n]) for n in active if n not in together]
-        for members in (*graph.levels(together), *alone):
+    for members in _together([n for n, count in alternatives.items() if count], chosen, graph, branches):
+        names = tuple(n for n in views if n in members)
+        groups.append(Group(names, alternatives=max(alternatives[n] for n in names)))
+    relaxed = [n for n, count in relaxations.items() if count]
+    for mode, count in dict.fromkeys((chosen[n].downstream, relaxations[n]) for n in relaxed):
+        alike = [n for n in relaxed if (chosen[n].downstream, relaxations[n]) == (mode, count)]
+        levels = [frozenset(alike)] if mode == "drawn" else _together(alike, chosen, graph, branches)
+        for members in levels:
             names = tuple(n for n in views if n in members)
-            groups.append(Group(names, **{kind: max(counts[n] for n in names)}))
-        if kind == "relaxations":
-            for n in active:
+            groups.append(Group(names, relaxations=count, downstream=mode))
+        if mode == "relaxed":
+            for n in alike:
                 _check_relaxable(n, views, chosen, graph)
     return tuple(groups)
+
+
+def _together(
+    sites: Sequence[str], chosen: Mapping[str, Estimator], graph: Graph, branches: bool
+) -> list[frozenset[str]]:
+    """Sites that can take other values at the same time: those that share, by depth; each of the others alone."""
+    together = [n for n in sites if chosen[n].shared and not branches]
+    return [*graph.levels(together), *(frozenset([n]) for n in sites if n not in together)]
 
 
 def _check_relaxable(name: str, views: Mapping[str, Site], chosen: Mapping[str, Estimator], graph: Graph) -> None:
     """A hard draw downstream of a relaxed value would make the cost jump: the gradient would be biased."""
     for down in graph.descendants(frozenset([name])):
-        if not chosen[down].pathwise and (views[down].family not in (BERNOULLI, "onehot") or views[down].time):
+        if chosen[down].local_part and (views[down].family not in RELAXABLE or views[down].time):
             raise site_error(
                 name,
                 f"{type(chosen[name]).__name__} differentiates the cost at relaxed values, but site '{down}' "

@@ -6,7 +6,7 @@ z = g(u, a) with b = H(z) distributed as the site; z̃ = g̃(v, b, a) distribute
 
 from __future__ import annotations
 
-from .families import BERNOULLI, CATEGORICAL, gumbel
+from .families import BERNOULLI, CATEGORICAL, gumbel, probabilities
 from .ops import Array, Ops
 
 
@@ -40,3 +40,11 @@ def conditional(ops: Ops, family: str, a: Array, v: Array, b: Array) -> Array:
 def soften(ops: Ops, family: str, z: Array, temperature: Array) -> Array:
     """σ(z / λ) or softmax(z / λ): a relaxed value in the shape of the logits."""
     return ops.sigmoid(z / temperature) if family == BERNOULLI else ops.softmax(z / temperature)
+
+
+def downstream(ops: Ops, family: str, a: Array, u: Array | None, temperature: Array | None) -> Array:
+    """The value of a discrete site below a relaxed one: relaxed at ``temperature`` with noise ``u``, or without one
+    its probabilities."""
+    if temperature is None:
+        return probabilities(ops, family, a)
+    return soften(ops, family, unconditional(ops, family, a, u), temperature)

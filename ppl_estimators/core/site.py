@@ -53,7 +53,8 @@ class Site:
     time: bool = False  # drawn inside a scan: a leading batch axis of dependent steps
     scale: Any = 1.0
     logits: Array | None = None
-    parameters: tuple[Array, ...] = ()  # every distribution parameter, [*lead, *batch, ...]
+    named: Mapping[str, Array] = field(default_factory=dict)  # distribution parameters by name, [*lead, *batch, ...]
+    law: Any = None  # the library's distribution of one element: `cdf(z)`, `log_prob(z)`, `slope(z)`, `event_shape`
     log_q: Array | None = None  # log q(stop(value)), unscaled and unmasked, [*lead, *batch]
     score_norm: Array | None = None  # squared norm of its derivative in the parameters, [*lead, *plates]
     value: Array | None = None
@@ -101,6 +102,11 @@ class Site:
         """Size of the support of one element (Bernoulli and categorical families)."""
         return 2 if self.family == families.BERNOULLI else int(self.logits.shape[-1])
 
+    @property
+    def parameters(self) -> tuple[Array, ...]:
+        """Every distribution parameter."""
+        return tuple(self.named.values())
+
     def spread(self, ops: Ops, cost: Array, trailing: int = 0) -> Array:
         """A cost ``[..., *plates]`` broadcastable against values ``[..., *batch, *event]`` (and the category axis)."""
         extra = len(self.event_shape) - (self.family == families.ONEHOT) + trailing
@@ -108,11 +114,24 @@ class Site:
 
     def sum_lanes(self, ops: Ops, x: Array) -> Array:
         """Elementwise ``[*lead, *batch, *event]`` (one axis per element) to the cost's ``[*lead, *plates]``."""
-        events = len(self.event_shape) - (self.family == families.ONEHOT)
-        if events:
-            x = ops.sum(x, axis=tuple(range(-events, 0)))
+        x = self.sum_event(ops, x)
         undeclared = tuple(i + self.lead for i in self.lane_axes if i < len(self.batch_shape))
         return ops.sum(x, axis=undeclared, keepdims=True) if undeclared else x
+
+    def sum_event(self, ops: Ops, x: Array) -> Array:
+        """Elementwise ``[*lead, *batch, *event]`` (one axis per element) to ``[*lead, *batch]``."""
+        events = len(self.event_shape) - (self.family == families.ONEHOT)
+        return ops.sum(x, axis=tuple(range(-events, 0))) if events else x
+
+    def sum_elements(self, ops: Ops, x: Array) -> Array:
+        """``[*lead, *batch, *event]`` in the shape of a value (the category axis of a one-hot too) to
+        ``[*lead, *plates]``."""
+        return self.sum_lanes(ops, ops.sum(x, axis=-1) if self.family == families.ONEHOT else x)
+
+    def unit(self, ops: Ops, trailing: int = 0) -> Array:
+        """The site's scale, broadcastable against values: what an estimator trains should not see the N/B of
+        subsampling."""
+        return self.spread(ops, self.scale, trailing) if hasattr(self.scale, "shape") else self.scale
 
     def features(self, ops: Ops, x: Array) -> Array:
         """``[*lead, *batch, *rest]`` as one feature vector per plate element: ``[*lead, *plates, F]``."""

@@ -8,16 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..core.errors import site_error
-from ..core.estimator import Estimator
-from ..core.keep import Initial, Kept, Network, guarded
+from ..core.keep import Initial, Kept, guarded
 from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
-from .baselines.base import Baseline
+from .baselines.base import Baseline, WithBaseline
 from .reinforce import check_score
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ControlVariate(Estimator):
+class ControlVariate(WithBaseline):
     """Score function with a function h whose expectation under q is known in closed form.
 
     Approximates  ∇_λ E_{z ~ q_λ}[f(z)]
@@ -48,6 +47,7 @@ class ControlVariate(Estimator):
     score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.coefficient is not None and not math.isfinite(self.coefficient):
             raise ValueError(
                 f"ControlVariate(coefficient=...) needs a finite number or None, got {self.coefficient!r}."
@@ -72,8 +72,7 @@ class ControlVariate(Estimator):
                 f"ControlVariate estimates its coefficient from the other particles, got num_particles={particles}",
                 "Pass num_particles=3 or more, a fixed coefficient, or decay=0.99 to estimate it from past steps.",
             )
-        if self.baseline is not None:
-            self.baseline.check(site, particles)
+        super().check(site, particles)
         if self._each_its_own and len(self.baseline.parts) > 1:
             raise site_error(
                 site.name,
@@ -90,20 +89,11 @@ class ControlVariate(Estimator):
 
     @property
     def keeps(self) -> bool:
-        return self.decay is not None or (self.baseline is not None and self.baseline.keeps)
-
-    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Array]:
-        return self.baseline.given(args, kwargs) if self.baseline else {}
-
-    def parameters(self, site: Site) -> dict[str, Initial]:
-        return self.baseline.parameters(site) if self.baseline else {}
-
-    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
-        return self.baseline.networks(site, given) if self.baseline else {}
+        return self.decay is not None or super().keeps
 
     def state(self, site: Site) -> dict[str, Initial]:
         own = {} if self.decay is None else {k: Initial() for k in ("weight", "f", "h", "fh", "hh")}
-        return own | (self.baseline.state(site) if self.baseline else {})
+        return own | super().state(site)
 
     def measured(self, value: Array, distribution: Any) -> dict[str, Array]:
         """What the adapter evaluates on its own objects: h at the draw, and E[h], both ``[*batch]``."""

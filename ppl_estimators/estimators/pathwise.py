@@ -30,6 +30,7 @@ class Pathwise(Estimator):
     """
 
     pathwise: ClassVar[bool] = True
+    library_draw: ClassVar[bool] = True
     instead: ClassVar[str] = "Use DisARM() for Bernoulli sites, or Reinforce(LeaveOneOut()) for any"
 
     def check(self, site: Site, particles: int) -> None:

@@ -66,6 +66,9 @@ class REBAR(Estimator):
     def relaxed(self, ops: Ops, site: Site, draw: Draw, index: int, kept: Kept) -> Array:
         return soft_values(ops, site, draw, kept)[index](ops.stop_gradient(site.logits))
 
+    def downstream_temperature(self, ops: Ops, site: Site, index: int, kept: Kept) -> Array | None:
+        return ops.exp(kept.parameters["log_temperature"])
+
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         a = ops.stop_gradient(site.logits)
         eta = ops.exp(kept.parameters["log_scale"])
@@ -103,9 +106,4 @@ def assemble(
     a = ops.stop_gradient(site.logits)
     signal = site.spread(ops, ops.stop_gradient(costs.value) - c_tilde, trailing)
     gradient = signal * score(ops, site.family, a, draw.value) + slope_z - slope_z_tilde
-    return Local(ops.stop_gradient(gradient) * site.logits, (gradient / _unit(ops, site, trailing)) ** 2)
-
-
-def _unit(ops: Ops, site: Site, trailing: int) -> Array:
-    """The site's scale: the objective should not see the N/B of subsampling."""
-    return site.spread(ops, site.scale, trailing) if hasattr(site.scale, "shape") else site.scale
+    return Local(ops.stop_gradient(gradient) * site.logits, (gradient / site.unit(ops, trailing)) ** 2)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ..core.errors import site_error
-from ..core.estimator import Estimator
-from ..core.keep import Initial, Kept, Network
-from ..core.ops import Array, Ops
+from ..core.keep import Kept
+from ..core.ops import Ops
 from ..core.site import Costs, Draw, Local, Site
-from .baselines.base import Baseline
+from .baselines.base import Baseline, WithBaseline
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Reinforce(Estimator):
+class Reinforce(WithBaseline):
     """Score function with any baseline: REINFORCE, NVIL, leave-one-out (VarGrad).
 
     Approximates  ∇_λ E_{z ~ q_λ}[f(z)]
@@ -39,41 +37,13 @@ class Reinforce(Estimator):
     score: ClassVar[bool] = True
     instead: ClassVar[str] = ""
 
-    def __post_init__(self) -> None:
-        if self.baseline is not None and not isinstance(self.baseline, Baseline):
-            raise TypeError(
-                f"Reinforce(baseline=...) takes a baseline such as LeaveOneOut() or MovingAverage(), "
-                f"got {self.baseline!r}."
-            )
-
     def check(self, site: Site, particles: int) -> None:
         super().check(site, particles)
         check_score(site)
-        if self.baseline is not None:
-            self.baseline.check(site, particles)
-
-    @property
-    def keeps(self) -> bool:
-        return self.baseline is not None and self.baseline.keeps
-
-    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Array]:
-        return self.baseline.given(args, kwargs) if self.baseline else {}
-
-    def parameters(self, site: Site) -> dict[str, Initial]:
-        return self.baseline.parameters(site) if self.baseline else {}
-
-    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
-        return self.baseline.networks(site, given) if self.baseline else {}
-
-    def state(self, site: Site) -> dict[str, Initial]:
-        return self.baseline.state(site) if self.baseline else {}
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
-        if self.baseline is None:
-            return Local(ops.stop_gradient(costs.value) * site.log_q)
-        b = self.baseline.evaluate(ops, site, costs.value, kept)
-        surrogate = ops.stop_gradient(costs.value - b.value) * site.log_q
-        return Local(surrogate, b.auxiliary, b.state)
+        signal, auxiliary, state = self.subtract(ops, site, costs.value, kept)
+        return Local(signal * site.log_q, auxiliary, state)
 
 
 def check_score(site: Site) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import jax
@@ -44,7 +45,22 @@ def family(fn: dist.Distribution) -> str:
         return families.CATEGORICAL
     if isinstance(base, (dist.MultinomialLogits, dist.MultinomialProbs)) and _draws_one(base):
         return families.ONEHOT  # NumPyro's one-hot categorical
+    for kind, known in _CONTINUOUS.items():
+        if isinstance(base, known) and type(base).arg_constraints.keys() == set(families.CONTINUOUS[kind]):
+            return kind
     return families.OTHER
+
+
+_CONTINUOUS = {
+    families.NORMAL: dist.Normal,
+    families.LAPLACE: dist.Laplace,
+    families.LOGISTIC: dist.Logistic,
+    families.GUMBEL: dist.Gumbel,
+    families.CAUCHY: dist.Cauchy,
+    families.GAMMA: dist.Gamma,
+    families.BETA: dist.Beta,
+    families.DIRICHLET: dist.Dirichlet,
+}
 
 
 def _draws_one(fn: Any) -> bool:
@@ -80,12 +96,9 @@ def describe(
     base, kind = unwrapped(fn), family(fn)
     full = (*fn.batch_shape, *fn.event_shape)
     logits = None
-    if kind != families.OTHER:
+    if kind in families.DISCRETE:
         trailing = base.logits.shape[-1:] if kind == families.CATEGORICAL else ()
         logits = jnp.broadcast_to(base.logits, (*full, *trailing))
-        parameters: tuple[Array, ...] = (logits,)
-    else:
-        parameters = tuple(_parameters(fn).values())
     return Site(
         name=name,
         distribution=type(base).__name__.removesuffix("Logits").removesuffix("Probs"),
@@ -97,14 +110,15 @@ def describe(
         time="_scan_current_index" in infer,
         scale=1.0 if scale is None else scale,
         logits=logits,
-        parameters=parameters,
+        named=parameters(fn) if logits is None else {"logits": logits},
+        law=Law(fn),
         value=value,
         requested=infer.get("estimator"),
         declared=infer.get("_with_estimators"),
     )
 
 
-def _parameters(fn: dist.Distribution) -> dict[str, Array]:
+def parameters(fn: dist.Distribution) -> dict[str, Array]:
     """The parameters of the innermost distribution, broadcast to the batch and event shape."""
     base = unwrapped(fn)
     while hasattr(base, "base_dist"):
@@ -124,6 +138,37 @@ def _parameters(fn: dist.Distribution) -> dict[str, Array]:
     return found
 
 
+class Law:
+    """The distribution of one element (no to_event, expand or mask), as the core may ask it."""
+
+    def __init__(self, fn: dist.Distribution):
+        self.fn = unwrapped(fn)
+        self.event_shape = tuple(self.fn.event_shape)
+
+    @property
+    def discrete(self) -> bool:
+        support = self.fn.support
+        return support is not None and bool(support.is_discrete)
+
+    def cdf(self, z: Array) -> Array:
+        return self.fn.cdf(z)
+
+    def log_prob(self, z: Array) -> Array:
+        return self.fn.log_prob(z)
+
+    def slope(self, z: Array) -> None:
+        """Differentiate the cdf in every parameter; raises what the library raises where it cannot."""
+        leaves, tree = jax.tree.flatten(self.fn)
+
+        def pull(leaves: list[Array], z: Array) -> Any:
+            f, back = jax.vjp(lambda leaves: tree.unflatten(leaves).cdf(z), leaves)
+            return back(jnp.ones_like(f))
+
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), (leaves, z))
+        with contextlib.suppress(jax.errors.UnexpectedTracerError):  # parameters that the class does not declare
+            jax.eval_shape(pull, *shapes)
+
+
 def cost_log_prob(fn: dist.Distribution, value: Array, intermediates: Any = None) -> Array:
     """log p(value) ``[*batch]``, masked. Bernoulli sites use our formula, right at logits of exactly 0."""
     if family(fn) == families.BERNOULLI:
@@ -135,7 +180,7 @@ def cost_log_prob(fn: dist.Distribution, value: Array, intermediates: Any = None
 
 def relaxed_log_prob(fn: dist.Distribution, value: Array) -> Array | None:
     """log p at a relaxed value, masked; None where the family has no extension to relaxed values."""
-    if family(fn) not in (families.BERNOULLI, families.ONEHOT):
+    if family(fn) not in families.RELAXABLE:
         return None
     return _named_log_prob(fn, value, masked=True)
 
@@ -165,20 +210,20 @@ def _masks(fn: dist.Distribution, events: int) -> list[Array]:
 
 def log_q(fn: dist.Distribution, value: Array) -> Array:
     """The score's log q(value) ``[*batch]``: neither masked nor scaled."""
-    if family(fn) != families.OTHER:
+    if family(fn) in families.DISCRETE:
         return _named_log_prob(fn, value, masked=False)
     return unmasked(fn).log_prob(value)
 
 
 def score_norm(site: Site, fn: dist.Distribution, value: Array) -> Array:
     """Squared norm of d log q / d parameters, per plate element, ``[*plates]``."""
-    if site.family != families.OTHER:
+    if site.family in families.DISCRETE:
         s = families.score(OPS, site.family, site.logits, value) ** 2
         if site.family != families.BERNOULLI:
             s = jnp.sum(s, axis=-1)
         return site.sum_lanes(OPS, s)
-    base, parameters = unwrapped(fn), _parameters(fn)
-    if not parameters or type(base).arg_constraints.keys() != parameters.keys():
+    base, found = unwrapped(fn), parameters(fn)
+    if not found or type(base).arg_constraints.keys() != found.keys():
         raise site_error(
             site.name,
             f"OptimalConstant needs the score in the distribution's own parameters, and {site.distribution} does not "
@@ -190,7 +235,7 @@ def score_norm(site: Site, fn: dist.Distribution, value: Array) -> Array:
         return jnp.sum(type(base)(**p, validate_args=False).log_prob(value))
 
     norms = []
-    for x in jax.grad(total)(jax.lax.stop_gradient(parameters)).values():
+    for x in jax.grad(total)(jax.lax.stop_gradient(found)).values():
         axes = tuple(range(len(site.batch_shape), x.ndim))
         norms.append(jnp.sum(x**2, axis=axes).reshape(site.batch_shape))
     undeclared = tuple(i for i in site.lane_axes if i < len(site.batch_shape))

@@ -122,6 +122,8 @@ class EstimatorELBO(ELBO):
         """Noise that an estimator asked for; uniform noise lies strictly inside (0, 1)."""
         if noise.law == "normal":
             return jax.random.normal(key, noise.shape, dtype=float)
+        if noise.law == "gamma":
+            return jax.random.gamma(key, jax.lax.stop_gradient(noise.concentration))
         tiny = jnp.finfo(jnp.result_type(float)).tiny
         u = jax.random.uniform(key, noise.shape, dtype=float, minval=tiny)
         return jnp.minimum(u, 1 - jnp.finfo(u.dtype).epsneg)
@@ -232,9 +234,9 @@ class _Step:
     def particle(self, plan: _JaxPlan, kept: dict[str, Kept], key: Array) -> dict[str, Any]:
         """Everything the assembly needs, as arrays."""
         draws: dict[str, Draw] = {}
-        traces = self.execute(key, partial(self._draw, plan, draws), partial(self._in_scan, plan))
-        terms = terms_of(traces, plan.depends_on)
-        sites = {n: self._view(plan, m, traces) for n, m in traces.latents().items() if not plan.estimators[n].pathwise}
+        traces = self.execute(key, partial(self._draw, plan, kept, draws), partial(self._in_scan, plan))
+        terms = terms_of(traces, plan.depends_on, plan.soft)
+        sites = {n: self._view(plan, m, traces) for n, m in traces.latents().items() if plan.estimators[n].local_part}
         for n, m in traces.latents().items():
             if n in sites and n not in draws:  # drawn inside a scan
                 draws[n] = Draw(jax.lax.stop_gradient(m["value"]))
@@ -245,7 +247,7 @@ class _Step:
             "objective": self.elbo.objective.collect(OPS, self._explicit(plan, key, traces, terms)),
             "cost": {n: jnp.zeros(s.plate_shape) if costs[n] is None else costs[n] for n, s in sites.items()},
             "site": {n: _arrays(s) for n, s in sites.items()},
-            "draw": {n: {"value": d.value, "extra": dict(d.extra)} for n, d in draws.items()},
+            "draw": {n: {"value": draws[n].value, "extra": dict(draws[n].extra)} for n in sites},
             "given": {n: self._given(plan, traces.guide[n]) for n in sites},
             "alternatives": {},
             "relaxed": {},
@@ -255,26 +257,34 @@ class _Step:
         }
         for group in plan.groups:
             if group.alternatives:
-                out["alternatives"] |= self._alternatives(plan, group, key, sites, draws)
+                out["alternatives"] |= self._alternatives(plan, group, key, sites, draws, kept)
             else:
                 relaxed, slope = self._relaxations(plan, group, key, sites, draws, kept)
                 out["relaxed"] |= relaxed
                 out["slope"] |= slope
         return out
 
-    def _draw(self, plan: _JaxPlan, draws: dict[str, Draw], msg: Message, key: Array) -> tuple[Array, list[Any]]:
+    def _draw(
+        self, plan: _JaxPlan, kept: dict[str, Kept], draws: dict[str, Draw], msg: Message, key: Array
+    ) -> tuple[Array, list[Any]]:
         name = msg["name"]
         estimator = plan.estimators[name]
-        if estimator.pathwise:
+        if estimator.library_draw:
             return self.elbo._sample(name, msg["fn"], key)
         site = self._view(plan, msg)
         noise = {}
         for i, (label, n) in enumerate(estimator.noise(site).items()):
             if n.law == "value":
-                noise[label] = jax.lax.stop_gradient(self.elbo._sample(name, msg["fn"], key)[0])
+                own = key if i == 0 else jax.random.fold_in(key, i)
+                noise[label] = jax.lax.stop_gradient(self.elbo._sample(name, msg["fn"], own)[0])
+            elif n.law == "state":
+                noise[label] = kept[name].state[label]
             else:
                 noise[label] = self.elbo._noise(name, label, n, jax.random.fold_in(key, i))
-        draws[name] = _stopped(estimator.draw(OPS, site, noise), site)
+        draw = estimator.draw(OPS, site, noise)
+        draws[name] = _stopped(draw)
+        if estimator.pathwise:
+            return draw.value, []
         return draws[name].value.astype(plan.dtypes[name]), []
 
     def _in_scan(self, plan: _JaxPlan, msg: Message) -> Array | None:
@@ -290,9 +300,12 @@ class _Step:
     @staticmethod
     def _measure(estimator: Estimator, site: Site, fn: Any, draws: dict[str, Draw]) -> None:
         """Arrays that need the library's distribution object."""
-        value = site.value if site.family == families.OTHER else draws[site.name].value
+        value = draws[site.name].value if site.family in families.DISCRETE else site.value
         if estimator.score:
             site.log_q = log_q(fn, value)
+            scores = {label: log_q(fn, v) for label, v in estimator.scored(draws[site.name]).items()}
+            if scores:
+                draws[site.name] = Draw(draws[site.name].value, {**draws[site.name].extra, **scores})
         if _uses(estimator, OptimalConstant):
             site.score_norm = score_norm(site, fn, value)
         if isinstance(estimator, ControlVariate):
@@ -331,33 +344,46 @@ class _Step:
     # ---- counterfactual and relaxed evaluations -------------------------------------------------------------------
 
     def _rerun(
-        self, plan: _JaxPlan, group: Group, key: Array, values: dict[str, Array], temperature: Array | None = None
+        self,
+        plan: _JaxPlan,
+        group: Group,
+        key: Array,
+        values: dict[str, Array],
+        kept: dict[str, Kept],
+        temperature: Array | None = None,
     ) -> list[Term]:
         """Cost terms downstream of the group when its sites take other values: the guide runs again from the same
-        keys, so what is not downstream comes out as before and what is shares its noise. With a ``temperature``,
-        discrete sites downstream are relaxed."""
+        keys, so what is not downstream comes out as before and what is shares its noise; where the values are
+        relaxed, discrete sites downstream do what the group says."""
         members = frozenset(group.sites)
-        down = plan.graph.descendants(members) if temperature is not None else frozenset()
-        soft = frozenset(n for n in down if not plan.estimators[n].pathwise)
+        moves = group.relaxations and group.downstream != "drawn"
+        soft = frozenset(n for n in plan.graph.descendants(members) if moves and plan.relaxable(n)) - members
 
         def draw(msg: Message, key: Array) -> tuple[Array, list[Any]]:
             name = msg["name"]
             if name in values:
                 return values[name], []
             if name in soft:
-                site = self._view(plan, msg)
-                u = self.elbo._noise(name, "u", Noise("uniform", tuple(site.logits.shape)), jax.random.fold_in(key, 0))
-                z = relaxation.unconditional(OPS, site.family, site.logits, u)
-                return relaxation.soften(OPS, site.family, z, temperature), []
-            return self._draw(plan, {}, msg, key)
+                site, u = self._view(plan, msg), None
+                if temperature is not None:
+                    noise = Noise("uniform", tuple(site.logits.shape))
+                    u = self.elbo._noise(name, "u", noise, jax.random.fold_in(key, 0))
+                return relaxation.downstream(OPS, site.family, site.logits, u, temperature), []
+            return self._draw(plan, kept, {}, msg, key)
 
         traces = self.execute(key, draw, partial(self._in_scan, plan), stopped=True)
-        relaxed = members | soft if temperature is not None else frozenset()
+        relaxed = plan.soft | frozenset(n for n in members | soft if group.relaxations and plan.relaxable(n))
         terms = terms_of(traces, plan.depends_on, relaxed)
         return [t for t in terms if t.depends_on & members]
 
     def _alternatives(
-        self, plan: _JaxPlan, group: Group, key: Array, sites: dict[str, Site], draws: dict[str, Draw]
+        self,
+        plan: _JaxPlan,
+        group: Group,
+        key: Array,
+        sites: dict[str, Site],
+        draws: dict[str, Draw],
+        kept: dict[str, Kept],
     ) -> dict[str, Array]:
         """Downstream costs at each counterfactual value, ``[A, *plates]`` per site."""
         members = [sites[n] for n in group.sites]
@@ -371,7 +397,7 @@ class _Step:
                 if n < group.alternatives:
                     value = jnp.where(index < n, value, draw.value)
                 values[site.name] = value.astype(plan.dtypes[site.name])
-            found = downstream_costs(OPS, plan.graph, self._rerun(plan, group, key, values), members)
+            found = downstream_costs(OPS, plan.graph, self._rerun(plan, group, key, values, kept), members)
             return {s.name: jnp.zeros(s.plate_shape) if found[s.name] is None else found[s.name] for s in members}
 
         if group.alternatives == 1:
@@ -393,10 +419,9 @@ class _Step:
         """Costs ``[M, *plates]`` at relaxed values and their slopes ``[M, *batch, *event]``, differentiable in what
         the estimators keep and in nothing else."""
         members = [sites[n] for n in group.sites]
-        temperature = jnp.exp(kept[group.sites[0]].parameters["log_temperature"])
 
-        def total(values: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-            terms = self._rerun(plan, group, key, values, temperature)
+        def total(values: dict[str, Array], temperature: Array | None) -> tuple[Array, dict[str, Array]]:
+            terms = self._rerun(plan, group, key, values, kept, temperature)
             found = downstream_costs(OPS, plan.graph, terms, members)
             return sum(jnp.sum(t.value) for t in terms), found
 
@@ -404,9 +429,14 @@ class _Step:
         slope: dict[str, list[Array]] = {n: [] for n in group.sites}
         for index in range(group.relaxations):
             values = {
-                s.name: plan.estimators[s.name].relaxed(OPS, s, draws[s.name], index, kept[s.name]) for s in members
+                s.name: plan.estimators[s.name].relaxed(OPS, s, draws[s.name], index, kept.get(s.name, Kept()))
+                for s in members
             }
-            slopes, costs = jax.grad(total, has_aux=True)(values)
+            first = members[0]
+            temperature = plan.estimators[first.name].downstream_temperature(
+                OPS, first, index, kept.get(first.name, Kept())
+            )
+            slopes, costs = jax.grad(total, has_aux=True)(values, temperature)
             for n in group.sites:
                 relaxed[n].append(costs[n])
                 slope[n].append(slopes[n])
@@ -449,13 +479,15 @@ class _JaxPlan:
     sites = property(lambda self: self.shared.sites)
     graph = property(lambda self: self.shared.graph)
     groups = property(lambda self: self.shared.groups)
+    relaxable = property(lambda self: self.shared.relaxable)
+    soft = property(lambda self: self.shared.soft)
 
 
 def _constant(x: Any) -> Any:
     return jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x
 
 
-def _stopped(draw: Draw, site: Site) -> Draw:
+def _stopped(draw: Draw) -> Draw:
     return Draw(jax.lax.stop_gradient(draw.value), jax.lax.stop_gradient(dict(draw.extra)))
 
 
@@ -464,7 +496,7 @@ def _arrays(site: Site) -> dict[str, Any]:
     scale = jnp.asarray(site.scale, dtype=float)
     return {
         "logits": site.logits,
-        "parameters": site.parameters,
+        "named": site.named,
         "log_q": site.log_q,
         "score_norm": site.score_norm,
         "scale": jnp.reshape(scale, (*(1,) * (len(site.batch_shape) - scale.ndim), *scale.shape)),  # [*batch or 1s]

@@ -148,7 +148,8 @@ def terms_of(
 ) -> list[Term]:
     """Every cost term, scaled and masked: log p of the model's sites, then -log q of the guide's.
 
-    ``relaxed`` names the latent sites whose values are relaxed.
+    ``relaxed`` names the latent sites whose values are relaxed, or carry a gradient that a discrete log probability
+    would drop.
     """
     terms = []
     for side, sign, record in (("model", 1, traces.model), ("guide", -1, traces.guide)):

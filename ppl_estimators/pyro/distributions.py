@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import torch.distributions as td
-from pyro.distributions import MaskedDistribution, TorchDistribution
+from pyro.distributions import Logistic, MaskedDistribution, TorchDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch.distributions import constraints
 
@@ -45,7 +46,22 @@ def family(fn: TorchDistribution) -> str:
         return families.ONEHOT
     if isinstance(base, td.Categorical):
         return families.CATEGORICAL
+    for kind, known in _CONTINUOUS.items():
+        if isinstance(base, known) and type(base).arg_constraints.keys() == set(families.CONTINUOUS[kind]):
+            return kind
     return families.OTHER
+
+
+_CONTINUOUS = {
+    families.NORMAL: td.Normal,
+    families.LAPLACE: td.Laplace,
+    families.LOGISTIC: Logistic,
+    families.GUMBEL: td.Gumbel,
+    families.CAUCHY: td.Cauchy,
+    families.GAMMA: td.Gamma,
+    families.BETA: td.Beta,
+    families.DIRICHLET: td.Dirichlet,
+}
 
 
 def describe(
@@ -64,7 +80,8 @@ def describe(
         reparameterised=bool(fn.has_rsample),
         scale=scale,
         logits=logits,
-        parameters=() if logits is None else (logits,),
+        named={} if logits is None else {"logits": logits},
+        law=Law(fn),
         value=value,
         requested=infer.get("estimator"),
         declared=infer.get("_with_estimators"),
@@ -73,7 +90,7 @@ def describe(
 
 def natural_parameters(fn: TorchDistribution, kind: str) -> Array | None:
     """The logits of a family that has some, in the shape of the site."""
-    if kind == families.OTHER:
+    if kind not in families.DISCRETE:
         return None
     logits = unwrapped(fn).logits
     shape = fn.batch_shape + fn.event_shape
@@ -101,9 +118,51 @@ def parameters(fn: TorchDistribution) -> dict[str, Array]:
     return found
 
 
+class Law:
+    """The distribution of one element (no to_event, expand or mask), as the core may ask it."""
+
+    def __init__(self, fn: TorchDistribution):
+        self.fn = unwrapped(fn)
+        self.event_shape = tuple(self.fn.event_shape)
+
+    @property
+    def discrete(self) -> bool:
+        try:
+            return bool(self.fn.support.is_discrete)
+        except NotImplementedError:  # a class of the user's that declares no support
+            return False
+
+    def cdf(self, z: Array) -> Array:
+        return self.fn.cdf(z)
+
+    def log_prob(self, z: Array) -> Array:
+        return self.fn.log_prob(z)
+
+    def slope(self, z: Array) -> None:
+        """Differentiate the cdf in every parameter; raises what the library raises where it cannot."""
+        with torch.enable_grad():
+            fn, leaves = _leaves(self.fn)
+            f = fn.cdf(z)
+            if f.requires_grad:
+                torch.autograd.grad(f.sum(), leaves, allow_unused=True)
+
+
+def _leaves(fn: Any) -> tuple[Any, list[Array]]:
+    """A copy of ``fn`` on parameters of its own, and those parameters."""
+    fn, leaves = copy.copy(fn), []
+    for key, x in vars(fn).items():
+        if isinstance(x, torch.Tensor) and x.is_floating_point():
+            vars(fn)[key] = x.detach().requires_grad_()
+            leaves.append(vars(fn)[key])
+        elif isinstance(x, td.Distribution):
+            vars(fn)[key], inner = _leaves(x)
+            leaves += inner
+    return fn, leaves
+
+
 def relaxed_log_prob(fn: TorchDistribution, value: Array) -> Array | None:
     """log p at a relaxed value, masked; None where the family has no extension to relaxed values."""
-    if family(fn) not in (families.BERNOULLI, families.ONEHOT):
+    if family(fn) not in families.RELAXABLE:
         return None
     return _named_log_prob(fn, value, masked=True)
 
@@ -141,7 +200,7 @@ def is_masked(fn: Any) -> bool:
 
 def log_q(fn: TorchDistribution, value: Array) -> Array:
     """The score's log q(value) ``[*batch]``: neither masked nor scaled."""
-    if family(fn) != families.OTHER:
+    if family(fn) in families.DISCRETE:
         return _named_log_prob(fn, value, masked=False)
     # A new tensor, so that no transform answers from its cache: the inverse must depend on the parameters.
     return unmasked(fn).log_prob(value.clone())
@@ -149,7 +208,7 @@ def log_q(fn: TorchDistribution, value: Array) -> Array:
 
 def score_norm(site: Site, fn: TorchDistribution, value: Array) -> Array:
     """Squared norm of d log q / d parameters, per plate element, ``[*plates]``."""
-    if site.family != families.OTHER:
+    if site.family in families.DISCRETE:
         s = families.score(OPS, site.family, site.logits.detach(), value) ** 2
         return site.sum_lanes(OPS, s if site.family == families.BERNOULLI else s.sum(-1))
     base, found = unwrapped(fn), {k: v.detach().requires_grad_() for k, v in parameters(fn).items()}

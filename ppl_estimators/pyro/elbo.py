@@ -38,8 +38,8 @@ from ..estimators.pathwise import Pathwise
 from ..estimators.reinforce import Reinforce
 from ..estimators.sticking_the_landing import StickingTheLanding
 from .dependencies import Provenance, StopParameters
-from .distributions import log_q, natural_parameters, parameters, score_norm
-from .keep import Keeper, update_state
+from .distributions import Law, log_q, natural_parameters, parameters, score_norm
+from .keep import Keeper, read_state, update_state
 from .ops import OPS
 from .run import Message, Traces, dependencies, enumerated, execute, plates_of, terms_of, view
 
@@ -142,6 +142,8 @@ class EstimatorELBO(ELBO):
         dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
         if noise.law == "normal":
             return torch.randn(noise.shape, dtype=dtype, device=like.device)
+        if noise.law == "gamma":
+            return torch._standard_gamma(noise.concentration.detach())
         info = torch.finfo(dtype)
         return torch.rand(noise.shape, dtype=dtype, device=like.device).clamp(info.tiny, 1 - info.eps / 2)
 
@@ -154,6 +156,7 @@ class _Run:
     draws: dict[str, Draw]
     noise: dict[str, dict[str, Array]]
     rng: dict[str, int]  # seeds of the sites that counterfactual evaluations draw again
+    soft: set[str] = field(default_factory=set)  # discrete sites whose value carries a gradient
     terms: list[Term] = field(default_factory=list)
     depends_on: dict[tuple[str, str], frozenset[str]] = field(default_factory=dict)
     sites: dict[str, Site] = field(default_factory=dict)
@@ -178,6 +181,7 @@ class _TorchPlan:
     graph = property(lambda self: self.shared.graph)
     groups = property(lambda self: self.shared.groups)
     local = property(lambda self: self.shared.local)
+    relaxable = property(lambda self: self.shared.relaxable)
 
     def view(self, msg: Message, static: tuple[Any, ...] | None = None) -> Site:
         """The site of a message in this plan's plates, with the arrays of this run."""
@@ -186,8 +190,8 @@ class _TorchPlan:
             return view(msg)
         facts = self.sites[msg["name"]]
         logits = natural_parameters(fn, facts.family)
-        known = () if logits is None else (logits,)
-        return facts.filled(scale=msg["scale"], logits=logits, parameters=known, value=msg["value"])
+        named = {} if logits is None else {"logits": logits}
+        return facts.filled(scale=msg["scale"], logits=logits, named=named, law=Law(fn), value=msg["value"])
 
     @cached_property
     def redrawn(self) -> frozenset[str]:
@@ -297,7 +301,8 @@ class _Step:
                 elbo._chosen.setdefault((n, static[n]), estimator)
             self._check_program(traces)
             # arrays of this run are not wanted: only facts
-            facts = {n: replace(s, value=None, scale=1.0, logits=None, parameters=()) for n, s in shared.sites.items()}
+            none = {"value": None, "scale": 1.0, "logits": None, "named": {}, "law": None}
+            facts = {n: replace(s, **none) for n, s in shared.sites.items()}
             plan = elbo._plans[signature] = _TorchPlan(replace(shared, sites=facts), depends_on, static)
         elbo._plan = plan
         return plan
@@ -321,16 +326,16 @@ class _Step:
         latents = run.traces.latents()
         if not detail:
             keys = [("model", n) for n in run.traces.model] + [("guide", n) for n in run.traces.guide]
-            run.terms = terms_of(run.traces, dict.fromkeys(keys, frozenset()))
+            run.terms = terms_of(run.traces, dict.fromkeys(keys, frozenset()), frozenset(run.soft))
             return run
         run.plan = self._planned(run.traces, provenance)
         run.depends_on = run.plan.depends_on
         if run.plan is not plan:  # another structure; no run is ever thrown away, that would select what is drawn
             run.sites = {n: run.plan.view(latents[n]) for n in run.plan.local}
         plan = run.plan
-        local = frozenset(plan.local)
+        local = frozenset(n for n in plan.local if not plan.estimators[n].pathwise)
         score_only = frozenset() if elbo.objective.keeps_score else local
-        run.terms = terms_of(run.traces, run.depends_on, score_only=score_only, local=local)
+        run.terms = terms_of(run.traces, run.depends_on, frozenset(run.soft), score_only=score_only, local=local)
         if is_validation_enabled() and id(plan) not in elbo._validated:
             elbo._validated.add(id(plan))  # a plan fixes every shape
             for record in (run.traces.model, run.traces.guide):
@@ -356,21 +361,39 @@ class _Step:
     def _draw_now(self, plan: _TorchPlan, run: _Run, msg: Message) -> Array:
         name, static = msg["name"], _static(msg)
         estimator = self._choose(msg, static)
-        if estimator.pathwise:
+        if estimator.library_draw:
             return self._plain(msg)
-        site = run.sites[name] = plan.view(msg, static)
-        noise = {}
-        for label, n in estimator.noise(site).items():
-            if n.law == "value":
-                with torch.no_grad():
-                    noise[label] = self._plain(msg)
-            else:
-                noise[label] = self.elbo._noise(name, label, n, site.logits)
-        run.noise[name] = noise
-        with torch.no_grad():
-            draw = estimator.draw(OPS, site, noise)
-        run.draws[name] = draw
+        site = plan.view(msg, static)
+        draw, run.noise[name] = self._drawn(msg, site, estimator, {})
+        if estimator.local_part:
+            run.sites[name] = site
+            run.draws[name] = Draw(*tree_map(_detached, (draw.value, dict(draw.extra))))
+        if estimator.pathwise and site.family in families.RELAXABLE:
+            run.soft.add(name)
         return draw.value
+
+    def _drawn(
+        self, msg: Message, site: Site, estimator: Estimator, before: Mapping[str, Array]
+    ) -> tuple[Draw, dict[str, Array]]:
+        """What an estimator draws at a site, and from which noise: that of ``before``, but for what the site's own
+        parameters shape."""
+        if estimator.families is not None and not site.named:
+            site.named = parameters(msg["fn"])
+        like = site.logits if site.logits is not None else next(iter(site.named.values()), torch.empty(()))
+        declared = estimator.noise(site)
+        with torch.no_grad():  # values first, so that a seeded stream gives the same when only they are drawn again
+            noise = {label: self._plain(msg) for label, n in declared.items() if n.law == "value"}
+        for label, n in declared.items():
+            if n.law == "value":
+                continue
+            if n.law == "state":
+                noise[label] = read_state(site.name, label, estimator.state(site)[label], like)
+            elif label in before and n.law != "gamma":
+                noise[label] = before[label]
+            else:
+                noise[label] = self.elbo._noise(site.name, label, n, like)
+        with nullcontext() if estimator.pathwise else torch.no_grad():
+            return estimator.draw(OPS, site, noise), noise
 
     def _choose(self, msg: Message, static: tuple[Any, ...]) -> Estimator:
         """The estimator of a site; once chosen it stays, whatever the structure around the site. A site that the plan
@@ -393,10 +416,13 @@ class _Step:
         fn, value = msg["fn"], msg["value"]
         if estimator.score:
             site.log_q = msg["log_q"] if "log_q" in msg else log_q(fn, value)
+            scores = {label: log_q(fn, v) for label, v in estimator.scored(run.draws[site.name]).items()}
+            if scores:
+                run.draws[site.name] = Draw(value, {**run.draws[site.name].extra, **scores})
         if _uses(estimator, OptimalConstant):
             site.score_norm = score_norm(site, fn, value)
-        if estimator.keeps and site.family == families.OTHER:
-            site.parameters = tuple(parameters(fn).values())
+        if not site.named and (estimator.keeps or estimator.families is not None):
+            site.named = parameters(fn)
         if isinstance(estimator, ControlVariate):
             draw = run.draws[site.name]
             run.draws[site.name] = Draw(draw.value, {**draw.extra, **estimator.measured(value, fn)})
@@ -415,10 +441,12 @@ class _Step:
         vectorized: Any = None,
     ) -> list[Term]:
         """Cost terms downstream of the group when its sites take other values. What is not downstream keeps its
-        value; what is, is drawn again from the same noise, or relaxed if there is a ``temperature``."""
+        value; what is, is drawn again from the same noise; where the values are relaxed, discrete sites downstream do
+        what the group says."""
         plan, members = run.plan, frozenset(group.sites)
         down = plan.graph.descendants(members)
-        soft = frozenset(n for n in down if not plan.estimators[n].pathwise) if temperature is not None else frozenset()
+        moves = group.relaxations and group.downstream != "drawn"
+        soft = frozenset(n for n in down if moves and plan.relaxable(n)) - members
         first = run.traces.guide
 
         def draw(msg: Message) -> Array:
@@ -426,7 +454,7 @@ class _Step:
             if name in values:
                 return values[name]
             if name not in first:  # a branch that the drawn values did not take
-                if temperature is not None:
+                if group.relaxations:
                     raise site_error(
                         name,
                         "drawn only in a branch that relaxed values take, and a branch has no derivative",
@@ -442,27 +470,22 @@ class _Step:
             name = msg["name"]
             estimator = plan.estimators[name]
             if name in soft:
-                site = view(msg)
-                noise = run.noise[name]
-                u = noise["u"] if "u" in noise else self._fresh_uniform(run, name, site)
-                z = relaxation.unconditional(OPS, site.family, site.logits, u)
-                return relaxation.soften(OPS, site.family, z, temperature)
-            if estimator.pathwise:
+                site, noise, u = view(msg), run.noise[name], None
+                if temperature is not None:
+                    u = noise["u"] if "u" in noise else self._fresh_uniform(run, name, site)
+                return relaxation.downstream(OPS, site.family, site.logits, u, temperature)
+            if estimator.library_draw:
                 return self._plain(msg)
-            noise = dict(run.noise[name])
-            if "value" in noise:
-                with torch.no_grad():
-                    noise["value"] = self._plain(msg)
-            return estimator.draw(OPS, view(msg), noise).value
+            return self._drawn(msg, view(msg), estimator, run.noise[name])[0].value
 
         model, guide = self.model, self.guide
         if vectorized is not None:
             model, guide = vectorized(model), vectorized(guide)
         args, kwargs = self.args, self.kwargs
-        if temperature is not None:  # the slope leads to what the estimators keep and to nothing else
+        if group.relaxations:  # the slope leads to what the estimators keep and to nothing else
             args, kwargs = tree_map(_detached, (args, kwargs))
         traces = self.execute(model, guide, args, kwargs, draw=draw, subsamples=self.subsamples)
-        relaxed = members | soft if temperature is not None else frozenset()
+        relaxed = run.soft | frozenset(n for n in members | soft if group.relaxations and plan.relaxable(n))
         return terms_of(traces, run.depends_on, relaxed, only=members)
 
     def _fresh_uniform(self, run: _Run, name: str, site: Site) -> Array:
@@ -529,14 +552,16 @@ class _Step:
         """Costs ``[M, *plates]`` at relaxed values and their slopes ``[M, *batch, *event]``, differentiable in what
         the estimators keep and in nothing else."""
         members = [run.sites[n] for n in group.sites]
-        temperature = kept[group.sites[0]].parameters["log_temperature"].exp()
         relaxed: dict[str, list[Array]] = {n: [] for n in group.sites}
         slope: dict[str, list[Array]] = {n: [] for n in group.sites}
         for index in range(group.relaxations):
             values = {
-                s.name: run.plan.estimators[s.name].relaxed(OPS, s, run.draws[s.name], index, kept[s.name])
+                s.name: run.plan.estimators[s.name].relaxed(OPS, s, run.draws[s.name], index, kept.get(s.name, Kept()))
                 for s in members
             }
+            values = {n: v if v.requires_grad else v.clone().requires_grad_() for n, v in values.items()}
+            first, estimator = members[0], run.plan.estimators[members[0].name]
+            temperature = estimator.downstream_temperature(OPS, first, index, kept.get(first.name, Kept()))
             with StopParameters():
                 terms = self._rerun(run, group, values, temperature)
                 costs = downstream_costs(OPS, run.plan.graph, terms, members)
@@ -638,7 +663,7 @@ class _Step:
             if t.side == "guide" and t.site in fixed:
                 t = replace(t, value=fixed[t.site])
             elif t.side == "guide" and t.site in run.sites and not self.elbo.objective.keeps_score:
-                if t.value.requires_grad:
+                if t.value.requires_grad and not plan.estimators[t.site].pathwise:
                     t = replace(t, value=t.value.detach())
             explicit.append(t)
         return explicit
@@ -661,7 +686,8 @@ class _Step:
             lead=1,
             **facts,
             logits=lead([s.logits for s in sites]),
-            parameters=tuple(lead(list(p)) for p in zip(*(s.parameters for s in sites), strict=True)),
+            named={k: lead([s.named[k] for s in sites]) for k in first.named},
+            law=None,
             log_q=lead([s.log_q for s in sites]),
             score_norm=lead([s.score_norm for s in sites]),
             value=None,

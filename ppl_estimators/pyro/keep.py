@@ -22,7 +22,7 @@ class Keeper(torch.nn.Module):
         """Declare what ``estimator`` keeps at ``site``; return its present values."""
         parameters = {k: self._param(f"{site.name}${k}", v, like) for k, v in estimator.parameters(site).items()}
         networks = {k: self._network(f"{site.name}${k}", v, like) for k, v in estimator.networks(site, given).items()}
-        state = {k: _state(site.name, k, v, like).detach().clone() for k, v in estimator.state(site).items()}
+        state = {k: read_state(site.name, k, v, like).detach().clone() for k, v in estimator.state(site).items()}
         return Kept(parameters, networks, state, given)
 
     def _param(self, name: str, initial: Initial, like: Array) -> Array:
@@ -69,7 +69,7 @@ class Keeper(torch.nn.Module):
             store[name] = value
 
 
-def _state(site: str, key: str, initial: Initial, like: Array) -> Array:
+def read_state(site: str, key: str, initial: Initial, like: Array) -> Array:
     """State lives in the store beside the parameters, but no optimiser sees it."""
     store, name = pyro.get_param_store(), f"{site}$state.{key}"
     if name not in store:

@@ -154,7 +154,8 @@ def terms_of(
 ) -> list[Term]:
     """Every cost term, scaled and masked: log p of the model's sites, then -log q of the guide's.
 
-    ``relaxed`` names the latent sites whose values are relaxed; ``score_only`` those whose -log q needs no gradient
+    ``relaxed`` names the latent sites whose values are relaxed, or carry a gradient that a discrete log probability
+    would drop; ``score_only`` those whose -log q needs no gradient
     (its log_q is computed once, for the score too, and left in the message); ``only`` restricts to terms that depend
     on one of these sites, terms of a branch not taken before included; ``local`` names the score sites, whose values
     no transform may invert from its cache.
@@ -168,7 +169,7 @@ def terms_of(
             fn, value = msg["fn"], msg["value"]
             if name in relaxed:
                 log_p = _relaxed_log_prob(msg, side)
-            elif side == "guide" and name in score_only and family(fn) != families.OTHER and not is_masked(fn):
+            elif side == "guide" and name in score_only and family(fn) in families.DISCRETE and not is_masked(fn):
                 msg["log_q"] = log_q(fn, value)
                 log_p = msg["log_q"].detach()
             else:

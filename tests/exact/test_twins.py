@@ -20,12 +20,18 @@ from ppl_estimators import (
     ControlVariate,
     DisARM,
     Enumerate,
+    GappedStraightThrough,
+    GumbelSoftmax,
+    GumbelStraightThrough,
     Learned,
     MovingAverage,
     OptimalConstant,
     Pathwise,
+    RaoGumbel,
     Reinforce,
+    ReinMax,
     StickingTheLanding,
+    StraightThrough,
 )
 from ppl_estimators.numpyro import with_estimators as jax_hook
 from ppl_estimators.pyro import with_estimators as torch_hook
@@ -82,6 +88,12 @@ def torch_guide():
 
 
 MIXES = {
+    "straight through": {"z": ReinMax(), "y": RaoGumbel(2)},
+    "gumbels": {"z": GumbelSoftmax(0.7), "y": GumbelStraightThrough(0.9)},
+    "below a relaxed value": {"z": GumbelSoftmax(0.7), "y": DisARM()},
+    "below a counterfactual": {"z": DisARM(), "y": GumbelSoftmax(0.7)},
+    "below a relaxation": {"z": REBAR(0.6), "y": GappedStraightThrough()},
+    "score below": {"z": StraightThrough(), "y": Reinforce(Constant(-2.0))},
     "score": {"z": Reinforce(), "y": Reinforce(Constant(-3.0))},
     "past": {"z": Reinforce(MovingAverage(0.7)), "y": Reinforce(OptimalConstant(0.9))},
     "nvil": {"z": Reinforce(MovingAverage() + Learned(hidden=4)), "y": DisARM()},
@@ -102,7 +114,7 @@ MIXES = {
 
 def noise(rng):
     table = {}
-    for site, labels in {"z": ("u", "v"), "y": ("u", "v"), "w": ()}.items():
+    for site, labels in {"z": ("u", "v", "v0", "v1"), "y": ("u", "v", "v0", "v1"), "w": ()}.items():
         table[site] = {k: rng.uniform(size=(1, B)) for k in labels}
     for site in ("z", "y"):
         table[site]["value"] = rng.integers(0, 2, size=(1, B)).astype(float)

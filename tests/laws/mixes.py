@@ -19,20 +19,27 @@ from ppl_estimators import (
     REBAR,
     RELAX,
     UGC,
+    Antithetic,
+    Average,
     BitFlip,
+    Combine,
     Constant,
     ControlVariate,
     CoupledImportance,
     DisARM,
     DisARMStickBreaking,
     DisARMTree,
+    DoubleControlVariate,
     Enumerate,
     Learned,
     LeaveOneOut,
     MovingAverage,
+    MuProp,
     OptimalConstant,
     Pathwise,
     Reinforce,
+    Repeat,
+    Stein,
     StickingTheLanding,
     SumAndSample,
     UnorderedSet,
@@ -102,6 +109,12 @@ CATEGORICALS = [
     Mix("arsm", {"*": ARSM()}),
 ]
 
+MUPROP = Mix("muprop", {"*": MuProp()})
+DOUBLE = kept("double_control_variate", {"*": DoubleControlVariate(-0.5)}, particles=3)
+REPEAT = Mix("repeat", {"*": Repeat(3, LOO)})
+COMBINE = kept("combine", {"*": Combine((DisARM(), REBAR(), Reinforce(MovingAverage())))})
+STEIN = kept("stein", {"*": Stein(hidden=4)}, particles=3)
+
 EVERY_STATE: dict[str, list[Mix]] = {
     "single": [PLAIN, CONSTANT, CONTROL],
     "single_zero": [PLAIN, CONSTANT],
@@ -160,6 +173,12 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         REBARS,
         RELAXES,
         RELAXES_MODEL,
+        MUPROP,
+        DOUBLE,
+        STEIN,
+        REPEAT,
+        COMBINE,
+        Mix("antithetic_average", {"z1": Antithetic(Reinforce()), "z2": Average((DisARM(), Enumerate()))}),
         Mix("enumerate_disarm", {"z1": Enumerate(), "z2": DisARM()}),
         Mix("disarm_reinforce", {"z1": DisARM(), "z2": Reinforce(Constant(-1.5))}),
         kept("rebar_reinforce", {"z1": REBAR(), "z2": Reinforce(Constant(-1.5))}),
@@ -180,6 +199,7 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         Mix("enumerate_score", {"z*": Enumerate(), "w": LOO}, particles=4),
         Mix("loo", {"*": LOO}, particles=4),
         kept("rebar_pathwise", {"z*": REBAR(), "w": Pathwise()}),
+        kept("muprop_stein", {"z1": MuProp(MovingAverage()), "z2": Stein(), "w": Pathwise()}, particles=3),
         kept("relax_model", {"z1": RELAX(hidden=4, model_term=True), "z2": DisARM()}),
     ],
     "delta": [AUTO, Mix("disarm", {"z": DisARM()})],
@@ -190,6 +210,11 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         ENUMERATE,
         NVIL,
         kept("relax_model", {"*": RELAX(hidden=4, model_term=True)}),
+        MUPROP,
+        DOUBLE,
+        STEIN,
+        REPEAT,
+        COMBINE,
     ],
     "subsampled_bits": [
         DISARM,
@@ -205,8 +230,8 @@ ON_AVERAGE: dict[str, list[Mix]] = {
     "coupled_categories": [ENUMERATE, *CATEGORICALS],
     "masked_by_handler": [DISARM, NVIL, REBARS, RELAXES],
     "masked_by_distribution": [DISARM, REBARS],
-    "undeclared": [LEAVE_ONE_OUT, DISARM, ENUMERATE, OPTIMAL, REBARS, RELAXES, *BITS, FLIPS],
-    "event": [LEAVE_ONE_OUT, DISARM, ENUMERATE, REBARS, RELAXES, *BITS, FLIPS],
+    "undeclared": [LEAVE_ONE_OUT, DISARM, ENUMERATE, OPTIMAL, REBARS, RELAXES, STEIN, *BITS, FLIPS],
+    "event": [LEAVE_ONE_OUT, DISARM, ENUMERATE, REBARS, RELAXES, MUPROP, DOUBLE, STEIN, REPEAT, *BITS, FLIPS],
     "crossed": [
         LEAVE_ONE_OUT,
         DISARM,
@@ -221,15 +246,17 @@ ON_AVERAGE: dict[str, list[Mix]] = {
     "reentered": [LEAVE_ONE_OUT, ENUMERATE],
     "reentered_same_plate": [LEAVE_ONE_OUT, DISARM, ENUMERATE, OPTIMAL, REBARS, FLIPS, CLIPPED],
     "auxiliary": [LEAVE_ONE_OUT, DISARM, ENUMERATE, REBARS],
-    "mixture": [Mix("loo", {"w": LOO}, particles=4)],
+    "mixture": [Mix("loo", {"w": LOO}, particles=4), Mix("repeat", {"w": Repeat(4, LOO)})],
     "wrapped": [
         AUTO,
         Mix("loo", {"*": LOO}, particles=4),
+        Mix("repeat", {"*": Repeat(4, LOO)}),
         Mix("optimal", {"*": Reinforce(OptimalConstant())}, particles=8),
     ],
     "categories": [
         LEAVE_ONE_OUT,
         ENUMERATE,
+        REPEAT,
         kept("enumerate_rebar", {"k": Enumerate(), "z": REBAR()}),
         kept("relax_disarm", {"k": RELAX(hidden=4), "z": RELAX(hidden=4, model_term=True)}),
     ],

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ...core.errors import site_error
+from ...core.estimator import Estimator
 from ...core.keep import Initial, Kept, Network, prefixed, strip
 from ...core.ops import Array, Ops
 from ...core.site import Site
@@ -131,3 +132,46 @@ class Sum(Baseline):
                 auxiliary = mine.auxiliary if auxiliary is None else auxiliary + mine.auxiliary
             state |= prefixed(f"{i}_", mine.state)
         return Baselined(total, auxiliary, state)
+
+
+class WithBaseline(Estimator):
+    """An estimator that subtracts a baseline from its learning signal, in its attribute ``baseline``."""
+
+    baseline: Baseline | None
+
+    def __post_init__(self) -> None:
+        if self.baseline is not None and not isinstance(self.baseline, Baseline):
+            raise TypeError(
+                f"{type(self).__name__}(baseline=...) takes a baseline such as LeaveOneOut() or MovingAverage(), "
+                f"got {self.baseline!r}."
+            )
+
+    def check(self, site: Site, particles: int) -> None:
+        super().check(site, particles)
+        if self.baseline is not None:
+            self.baseline.check(site, particles)
+
+    @property
+    def keeps(self) -> bool:
+        return self.baseline is not None and self.baseline.keeps
+
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Array]:
+        return self.baseline.given(args, kwargs) if self.baseline else {}
+
+    def parameters(self, site: Site) -> dict[str, Initial]:
+        return self.baseline.parameters(site) if self.baseline else {}
+
+    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
+        return self.baseline.networks(site, given) if self.baseline else {}
+
+    def state(self, site: Site) -> dict[str, Initial]:
+        return self.baseline.state(site) if self.baseline else {}
+
+    def subtract(
+        self, ops: Ops, site: Site, signal: Array, kept: Kept
+    ) -> tuple[Array, Array | None, Mapping[str, Array]]:
+        """``signal [K, *plates]`` less the baseline, as a constant; its auxiliary objective; its new state."""
+        if self.baseline is None:
+            return ops.stop_gradient(signal), None, {}
+        b = self.baseline.evaluate(ops, site, signal, kept)
+        return ops.stop_gradient(signal - b.value), b.auxiliary, b.state

@@ -1,0 +1,69 @@
+"""Leave-one-out with a second control variate: the slopes of the other particles' costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..core.estimator import Estimator
+from ..core.families import BERNOULLI, ONEHOT, mean_vjp, score
+from ..core.keep import Initial, Kept
+from ..core.ops import Array, Ops
+from ..core.site import Costs, Draw, Local, Site
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DoubleControlVariate(Estimator):
+    """Leave-one-out, with a linear control variate from the slopes at the other particles' draws.
+
+    Approximates  ∇_a E_{b ~ q_a}[f(b)]
+    With          1/K Σ_k { [f_k + α c_k − 1/(K−1) Σ_{j≠k} (f_j + α c_j)] (b_k − p) − α ∇_a p · ḡ_k },
+                  c_k = ḡ_k · (b_k − p),   ḡ_k = 1/(K−1) Σ_{j≠k} ∇f(b_j)
+    Requires      Bernoulli or OneHotCategorical sites; two particles or more; a model that is differentiable in the
+                  site's value. One evaluation per particle and its derivative. Unbiased for every α.
+
+    α (``coefficient``) starts at 0, which is leave-one-out, and is trained by your optimiser on the variance of the
+    site's local gradient; useful values are negative, −1 where f is close to linear. It pays where the slope of f at
+    0 and 1 resembles the difference f(1) − f(0), and where the probabilities are away from ½; elsewhere it costs a
+    backward pass for nothing.
+
+    >>> DoubleControlVariate()
+    DoubleControlVariate()
+
+    Reference: Titsias & Shi (2022), "Double Control Variates for Gradient Estimation in Discrete Latent Variable
+    Models", arXiv:2111.05300.
+    """
+
+    coefficient: float = 0.0
+
+    families: ClassVar[tuple[str, ...] | None] = (BERNOULLI, ONEHOT)
+    downstream: ClassVar[str] = "drawn"
+    min_particles: ClassVar[int] = 2
+    keeps: ClassVar[bool] = True  # type: ignore[assignment]
+    instead: ClassVar[str] = "Use OneHotCategorical here, or Reinforce(LeaveOneOut())"
+
+    def relaxations(self, site: Site) -> int:
+        return 1
+
+    def parameters(self, site: Site) -> dict[str, Initial]:
+        return {"coefficient": Initial(value=self.coefficient)}
+
+    def relaxed(self, ops: Ops, site: Site, draw: Draw, index: int, kept: Kept) -> Array:
+        return ops.like(draw.value, site.logits)
+
+    def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
+        a = ops.stop_gradient(site.logits)
+        k, alpha, onehot = costs.value.shape[0], kept.parameters["coefficient"], site.family == ONEHOT
+        s = score(ops, site.family, a, draw.value)  # b − p
+        slope = of_the_others(ops, ops.stop_gradient(costs.relaxed_slope[0]))
+        f = ops.stop_gradient(costs.value) + alpha * site.sum_elements(ops, slope * s)
+        signal = site.spread(ops, f - of_the_others(ops, f), trailing=onehot)
+        gradient = signal * s - alpha * mean_vjp(ops, site.family, a, slope)
+        mean = ops.sum(gradient / site.unit(ops, onehot), axis=0) / k
+        return Local(ops.stop_gradient(gradient) * site.logits, k * mean**2)
+
+
+def of_the_others(ops: Ops, x: Array) -> Array:
+    """Mean over the other particles, ``[K, ...]``; of a particle that stands alone, zero."""
+    k = x.shape[0]
+    return (ops.sum(x, axis=0, keepdims=True) - x) / max(k - 1, 1)

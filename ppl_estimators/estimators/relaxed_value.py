@@ -1,0 +1,80 @@
+"""What the estimators share whose value is a discrete draw with a made-up derivative, or a relaxed draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+from ..core.estimator import Estimator, Noise
+from ..core.families import RELAXABLE, threshold
+from ..core.keep import Initial, Kept
+from ..core.ops import Array, Ops
+from ..core.site import Costs, Draw, Local, Site
+
+#: a number, or a function of the number of steps taken, in arithmetic that both libraries' arrays know
+Temperature = float | Callable[[Array], Array]
+
+
+class RelaxedValue(Estimator):
+    """Base of biased estimators at Bernoulli and one-hot sites whose value carries a gradient.
+
+    The log probabilities of the site itself, log p and −log q, are taken by their linear extension: right at the
+    corners, and differentiable in the value.
+    """
+
+    unbiased: ClassVar[bool] = False
+    pathwise: ClassVar[bool] = True
+    families: ClassVar[tuple[str, ...] | None] = RELAXABLE
+    instead: ClassVar[str] = "Use OneHotCategorical for a categorical, or Reinforce(LeaveOneOut())"
+
+    def noise(self, site: Site) -> Mapping[str, Noise]:
+        return {"u": Noise("uniform", tuple(site.logits.shape))}
+
+
+class Tempered(RelaxedValue):
+    """A relaxed value with a temperature, fixed or scheduled. A schedule keeps the number of steps taken."""
+
+    temperature: Temperature
+
+    def __post_init__(self) -> None:
+        if not callable(self.temperature) and not self.temperature > 0:
+            raise ValueError(
+                f"{type(self).__name__}(temperature=...) needs a positive number, or a function of the number of "
+                f"steps, got {self.temperature!r}."
+            )
+
+    @property
+    def keeps(self) -> bool:
+        return callable(self.temperature)
+
+    @property
+    def corrected(self) -> bool:  # type: ignore[override]
+        return self.keeps  # its surrogate is zero, but `local` counts the steps
+
+    def state(self, site: Site) -> dict[str, Initial]:
+        return {"steps": Initial()} if self.keeps else {}
+
+    def noise(self, site: Site) -> Mapping[str, Noise]:
+        return {**super().noise(site), **({"steps": Noise("state")} if self.keeps else {})}
+
+    def at(self, noise: Mapping[str, Array]) -> Array | float:
+        """The temperature of this step."""
+        return self.temperature(noise["steps"]) if callable(self.temperature) else self.temperature
+
+    def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
+        return Local(ops.zeros_like(costs.value), state={"steps": kept.state["steps"] + 1})
+
+
+def finite(ops: Ops, a: Array) -> Array:
+    """Logits without −inf: a category of probability zero stays one, and 0 · (−inf) is no nan."""
+    return ops.where(a < -1e30, ops.like(-1e30, a), a)
+
+
+def hard(ops: Ops, site: Site, noise: Mapping[str, Array]) -> Array:
+    """The discrete draw, 0 or 1, that the noise gives."""
+    return ops.stop_gradient(threshold(ops, site.family, site.logits, noise["u"]))
+
+
+def with_slope(ops: Ops, value: Array, soft: Array) -> Array:
+    """``value`` exactly, with the derivative of ``soft``."""
+    return value + (soft - ops.stop_gradient(soft))

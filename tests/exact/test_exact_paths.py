@@ -1,0 +1,525 @@
+"""Estimators whose value carries a gradient of its own: exact over the noise where they are unbiased, and a measured
+bias of known sign and size where they are not."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pyro
+import pyro.distributions as pdist
+import pytest
+import torch
+from injected import (
+    InjectedJax,
+    InjectedTorch,
+    cells,
+    columns,
+    grid,
+    jax_gradients,
+    legendre,
+    moments,
+    torch_gradients,
+)
+
+from ppl_estimators import (
+    EstimatorError,
+    GappedStraightThrough,
+    GumbelSoftmax,
+    GumbelStraightThrough,
+    ImplicitPathwise,
+    ImportanceWeighted,
+    Pathwise,
+    RaoGumbel,
+    ReinMax,
+    StraightThrough,
+)
+from ppl_estimators.numpyro import EstimatorELBO as Jax
+from ppl_estimators.numpyro import OneHotCategorical
+from ppl_estimators.numpyro.distributions import describe as jax_describe
+from ppl_estimators.numpyro.ops import OPS as JAX_OPS
+from ppl_estimators.pyro import EstimatorELBO as Torch
+
+pytestmark = [
+    pytest.mark.usefixtures("double_precision"),
+    pytest.mark.filterwarnings("ignore::ppl_estimators.EstimatorWarning"),
+]
+
+
+def sigmoid(a):
+    return 1 / (1 + np.exp(-np.asarray(a)))
+
+
+def bernoulli(f):
+    """The cost is exactly f(b): prior and entropy are masked out."""
+
+    def model():
+        with numpyro.handlers.mask(mask=False):
+            b = numpyro.sample("b", dist.Bernoulli(logits=0.0))
+        numpyro.factor("f", f(b))
+
+    def guide():
+        a = numpyro.param("a", 0.0)
+        with numpyro.handlers.mask(mask=False):
+            numpyro.sample("b", dist.Bernoulli(logits=a))
+
+    return model, guide
+
+
+def over_noise(estimator, f, a):
+    """Mean and variance of the gradient of f(b) in the logit, integrated over u (and over v for RaoGumbel)."""
+    p = sigmoid(a)
+    rows = estimator.r if isinstance(estimator, RaoGumbel) else 0
+    axes, weights = grid(legendre(60 if rows < 2 else 20, 1 - p), *[legendre(60 if rows < 2 else 20)] * rows)
+    tables = {"b": {label: x[:, None] for label, x in zip(["u", "v0", "v1"], axes, strict=False)}}
+    _, gradient = jax_gradients(InjectedJax({"b": estimator}), *bernoulli(f), {"a": jnp.asarray(a)}, tables)
+    mean, variance = moments(-gradient, weights)
+    return mean[0], variance[0]
+
+
+def linear(b):
+    return 1.7 * b
+
+
+def square(b):
+    return (b - 0.3) ** 2
+
+
+def wave(b):
+    return jnp.sin(2 * b + 0.4)
+
+
+def exact(f, a):
+    return sigmoid(a) * sigmoid(-a) * float(f(1.0) - f(0.0))
+
+
+LOGITS = [0.0, 0.9, -1.4]
+
+
+@pytest.mark.parametrize("a", LOGITS)
+def test_straight_through_is_exact_for_linear_cost_and_biased_by_pq_times_2p_minus_1_for_a_square(a):
+    p = sigmoid(a)
+    np.testing.assert_allclose(over_noise(StraightThrough(), linear, a)[0], exact(linear, a), atol=1e-10)
+    bias = over_noise(StraightThrough(), square, a)[0] - exact(square, a)
+    np.testing.assert_allclose(bias, p * (1 - p) * (2 * p - 1), atol=1e-10)
+    assert np.sign(np.round(bias, 12)) == np.sign(a)
+
+
+@pytest.mark.parametrize("a", LOGITS)
+def test_reinmax_is_exact_for_squares_and_half_of_the_slope_times_the_other_probability(a):
+    p, slope = sigmoid(a), jax.grad(wave)
+    for f in (linear, square):
+        np.testing.assert_allclose(over_noise(ReinMax(), f, a)[0], exact(f, a), atol=1e-10)
+    # 1/2 f'(b) (b q + (1 - b) p), at each of the two values
+    (u,), _ = grid(cells(1 - p))
+    _, gradient = jax_gradients(
+        InjectedJax({"b": ReinMax()}), *bernoulli(wave), {"a": jnp.asarray(a)}, {"b": {"u": u[:, None]}}
+    )
+    np.testing.assert_allclose(-gradient[:, 0], [0.5 * slope(0.0) * p, 0.5 * slope(1.0) * (1 - p)], atol=1e-12)
+    bias = over_noise(ReinMax(), wave, a)[0] - exact(wave, a)
+    trapezoid = 0.5 * (slope(0.0) + slope(1.0)) - (wave(1.0) - wave(0.0))
+    np.testing.assert_allclose(bias, p * (1 - p) * trapezoid, atol=1e-10)
+    assert bias < -0.01
+
+
+@pytest.mark.parametrize("estimator", [GumbelSoftmax(1.0), GumbelStraightThrough(1.0), RaoGumbel(1, 1.0)], ids=repr)
+def test_gumbel_estimators_are_biased_for_linear_cost_by_a_third(estimator):
+    """At a = 0 and λ = 1 the mean slope is ∫ σ'(x)² dx = 1/6, where p q = 1/4."""
+    np.testing.assert_allclose(over_noise(estimator, linear, 0.0)[0], 1.7 / 6, atol=1e-8)
+
+
+@pytest.mark.parametrize("a", LOGITS[1:])
+@pytest.mark.parametrize("temperature", [0.6, 1.3])
+def test_gumbel_estimators_are_the_slope_of_the_relaxed_value(a, temperature):
+    u, weights = legendre(60, sigmoid(-a))
+    soft = sigmoid((a + np.log(u / (1 - u))) / temperature)
+    slope = soft * (1 - soft) / temperature
+    inside = weights @ (slope * np.asarray(jax.vmap(jax.grad(wave))(soft)))
+    np.testing.assert_allclose(over_noise(GumbelSoftmax(temperature), wave, a)[0], inside, atol=1e-10)
+    corner = weights @ (slope * np.asarray(jax.vmap(jax.grad(wave))(1.0 * (u > sigmoid(-a)))))
+    mean, variance = over_noise(GumbelStraightThrough(temperature), wave, a)
+    np.testing.assert_allclose(mean, corner, atol=1e-10)
+    assert abs(mean - exact(wave, a)) > 0.01
+    # Rao-Blackwell: the same mean, less variance, and less still with two conditional draws
+    one, two = (over_noise(RaoGumbel(r, temperature), wave, a) for r in (1, 2))
+    np.testing.assert_allclose(one, (mean, variance), atol=1e-5)  # one conditional draw is distributed as the draw
+    np.testing.assert_allclose(two[0], mean, atol=1e-5)
+    given_b = []
+    for hard, weight in ((u > sigmoid(-a), sigmoid(a)), (u <= sigmoid(-a), sigmoid(-a))):
+        given_b.append((weights[hard] @ slope[hard]) / weight * float(jax.grad(wave)(1.0 * hard[-1])))
+    between = np.array([sigmoid(a), sigmoid(-a)]) @ np.square(given_b) - mean**2
+    np.testing.assert_allclose(two[1], between + (variance - between) / 2, atol=1e-5)
+    assert two[1] < variance
+
+
+@pytest.mark.parametrize("a", LOGITS)
+def test_gapped_straight_through_moves_the_logit_to_the_gap(a):
+    gap, temperature = 1.0, 0.7
+    p, slope = sigmoid(a), jax.grad(wave)
+
+    def at(logit):
+        return sigmoid(logit / temperature) * sigmoid(-logit / temperature) / temperature
+
+    expected = p * slope(1.0) * at(max(a, gap)) + (1 - p) * slope(0.0) * at(max(-a, gap))
+    mean, _ = over_noise(GappedStraightThrough(gap, temperature), wave, a)
+    np.testing.assert_allclose(mean, expected, atol=1e-10)
+    assert abs(mean - exact(wave, a)) > 0.01
+
+
+# ---- one-hot sites --------------------------------------------------------------------------------------------------
+
+PHI = np.array([0.6, -0.4, 0.3])
+P = np.exp(PHI) / np.exp(PHI).sum()
+M = np.array([[0.5, 1.0, -0.3], [0.2, -0.9, 0.4], [1.1, 0.0, 0.7]])
+PRIOR = np.array([0.1, 0.5, -0.2])
+
+
+def onehot_model(f):
+    def model():
+        z = numpyro.sample("z", OneHotCategorical(logits=jnp.asarray(PRIOR)))
+        numpyro.factor("f", f(z))
+
+    return model
+
+
+def onehot_guide():
+    numpyro.sample("z", OneHotCategorical(logits=numpyro.param("a", jnp.zeros(3))))
+
+
+def onehot_exact(f, a):
+    log_q, log_p = jax.nn.log_softmax(a), jax.nn.log_softmax(jnp.asarray(PRIOR))
+    return jnp.exp(log_q) @ (jnp.stack([f(z) for z in jnp.eye(3)]) + log_p - log_q)
+
+
+def at_each_category(estimator, f):
+    """Mean over the draw, for estimators whose slope given the draw has no noise. u close to 1 wins."""
+    u = np.where(np.eye(3) == 1, 1 - 1e-9, 1e-9)
+    _, gradient = jax_gradients(
+        InjectedJax({"z": estimator}),
+        onehot_model(f),
+        onehot_guide,
+        {"a": jnp.asarray(PHI)},
+        {"z": {"u": columns(u.T, 1, 3)}},
+    )
+    return P @ -gradient
+
+
+def flat(z):
+    return z @ jnp.asarray([0.3, -1.0, 0.8])
+
+
+def quadratic(z):
+    return z @ jnp.asarray(M) @ z + flat(z)
+
+
+def cubic(z):
+    return jnp.sum((z @ jnp.asarray(M)) ** 3)
+
+
+def test_straight_through_and_reinmax_at_a_one_hot_site():
+    """Prior and entropy count too: their linear extension has a slope at the categories that were not drawn."""
+    np.testing.assert_allclose(
+        at_each_category(StraightThrough(), flat), jax.grad(onehot_exact, 1)(flat, PHI), atol=1e-10
+    )
+    for f in (flat, quadratic):
+        np.testing.assert_allclose(at_each_category(ReinMax(), f), jax.grad(onehot_exact, 1)(f, PHI), atol=1e-10)
+    biases = [
+        np.linalg.norm(at_each_category(e, f) - jax.grad(onehot_exact, 1)(f, PHI))
+        for e, f in ((StraightThrough(), quadratic), (ReinMax(), cubic), (ReinMax(1.5), quadratic))
+    ]
+    assert min(biases) > 0.005, biases
+
+
+def test_gapped_straight_through_at_a_one_hot_site():
+    gap, temperature = 1.0, 0.7
+    slope = jax.grad(lambda z: flat(z) + z @ (jax.nn.log_softmax(jnp.asarray(PRIOR)) - jax.nn.log_softmax(PHI)))
+    expected = np.zeros(3)
+    for i, z in enumerate(np.eye(3)):
+        moved = PHI + (PHI.max() - PHI) * z - np.maximum(PHI - PHI.max() + gap, 0) * (1 - z)
+        soft = np.asarray(jax.nn.softmax(moved / temperature))
+        assert soft[i] == soft.max()
+        v = np.asarray(slope(z))
+        expected += P[i] * (soft * v - soft * (soft @ v)) / temperature
+    np.testing.assert_allclose(at_each_category(GappedStraightThrough(gap, temperature), flat), expected, atol=1e-10)
+
+
+def test_rao_gumbel_at_a_one_hot_site_has_the_mean_of_gumbel_straight_through_and_less_variance():
+    draws = 20_000
+
+    def sampled(estimator):
+        elbo = Jax({"z": estimator})
+        loss = lambda a, key: -elbo.loss(key, {"a": a}, onehot_model(cubic), onehot_guide)  # noqa: E731
+        keys = jax.random.split(jax.random.key(0), draws)
+        return np.asarray(jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(jnp.asarray(PHI), keys))
+
+    plain, rao = sampled(GumbelStraightThrough(0.5)), sampled(RaoGumbel(10, 0.5))
+    error = np.sqrt((plain.var(0) + rao.var(0)) / draws)
+    assert np.all(np.abs(plain.mean(0) - rao.mean(0)) < 5 * error)
+    assert np.all(rao.var(0) < 0.9 * plain.var(0))
+    assert np.any(np.abs(rao.mean(0) - jax.grad(onehot_exact, 1)(cubic, PHI)) > 10 * error)
+
+
+# ---- implicit reparameterisation ------------------------------------------------------------------------------------
+
+
+class Raw(InjectedJax):
+    """Draws are what the table says, not a transform of it."""
+
+    def _sample(self, name, fn, key):
+        return jnp.asarray(self.table[name]["value"])[self.row].astype(float), []
+
+
+class RawTorch(InjectedTorch):
+    def _sample(self, name, fn, *args, **kwargs):
+        return torch.as_tensor(np.array(self.table[name]["value"]))[0]
+
+
+MIXTURE = {"loc": np.array([-1.2, 0.9]), "log_scale": np.array([-0.3, 0.2]), "weight": np.array([0.4, -0.1])}
+
+
+def bent(z):
+    return jnp.sin(1.3 * z) - 0.2 * z**2
+
+
+def mixture_model():
+    with numpyro.handlers.mask(mask=False):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+    numpyro.factor("f", bent(z[..., 0]))
+
+
+def mixture_guide():
+    loc, log_scale, weight = (numpyro.param(k, jnp.zeros(2)) for k in ("loc", "log_scale", "weight"))
+    fn = dist.MixtureSameFamily(dist.Categorical(logits=weight), dist.Normal(loc, jnp.exp(log_scale)))
+    numpyro.sample("z", fn.expand([1]).to_event(1))
+
+
+def mixture_model_torch():
+    with pyro.poutine.mask(mask=torch.tensor(False)):
+        z = pyro.sample("z", pdist.Normal(torch.tensor(0.0), 1.0).expand([1]).to_event(1))
+    pyro.factor("f", torch.sin(1.3 * z[..., 0]) - 0.2 * z[..., 0] ** 2)
+
+
+def mixture_guide_torch():
+    loc, log_scale, weight = (pyro.param(k, torch.tensor(MIXTURE[k])) for k in ("loc", "log_scale", "weight"))
+    fn = pdist.MixtureSameFamily(pdist.Categorical(logits=weight), pdist.Normal(loc, log_scale.exp()))
+    pyro.sample("z", fn.expand([1]).to_event(1))
+
+
+def mixture_density(p, z):
+    scale = jnp.exp(p["log_scale"])
+    parts = jax.nn.log_softmax(p["weight"]) - 0.5 * ((z[:, None] - p["loc"]) / scale) ** 2 - jnp.log(scale)
+    return jax.nn.logsumexp(parts - 0.5 * jnp.log(2 * jnp.pi), axis=-1)
+
+
+def mixture_exact(p, z, dz):
+    log_q = mixture_density(p, z)
+    return jnp.sum(dz * jnp.exp(log_q) * (bent(z) - log_q))
+
+
+def test_implicit_gradient_of_a_mixture_is_exact_by_quadrature_and_the_same_in_both_libraries():
+    z = np.linspace(-14, 14, 2801)
+    dz = np.full_like(z, z[1] - z[0])
+    weights = dz * np.exp(mixture_density(MIXTURE, jnp.asarray(z)))
+    tables = {"z": {"value": z[:, None, None]}}
+    params = {k: jnp.asarray(v) for k, v in MIXTURE.items()}
+    losses, gradient = jax_gradients(Raw({"z": ImplicitPathwise()}), mixture_model, mixture_guide, params, tables)
+    exact = jax.grad(mixture_exact)(params, jnp.asarray(z), jnp.asarray(dz))
+    exact = np.concatenate([exact[k] for k in sorted(exact)])
+    mean, variance = moments(-gradient, weights)
+    np.testing.assert_allclose(mean, exact, atol=1e-10)
+    assert np.all(variance > 1e-3)
+    assert np.all(np.abs(exact) > 0.01)
+    few = slice(900, 1900, 100)
+    twin, torch_gradient = torch_gradients(
+        RawTorch({"z": ImplicitPathwise()}),
+        mixture_model_torch,
+        mixture_guide_torch,
+        MIXTURE,
+        {"z": {"value": z[few, None, None]}},
+    )
+    np.testing.assert_allclose(twin, losses[few], rtol=1e-10)
+    np.testing.assert_allclose(torch_gradient, gradient[few], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("objective", [None, ImportanceWeighted()], ids=repr)
+def test_implicit_gradient_of_a_normal_is_that_of_its_sampler(objective):
+    def model():
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Normal(jnp.sin(z), 0.5), obs=0.4)
+
+    def guide():
+        numpyro.sample("z", dist.Normal(numpyro.param("m", 0.0), jnp.exp(numpyro.param("s", 0.0))))
+
+    params = {"m": jnp.asarray(0.7), "s": jnp.asarray(-0.4)}
+    noise = {"z": {"value": np.random.default_rng(0).normal(size=(20, 3))}}
+    found = [
+        jax_gradients(InjectedJax({"z": e}, num_particles=3, objective=objective), model, guide, params, noise)[1]
+        for e in (Pathwise(), ImplicitPathwise())
+    ]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-10)
+
+
+def test_implicit_gradient_of_a_gamma_is_that_of_its_sampler():
+    z, alpha, rate = jnp.array([0.05, 0.7, 3.0]), jnp.array([0.4, 1.3, 6.0]), jnp.array([2.0, 0.5, 1.7])
+
+    def value(alpha, rate):
+        site = jax_describe("z", dist.Gamma(alpha, rate), frozenset(), None, {})
+        return ImplicitPathwise().draw(JAX_OPS, site, {"value": z}).value.sum()
+
+    of_alpha, of_rate = jax.grad(value, (0, 1))(alpha, rate)
+    np.testing.assert_allclose(of_rate, -z / rate, rtol=1e-10)
+    np.testing.assert_allclose(of_alpha, jax.lax.random_gamma_grad(alpha, z * rate) / rate, rtol=1e-8)
+
+
+class Power(dist.Distribution):
+    """A distribution of the user's: F(z) = z^a on (0, 1)."""
+
+    arg_constraints: ClassVar = {"a": dist.constraints.positive}
+    support = dist.constraints.unit_interval
+
+    def __init__(self, a):
+        self.a = a
+        super().__init__(jnp.shape(a))
+
+    def sample(self, key, sample_shape=()):
+        return jax.random.uniform(key, (*sample_shape, *self.batch_shape)) ** (1 / self.a)
+
+    def log_prob(self, value):
+        return jnp.log(self.a) + (self.a - 1) * jnp.log(value)
+
+    def cdf(self, value):
+        return value**self.a
+
+
+class PowerTorch(pdist.TorchDistribution):
+    arg_constraints: ClassVar = {}
+    support = torch.distributions.constraints.unit_interval
+
+    def __init__(self, a):
+        self.a = a
+        super().__init__(a.shape)
+
+    def sample(self, sample_shape=()):
+        return torch.rand(self._extended_shape(sample_shape)) ** (1 / self.a)
+
+    def log_prob(self, value):
+        return self.a.log() + (self.a - 1) * value.log()
+
+    def cdf(self, value):
+        return value**self.a
+
+
+def test_a_users_distribution_has_an_implicit_gradient_in_both_libraries_through_expand_mask_and_to_event():
+    z, a = np.array([[0.2, 0.7, 0.9], [0.5, 0.3, 0.8]]), 1.6
+    expected = 3.0 * np.sum(-z * np.log(z) / a, axis=-1)  # f = 3 Σ z; dz/da = -z log z / a
+
+    def model():
+        with numpyro.handlers.mask(mask=False):
+            x = numpyro.sample("z", dist.Uniform(jnp.zeros(3), 1.0).to_event(1))
+        numpyro.factor("f", 3 * x.sum())
+
+    def guide():
+        fn = Power(numpyro.param("a", 1.0)).expand([3]).mask(False).to_event(1)
+        numpyro.sample("z", fn)
+
+    tables = {"z": {"value": z[:, None]}}
+    elbo = Raw({"z": ImplicitPathwise()})
+    _, gradient = jax_gradients(elbo, model, guide, {"a": jnp.asarray(a)}, tables)
+    np.testing.assert_allclose(-gradient[:, 0], expected, rtol=1e-10)
+
+    def torch_model():
+        with pyro.poutine.mask(mask=torch.tensor(False)):
+            x = pyro.sample("z", pdist.Uniform(torch.zeros(3), 1.0).to_event(1))
+        pyro.factor("f", 3 * x.sum())
+
+    def torch_guide():
+        fn = PowerTorch(pyro.param("a", torch.tensor(a)).expand(3)).mask(False).to_event(1)
+        pyro.sample("z", fn)
+
+    _, gradient = torch_gradients(RawTorch({"z": ImplicitPathwise()}), torch_model, torch_guide, {"a": a}, tables)
+    np.testing.assert_allclose(-gradient[:, 0], expected, rtol=1e-10)
+
+
+def test_implicit_gradient_of_a_truncated_normal_is_that_of_its_inverse_cdf():
+    u = jnp.array([0.02, 0.4, 0.97])
+
+    def truncated(m, s):
+        return dist.TruncatedNormal(m, s, low=-0.8, high=1.1)
+
+    def value(m, s):
+        site = jax_describe("z", truncated(m, s), frozenset(), None, {})
+        z = truncated(*jax.lax.stop_gradient((m, s))).icdf(u)
+        return ImplicitPathwise().draw(JAX_OPS, site, {"value": z}).value
+
+    for argument in (0, 1):
+        explicit = jax.jacobian(lambda m, s: truncated(m, s).icdf(u), argument)(0.3, 0.7)
+        np.testing.assert_allclose(jax.jacobian(value, argument)(0.3, 0.7), explicit, rtol=1e-6)
+
+
+def test_a_mixture_of_normals_trains_through_implicit_gradients_in_both_libraries():
+    """The target is a mixture too: a guide that covers both of its ends reaches −ELBO = 0."""
+    loc, scale, logits = [-2.0, 1.5], [0.7, 0.9], [0.4, -0.4]
+    start = {"m": np.array([-0.5, 0.5]), "s": np.zeros(2), "w": np.zeros(2)}
+
+    def model():
+        target = dist.MixtureSameFamily(
+            dist.Categorical(logits=jnp.array(logits)), dist.Normal(jnp.array(loc), jnp.array(scale))
+        )
+        numpyro.sample("z", target)
+
+    def guide():
+        m, s, w = (numpyro.param(k, jnp.asarray(start[k])) for k in "msw")
+        numpyro.sample("z", dist.MixtureSameFamily(dist.Categorical(logits=w), dist.Normal(m, jnp.exp(s))))
+
+    elbo = Jax({"z": ImplicitPathwise()}, num_particles=30)
+    svi = numpyro.infer.SVI(model, guide, numpyro.optim.Adam(0.02), elbo)
+    result = svi.run(jax.random.key(0), 800, progress_bar=False)
+    assert result.losses[:5].mean() > 0.3
+    assert abs(result.losses[-100:].mean()) < 0.03
+    np.testing.assert_allclose(result.params["m"], loc, atol=0.2)
+
+    def torch_model():
+        pyro.sample("z", pdist.MixtureSameFamily(
+            pdist.Categorical(logits=torch.tensor(logits)), pdist.Normal(torch.tensor(loc), torch.tensor(scale))
+        ))  # fmt: skip
+
+    def torch_guide():
+        m, s, w = (pyro.param(k, torch.tensor(start[k])) for k in "msw")
+        pyro.sample("z", pdist.MixtureSameFamily(pdist.Categorical(logits=w), pdist.Normal(m, s.exp())))
+
+    torch.manual_seed(0)
+    loss = Torch({"z": ImplicitPathwise()}, num_particles=30, vectorize_particles=True, max_plate_nesting=0)
+    svi = pyro.infer.SVI(torch_model, torch_guide, pyro.optim.Adam({"lr": 0.02}), loss)
+    losses = [svi.step() for _ in range(800)]
+    assert np.mean(losses[:5]) > 0.3
+    assert abs(np.mean(losses[-100:])) < 0.03
+    np.testing.assert_allclose(pyro.param("m").detach(), loc, atol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("fn", "twin", "fact"),
+    [
+        (lambda: dist.Poisson(2.0), lambda: pdist.Poisson(2.0), "continuous distribution, got Poisson, discrete"),
+        (
+            lambda: dist.MultivariateNormal(jnp.zeros(2), jnp.eye(2)),
+            lambda: pdist.MultivariateNormal(torch.zeros(2), torch.eye(2)),
+            r"univariate distribution, got MultivariateNormal, of event shape \(2,\)",
+        ),
+        (lambda: dist.StudentT(3.0), lambda: pdist.StudentT(torch.tensor(3.0)), "cdf with a derivative, got StudentT"),
+        (None, lambda: pdist.Gamma(torch.tensor(2.0), 1.0), "cdf with a derivative, got Gamma"),
+        (lambda: dist.VonMises(0.0, 1.0), lambda: pdist.VonMises(0.0, torch.tensor(1.0)), "derivative, got VonMises"),
+    ],
+)
+def test_implicit_pathwise_asks_the_distribution(fn, twin, fact):
+    fix = r"Use Pathwise\(\) if the distribution is reparameterisable, or Reinforce\(LeaveOneOut\(\)\)\."
+    if fn is not None:
+        program = lambda: numpyro.sample("z", fn())  # noqa: E731
+        with pytest.raises(EstimatorError, match=f"site 'z': .*{fact}.*{fix}"):
+            Jax({"z": ImplicitPathwise()}).loss(jax.random.key(0), {}, program, program)
+    program = lambda: pyro.sample("z", twin())  # noqa: E731
+    with pytest.raises(EstimatorError, match=f"site 'z': .*{fact}.*{fix}"):
+        Torch({"z": ImplicitPathwise()}).loss(program, program)
