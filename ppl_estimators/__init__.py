@@ -7,15 +7,22 @@ This module holds the specs and imports neither torch nor jax. The ELBOs are in 
 from .core.errors import EstimatorError, EstimatorWarning
 from .core.objectives import EvidenceLowerBound, ImportanceWeighted, Renyi
 from .estimators.antithetic import Antithetic
+from .estimators.arm import ARM
+from .estimators.arms import ARMS
+from .estimators.arsm import ARSM
 from .estimators.average import Average
 from .estimators.baselines.constant import Constant
 from .estimators.baselines.learned import Given, Learned
 from .estimators.baselines.leave_one_out import LeaveOneOut
 from .estimators.baselines.moving_average import MovingAverage
 from .estimators.baselines.optimal_constant import OptimalConstant
+from .estimators.bit_flip import BitFlip
 from .estimators.combine import Combine
 from .estimators.control_variate import ControlVariate
+from .estimators.coupled_importance import CoupledImportance
 from .estimators.disarm import DisARM
+from .estimators.disarm_stick_breaking import DisARMStickBreaking
+from .estimators.disarm_tree import DisARMTree
 from .estimators.double_control_variate import DoubleControlVariate
 from .estimators.enumerate import Enumerate
 from .estimators.gapped_straight_through import GappedStraightThrough
@@ -34,24 +41,37 @@ from .estimators.reinmax import ReinMax
 from .estimators.rejection_pathwise import RejectionPathwise
 from .estimators.relax import RELAX
 from .estimators.repeat import Repeat
+from .estimators.smoothed_triple import SmoothedTriple
 from .estimators.stein import Stein
 from .estimators.sticking_the_landing import StickingTheLanding
+from .estimators.stochastic_triple import StochasticTriple
 from .estimators.straight_through import StraightThrough
+from .estimators.sum_and_sample import SumAndSample
+from .estimators.ugc import UGC
+from .estimators.unordered_set import UnorderedSet
 from .estimators.vargrad import VarGrad
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ARM",
+    "ARMS",
+    "ARSM",
     "LAX",
     "NVIL",
     "REBAR",
     "RELAX",
+    "UGC",
     "Antithetic",
     "Average",
+    "BitFlip",
     "Combine",
     "Constant",
     "ControlVariate",
+    "CoupledImportance",
     "DisARM",
+    "DisARMStickBreaking",
+    "DisARMTree",
     "DoubleControlVariate",
     "Enumerate",
     "EstimatorError",
@@ -76,8 +96,12 @@ __all__ = [
     "RejectionPathwise",
     "Renyi",
     "Repeat",
+    "SmoothedTriple",
     "Stein",
     "StickingTheLanding",
+    "StochasticTriple",
     "StraightThrough",
+    "SumAndSample",
+    "UnorderedSet",
     "VarGrad",
 ]

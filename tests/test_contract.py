@@ -15,15 +15,23 @@ import torch
 
 import ppl_estimators
 from ppl_estimators import (
+    ARM,
+    ARMS,
+    ARSM,
     LAX,
     NVIL,
     REBAR,
     RELAX,
+    UGC,
     Antithetic,
     Average,
+    BitFlip,
     Combine,
     ControlVariate,
+    CoupledImportance,
     DisARM,
+    DisARMStickBreaking,
+    DisARMTree,
     DoubleControlVariate,
     Enumerate,
     EstimatorError,
@@ -46,6 +54,8 @@ from ppl_estimators import (
     Stein,
     StickingTheLanding,
     StraightThrough,
+    SumAndSample,
+    UnorderedSet,
 )
 from ppl_estimators.core.estimator import Estimator
 from ppl_estimators.estimators.baselines.base import Baseline
@@ -59,6 +69,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::ppl_estimators.EstimatorWarning
 
 FAMILIES = ("Bernoulli", "Categorical", "OneHot", "Poisson", "Normal")
 DISCRETE = {"Bernoulli", "Categorical", "OneHot"}
+CATEGORICAL = {"Categorical", "OneHot"}
 ANY = set(FAMILIES)
 
 
@@ -88,6 +99,19 @@ ROWS = {
     ControlVariate(abs, identity_mean, 0.5): ({"Bernoulli", "Poisson", "Normal"}, 1, 1, set()),
     Enumerate(): (DISCRETE, 2, 1, set()),
     DisARM(): ({"Bernoulli"}, 2, 1, set()),
+    ARM(): ({"Bernoulli"}, 2, 1, set()),
+    ARMS(2): ({"Bernoulli"}, 2, 1, set()),
+    ARMS(4): ({"Bernoulli"}, 4, 1, set()),
+    BitFlip(): ({"Bernoulli"}, 2, 1, set()),
+    UGC(): ({"Bernoulli"}, 3, 1, set()),
+    SumAndSample(1): (CATEGORICAL, 2, 1, set()),
+    SumAndSample(2): (CATEGORICAL, 3, 1, set()),
+    UnorderedSet(1): (CATEGORICAL, 1, 1, set()),
+    UnorderedSet(2): (CATEGORICAL, 2, 1, set()),
+    DisARMStickBreaking(): (CATEGORICAL, 2, 1, set()),
+    DisARMTree(): (CATEGORICAL, 2, 1, set()),
+    CoupledImportance(): (CATEGORICAL, 2, 1, set()),
+    ARSM(): (CATEGORICAL, 4, 1, set()),
     REBAR(): ({"Bernoulli", "OneHot"}, 3, 1, {"parameters"}),
     MuProp(): ({"Bernoulli", "OneHot"}, 2, 1, set()),
     MuProp(MovingAverage()): ({"Bernoulli", "OneHot"}, 2, 1, {"state"}),
@@ -264,7 +288,21 @@ def test_saturated_bernoulli_sites_stay_finite_in_float32(estimator, logit):
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
 @pytest.mark.parametrize(
-    "estimator", [Reinforce(LeaveOneOut()), DisARM(), Enumerate(), RELAX(), REBAR(), *BIASED], ids=repr
+    "estimator",
+    [
+        Reinforce(LeaveOneOut()),
+        DisARM(),
+        Enumerate(),
+        RELAX(),
+        REBAR(),
+        ARM(),
+        ARMS(2),
+        ARMS(4),
+        BitFlip(),
+        UGC(),
+        *BIASED,
+    ],
+    ids=repr,
 )
 def test_probabilities_of_exactly_zero_and_one_stay_finite(estimator, p):
     particles = ROWS[estimator][2]
@@ -280,6 +318,47 @@ def test_probabilities_of_exactly_zero_and_one_stay_finite(estimator, p):
     elbo.loss_and_grads(model, guide)
     for name, value in pyro.get_param_store().named_parameters():
         assert value.grad is None or bool(torch.isfinite(value.grad).all()), name
+
+
+@pytest.mark.parametrize("estimator", [e for e, (families, *_) in ROWS.items() if families == CATEGORICAL], ids=repr)
+def test_saturated_categorical_sites_stay_finite_in_float32(estimator):
+    """And so do probabilities of exactly 0 and 1, which the libraries turn into very large logits."""
+    rows = torch.tensor([[30.0, -30.0, 0.0], [-30.0, -30.0, 30.0], [0.0, 0.0, 0.0]])
+    sharp = torch.softmax(100 * rows, -1)
+
+    def torch_model():
+        z = pyro.sample("z", tdist.OneHotCategorical(logits=torch.zeros(3, 3)).to_event(1))
+        k = pyro.sample("k", tdist.Categorical(torch.ones(3, 3)).to_event(1))
+        pyro.sample("x", tdist.Normal(z[..., 0].sum(-1) + 1.0 * k.sum(-1), 1.0), obs=torch.tensor(0.4))
+
+    def torch_guide():
+        pyro.sample("z", tdist.OneHotCategorical(logits=pyro.param("a", rows.clone())).to_event(1))
+        p = pyro.param("p", sharp.clone(), constraint=tdist.constraints.simplex)
+        pyro.sample("k", tdist.Categorical(p).to_event(1))
+
+    elbo = TorchELBO({"*": estimator})
+    for _ in range(5):
+        assert torch.isfinite(torch.tensor(elbo.loss_and_grads(torch_model, torch_guide)))
+    for name, value in pyro.get_param_store().named_parameters():
+        assert bool(torch.isfinite(value.grad).all()), name
+
+    def model(*_):
+        z = numpyro.sample("z", OneHotCategorical(logits=jnp.zeros((3, 3))).to_event(1))
+        k = numpyro.sample("k", jdist.Categorical(jnp.full((3, 3), 1 / 3)).to_event(1))
+        numpyro.sample("x", jdist.Normal(z[..., 0].sum(-1) + 1.0 * k.sum(-1), 1.0), obs=0.4)
+
+    def guide(a, p):
+        numpyro.sample("z", OneHotCategorical(logits=a).to_event(1))
+        numpyro.sample("k", jdist.Categorical(p).to_event(1))
+
+    def loss(a, key):
+        return JaxELBO({"*": estimator}).loss(key, {}, model, guide, a, jnp.asarray(sharp.numpy()))
+
+    many = jax.jit(jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0)))
+    value, gradient = many(jnp.asarray(rows.numpy()), jax.random.split(jax.random.key(0), 5))
+    assert bool(jnp.all(jnp.isfinite(value)))
+    assert bool(jnp.all(jnp.isfinite(gradient)))
+    assert float(jnp.abs(gradient).max()) > 0  # the third row is far from decided
 
 
 IN_A_PLATE = [e for e, (families, *_) in ROWS.items() if "Bernoulli" in families]

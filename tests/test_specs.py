@@ -12,11 +12,19 @@ import pytest
 import ppl_estimators
 from ppl_estimators import *  # noqa: F403
 from ppl_estimators import (
+    ARM,
+    ARMS,
+    ARSM,
     REBAR,
     RELAX,
+    UGC,
+    BitFlip,
     Constant,
     ControlVariate,
+    CoupledImportance,
     DisARM,
+    DisARMStickBreaking,
+    DisARMTree,
     Enumerate,
     EvidenceLowerBound,
     Given,
@@ -29,6 +37,8 @@ from ppl_estimators import (
     Reinforce,
     Renyi,
     StickingTheLanding,
+    SumAndSample,
+    UnorderedSet,
 )
 from ppl_estimators.core.spec import Spec
 
@@ -45,6 +55,18 @@ SPECS = [
     Reinforce(Learned()),
     Enumerate(),
     DisARM(),
+    ARM(),
+    ARMS(3),
+    BitFlip(),
+    BitFlip(4),
+    UGC(),
+    SumAndSample(2),
+    UnorderedSet(3),
+    DisARMStickBreaking(),
+    DisARMStickBreaking("given"),
+    DisARMTree(),
+    CoupledImportance(),
+    ARSM(),
     REBAR(0.3, scale=0.5),
     RELAX(hidden=4),
     RELAX(0.2, model_term=True),

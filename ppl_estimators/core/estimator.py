@@ -56,7 +56,8 @@ class Estimator(Spec):
     #: temperature that the estimator keeps (so that the cost is smooth); "mean", at their probabilities; "drawn", as in
     #: the run (the relaxed value then is the drawn one)
     downstream: ClassVar[str] = "relaxed"
-    #: does each counterfactual value move one element, with the dependent others as drawn?
+    #: does it move single elements, the others standing still? Plates that a cost couples then count as dimensions of
+    #: dependent elements ("lanes"): elements move side by side only where no cost sees two of them.
     lanewise: ClassVar[bool] = False
     #: fewest particles it needs
     min_particles: ClassVar[int] = 1

@@ -100,8 +100,17 @@ def threshold(ops: Ops, family: str, logits: Array, u: Array) -> Array:
     """The hard value that uniform noise ``u`` gives: ``1[logit u + a > 0]``, ``argmax(log p - log(-log u))``."""
     if family == BERNOULLI:
         return ops.like(u > ops.sigmoid(-logits), logits)
-    index = ops.argmax(gumbel(ops, logits, u), axis=-1)
-    return index if family == CATEGORICAL else ops.one_hot(index, logits.shape[-1], logits)
+    return encoded(ops, family, ops.argmax(gumbel(ops, logits, u), axis=-1), logits)
+
+
+def category(ops: Ops, family: str, value: Array) -> Array:
+    """Which category a value is, integers ``[...]``."""
+    return ops.argmax(value, axis=-1) if family == ONEHOT else value
+
+
+def encoded(ops: Ops, family: str, index: Array, logits: Array) -> Array:
+    """Categories ``index [...]`` as values of the family: integers, or one-hot in the dtype of ``logits [..., C]``."""
+    return ops.one_hot(index, logits.shape[-1], logits) if family == ONEHOT else index
 
 
 def gumbel(ops: Ops, logits: Array, u: Array) -> Array:

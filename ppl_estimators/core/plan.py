@@ -117,7 +117,7 @@ def make_plan(
         estimator = chosen[site.name]
         estimator.check(site, particles)
         objective.check(site, estimator, particles)
-        if isinstance(estimator, Enumerate):  # one element at a time, unless nothing couples the elements
+        if estimator.lanewise:  # one element at a time, unless nothing couples the elements
             site = replace(site, plates=graph.closed_plates(site.name, terms))
         views[site.name] = site
         if particles == 1 and isinstance(estimator, Reinforce) and estimator.baseline is None:

@@ -13,14 +13,22 @@ from typing import Any
 import pytest
 
 from ppl_estimators import (
+    ARM,
+    ARMS,
+    ARSM,
     REBAR,
     RELAX,
+    UGC,
     Antithetic,
     Average,
+    BitFlip,
     Combine,
     Constant,
     ControlVariate,
+    CoupledImportance,
     DisARM,
+    DisARMStickBreaking,
+    DisARMTree,
     DoubleControlVariate,
     Enumerate,
     Learned,
@@ -33,6 +41,8 @@ from ppl_estimators import (
     Repeat,
     Stein,
     StickingTheLanding,
+    SumAndSample,
+    UnorderedSet,
 )
 
 
@@ -84,6 +94,20 @@ NVIL = kept("nvil", {"*": Reinforce(MovingAverage() + Learned(hidden=4))})
 REBARS = kept("rebar", {"*": REBAR()})
 RELAXES = kept("relax", {"*": RELAX(hidden=4)})
 RELAXES_MODEL = kept("relax_model", {"*": RELAX(hidden=4, model_term=True)})
+ARMED = Mix("arm", {"*": ARM()})
+ARMS_THREE = Mix("arms", {"*": ARMS(3)})
+FLIP = Mix("bit_flip", {"*": BitFlip()})
+FLIPS = Mix("bit_flips", {"*": BitFlip(2)})
+CLIPPED = Mix("ugc", {"*": UGC()})
+BITS = [ARMED, ARMS_THREE, FLIP, CLIPPED]
+CATEGORICALS = [
+    Mix("sum_and_sample", {"*": SumAndSample(1)}),
+    Mix("unordered_set", {"*": UnorderedSet(2)}),
+    Mix("stick_breaking", {"*": DisARMStickBreaking()}),
+    Mix("tree", {"*": DisARMTree()}),
+    Mix("coupled_importance", {"*": CoupledImportance()}),
+    Mix("arsm", {"*": ARSM()}),
+]
 
 MUPROP = Mix("muprop", {"*": MuProp()})
 DOUBLE = kept("double_control_variate", {"*": DoubleControlVariate(-0.5)}, particles=3)
@@ -192,20 +216,35 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         REPEAT,
         COMBINE,
     ],
+    "subsampled_bits": [
+        DISARM,
+        *BITS,
+        Mix("arms_flip", {"z1": ARMS(4), "z2": BitFlip()}),
+        Mix("ugc_arm", {"z1": UGC(), "z2": ARM()}),
+    ],
+    "subsampled_categories": [
+        *CATEGORICALS,
+        Mix("sum_tree", {"k": SumAndSample(2), "z": DisARMTree()}),
+        Mix("sticks_set", {"k": DisARMStickBreaking("ascending"), "z": UnorderedSet(3)}),
+    ],
+    "coupled_categories": [ENUMERATE, *CATEGORICALS],
     "masked_by_handler": [DISARM, NVIL, REBARS, RELAXES],
     "masked_by_distribution": [DISARM, REBARS],
-    "undeclared": [LEAVE_ONE_OUT, DISARM, ENUMERATE, OPTIMAL, REBARS, RELAXES, STEIN],
-    "event": [LEAVE_ONE_OUT, DISARM, ENUMERATE, REBARS, RELAXES, MUPROP, DOUBLE, STEIN, REPEAT],
+    "undeclared": [LEAVE_ONE_OUT, DISARM, ENUMERATE, OPTIMAL, REBARS, RELAXES, STEIN, *BITS, FLIPS],
+    "event": [LEAVE_ONE_OUT, DISARM, ENUMERATE, REBARS, RELAXES, MUPROP, DOUBLE, STEIN, REPEAT, *BITS, FLIPS],
     "crossed": [
         LEAVE_ONE_OUT,
         DISARM,
         ENUMERATE,
+        FLIP,
+        FLIPS,
+        CLIPPED,
         Mix("two", {"z_row": Enumerate(), "z_column": DisARM()}),
         REBARS,
     ],
-    "nested": [LEAVE_ONE_OUT, DISARM, ENUMERATE, NVIL, REBARS],
+    "nested": [LEAVE_ONE_OUT, DISARM, ENUMERATE, NVIL, REBARS, FLIP, CLIPPED],
     "reentered": [LEAVE_ONE_OUT, ENUMERATE],
-    "reentered_same_plate": [LEAVE_ONE_OUT, DISARM, ENUMERATE, OPTIMAL, REBARS],
+    "reentered_same_plate": [LEAVE_ONE_OUT, DISARM, ENUMERATE, OPTIMAL, REBARS, FLIPS, CLIPPED],
     "auxiliary": [LEAVE_ONE_OUT, DISARM, ENUMERATE, REBARS],
     "mixture": [Mix("loo", {"w": LOO}, particles=4), Mix("repeat", {"w": Repeat(4, LOO)})],
     "wrapped": [

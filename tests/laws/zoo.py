@@ -11,7 +11,7 @@ zero is the point.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -767,6 +767,129 @@ CATEGORIES = {
     "b": [[0.8, -0.6, 0.3], [-0.2, 0.9, -0.5], [0.4, 0.1, -1.0]],
 }
 case("categories", "L3 L4", categories, CATEGORIES, categories_elbo)
+
+
+# Chains inside a subsampled plate: two bits; an integer categorical and a one-hot one.
+
+
+def subsampled_bits(ppl, init):
+    def model():
+        with ppl.plate("data", 4, subsample_size=2) as index:
+            z = ppl.sample("z1", ppl.dist.Bernoulli(logits=ppl.array(-0.4)))
+            k = ppl.sample("z2", ppl.dist.Bernoulli(logits=ppl.param("t", init) - 1.5 * z))
+            x = ppl.array(DATA)[index]
+            ppl.sample("x", ppl.dist.Normal(1.2 * z - k + 2.0 * z * k, 1.0), obs=x)
+
+    def guide():
+        a, b, c = (ppl.param(name, init) for name in "abc")
+        with ppl.plate("data", 4, subsample_size=2) as index:
+            covariate = ppl.array(COVARIATE)[index]
+            z = ppl.sample("z1", ppl.dist.Bernoulli(logits=a + 0.8 * covariate))
+            ppl.sample("z2", ppl.dist.Bernoulli(logits=b + c * z - 0.5 * covariate))
+
+    return model, guide
+
+
+def subsampled_bits_elbo(p):
+    total = 0.0
+    for x, covariate in zip(DATA, COVARIATE, strict=True):
+        for z, k in bits(2):
+            log_q = bernoulli(z, p["a"] + 0.8 * covariate) + bernoulli(k, p["b"] + p["c"] * z - 0.5 * covariate)
+            log_p = bernoulli(z, -0.4) + bernoulli(k, p["t"] - 1.5 * z) + normal(x, 1.2 * z - k + 2.0 * z * k)
+            total = total + np.exp(log_q) * (log_p - log_q)
+    return total
+
+
+SUBSAMPLED_BITS = {"a": 0.9, "b": -0.7, "c": 1.6, "t": 0.5}
+case(
+    "subsampled_bits", "L2 L4 L9", subsampled_bits, SUBSAMPLED_BITS, subsampled_bits_elbo, minibatches=((0, 3), (1, 2))
+)
+
+PRIOR_K = [0.2, -0.3, 0.4, 0.0]
+PRIOR_Z = [[0.5, -0.2, 0.1, 0.4], [-0.4, 0.6, 0.0, 0.3], [0.3, 0.3, -0.9, 0.0], [0.1, -0.5, 0.7, 0.2]]
+LOC_K, LOC_Z = [-1.0, 0.5, 2.0, -0.3], [1.2, -0.7, 0.4, 2.1]
+
+
+def subsampled_categories(ppl, init):
+    def model():
+        with ppl.plate("data", 4, subsample_size=2) as index:
+            k = ppl.sample("k", ppl.dist.Categorical(logits=ppl.array(PRIOR_K)))
+            z = ppl.sample("z", ppl.one_hot(ppl.array(PRIOR_Z)[k]))
+            loc = ppl.array(LOC_K)[k] * ppl.dot(z, ppl.array(LOC_Z))
+            ppl.sample("x", ppl.dist.Normal(loc, 1.0), obs=ppl.array(DATA)[index])
+
+    def guide():
+        a, b = ppl.param("a", init), ppl.param("b", init)
+        with ppl.plate("data", 4, subsample_size=2) as index:
+            k = ppl.sample("k", ppl.dist.Categorical(logits=a * (1.0 + 0.3 * ppl.array(COVARIATE)[index][:, None])))
+            ppl.sample("z", ppl.one_hot(b[k]))
+
+    return model, guide
+
+
+def subsampled_categories_elbo(p):
+    prior, rows = categorical(np.array(PRIOR_K)), categorical(np.array(PRIOR_Z))
+    total = 0.0
+    for x, covariate in zip(DATA, COVARIATE, strict=True):
+        for k in range(4):
+            for z in range(4):
+                log_q = categorical(p["a"] * (1 + 0.3 * covariate))[k] + categorical(p["b"][k])[z]
+                log_p = prior[k] + rows[k, z] + normal(x, LOC_K[k] * LOC_Z[z])
+                total = total + np.exp(log_q) * (log_p - log_q)
+    return total
+
+
+SUBSAMPLED_CATEGORIES = {
+    "a": [0.6, -0.9, 0.2, 1.1],
+    "b": [[0.8, -0.6, 0.3, 0.0], [-0.2, 0.9, -0.5, 0.4], [0.4, 0.1, -1.0, 0.7], [-0.3, 0.2, 1.2, -0.8]],
+}
+case(
+    "subsampled_categories",
+    "L2 L4 L9",
+    subsampled_categories,
+    SUBSAMPLED_CATEGORIES,
+    subsampled_categories_elbo,
+    minibatches=((0, 3), (1, 2)),
+)
+
+
+# Categoricals in a plate whose elements one later cost sees together.
+
+
+def coupled_categories(ppl, init):
+    def model():
+        with ppl.plate("plate", 2):
+            k = ppl.sample("k", ppl.dist.Categorical(logits=ppl.array([0.2, -0.3, 0.4])))
+            z = ppl.sample("z", ppl.one_hot(ppl.array([[0.5, -0.2, 0.1], [-0.4, 0.6, 0.0], [0.3, 0.3, -0.9]])[k]))
+        total = ppl.total(
+            ppl.array([1.5, -1.0]) * ppl.array([-1.0, 0.5, 2.0])[k] * ppl.dot(z, ppl.array([1.2, -0.7, 0.4]))
+        )
+        ppl.sample("y", ppl.dist.Normal(total, 1.0), obs=ppl.array([0.9]))
+
+    def guide():
+        a, b = ppl.param("a", init), ppl.param("b", init)
+        with ppl.plate("plate", 2):
+            k = ppl.sample("k", ppl.dist.Categorical(logits=a))
+            ppl.sample("z", ppl.one_hot(b[k]))
+
+    return model, guide
+
+
+def coupled_categories_elbo(p):
+    prior = categorical(np.array([0.2, -0.3, 0.4]))
+    rows = categorical(np.array([[0.5, -0.2, 0.1], [-0.4, 0.6, 0.0], [0.3, 0.3, -0.9]]))
+    loc_k, loc_z = np.array([-1.0, 0.5, 2.0]), np.array([1.2, -0.7, 0.4])
+    total = 0.0
+    for k0, z0, k1, z1 in product(range(3), repeat=4):
+        log_q = categorical(p["a"][0])[k0] + categorical(p["b"][k0])[z0]
+        log_q = log_q + categorical(p["a"][1])[k1] + categorical(p["b"][k1])[z1]
+        log_p = prior[k0] + rows[k0, z0] + prior[k1] + rows[k1, z1]
+        log_p = log_p + normal(0.9, 1.5 * loc_k[k0] * loc_z[z0] - 1.0 * loc_k[k1] * loc_z[z1])
+        total = total + np.exp(log_q) * (log_p - log_q)
+    return total
+
+
+case("coupled_categories", "L3 L4", coupled_categories, CATEGORIES, coupled_categories_elbo)
 
 
 # Control flow that turns a sampled value into a branch. `ppl.branch` is a Python `if` on a number
