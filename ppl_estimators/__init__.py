@@ -31,6 +31,7 @@ from .estimators.gumbel_softmax import GumbelSoftmax
 from .estimators.gumbel_straight_through import GumbelStraightThrough
 from .estimators.implicit_pathwise import ImplicitPathwise
 from .estimators.lax import LAX
+from .estimators.measure_valued import MeasureValued
 from .estimators.muprop import MuProp
 from .estimators.nvil import NVIL
 from .estimators.pathwise import Pathwise
@@ -86,6 +87,7 @@ __all__ = [
     "ImportanceWeighted",
     "Learned",
     "LeaveOneOut",
+    "MeasureValued",
     "MovingAverage",
     "MuProp",
     "OptimalConstant",

@@ -42,6 +42,7 @@ from ppl_estimators import (
     ImplicitPathwise,
     Learned,
     LeaveOneOut,
+    MeasureValued,
     MovingAverage,
     MuProp,
     OptimalConstant,
@@ -51,8 +52,10 @@ from ppl_estimators import (
     ReinMax,
     RejectionPathwise,
     Repeat,
+    SmoothedTriple,
     Stein,
     StickingTheLanding,
+    StochasticTriple,
     StraightThrough,
     SumAndSample,
     UnorderedSet,
@@ -85,7 +88,7 @@ BIASED = (
     RaoGumbel(3),
     GappedStraightThrough(),
 )
-# estimator: (families, evaluations of the model per step at a Bernoulli site or its first family, particles, keeps)
+# estimator: (families, evaluations of the model per step and particle (by family if they differ), particles, keeps)
 ROWS = {
     Pathwise(): ({"Normal"}, 1, 1, set()),
     StickingTheLanding(): ({"Normal"}, 1, 1, set()),
@@ -97,7 +100,7 @@ ROWS = {
     Reinforce(Learned()): (ANY, 1, 1, {"networks"}),
     Reinforce(MovingAverage() + Learned()): (ANY, 1, 1, {"state", "networks"}),
     ControlVariate(abs, identity_mean, 0.5): ({"Bernoulli", "Poisson", "Normal"}, 1, 1, set()),
-    Enumerate(): (DISCRETE, 2, 1, set()),
+    Enumerate(): (DISCRETE, {"Bernoulli": 2, "Categorical": 3, "OneHot": 3}, 1, set()),
     DisARM(): ({"Bernoulli"}, 2, 1, set()),
     ARM(): ({"Bernoulli"}, 2, 1, set()),
     ARMS(2): ({"Bernoulli"}, 2, 1, set()),
@@ -124,6 +127,9 @@ ROWS = {
     Average((DisARM(), Reinforce())): ({"Bernoulli"}, 3, 1, set()),
     Combine((DisARM(), RELAX(), REBAR())): ({"Bernoulli"}, 6, 1, {"parameters", "networks", "state"}),
     Combine((Reinforce(), RELAX(baseline=None))): (DISCRETE, 2, 1, {"parameters", "networks", "state"}),
+    StochasticTriple(): (DISCRETE | {"Poisson"}, 2, 1, set()),
+    SmoothedTriple(): ({"Bernoulli", "Poisson"}, 2, 1, set()),
+    MeasureValued(): (ANY, {"Bernoulli": 2, "Categorical": 3, "OneHot": 3, "Poisson": 2, "Normal": 4}, 1, set()),
     RELAX(): (DISCRETE, 1, 1, {"parameters", "networks", "state"}),
     RELAX(baseline=None): (DISCRETE, 1, 1, {"parameters", "networks"}),
     RELAX(model_term=True): ({"Bernoulli", "OneHot"}, 3, 1, {"parameters", "networks", "state"}),
@@ -214,7 +220,7 @@ def test_families_and_evaluations_in_pyro(estimator, family):
     elbo.loss_and_grads(model, wrapped)  # the first step looks at the structure too
     runs.clear()
     elbo.loss_and_grads(model, wrapped)
-    expected = evaluations + (isinstance(estimator, Enumerate) and family != "Bernoulli")
+    expected = evaluations[family] if isinstance(evaluations, dict) else evaluations
     assert len(runs) == expected * particles
 
 

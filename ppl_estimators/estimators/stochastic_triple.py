@@ -40,6 +40,7 @@ class StochasticTriple(Estimator):
     """
 
     families: ClassVar[tuple[str, ...] | None] = (*DISCRETE, POISSON, GEOMETRIC, BINOMIAL)
+    lanewise: ClassVar[bool] = True
 
     def alternatives(self, site: Site) -> int:
         return 1

@@ -33,6 +33,7 @@ from ppl_estimators import (
     Enumerate,
     Learned,
     LeaveOneOut,
+    MeasureValued,
     MovingAverage,
     MuProp,
     OptimalConstant,
@@ -41,6 +42,7 @@ from ppl_estimators import (
     Repeat,
     Stein,
     StickingTheLanding,
+    StochasticTriple,
     SumAndSample,
     UnorderedSet,
 )
@@ -113,6 +115,8 @@ MUPROP = Mix("muprop", {"*": MuProp()})
 DOUBLE = kept("double_control_variate", {"*": DoubleControlVariate(-0.5)}, particles=3)
 REPEAT = Mix("repeat", {"*": Repeat(3, LOO)})
 COMBINE = kept("combine", {"*": Combine((DisARM(), REBAR(), Reinforce(MovingAverage())))})
+TRIPLE = Mix("triple", {"*": StochasticTriple()})
+MEASURE = Mix("measure_valued", {"*": MeasureValued()})
 STEIN = kept("stein", {"*": Stein(hidden=4)}, particles=3)
 
 EVERY_STATE: dict[str, list[Mix]] = {
@@ -178,6 +182,7 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         STEIN,
         REPEAT,
         COMBINE,
+        TRIPLE,
         Mix("antithetic_average", {"z1": Antithetic(Reinforce()), "z2": Average((DisARM(), Enumerate()))}),
         Mix("enumerate_disarm", {"z1": Enumerate(), "z2": DisARM()}),
         Mix("disarm_reinforce", {"z1": DisARM(), "z2": Reinforce(Constant(-1.5))}),
@@ -198,6 +203,7 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         Mix("enumerate_landing", {"z*": Enumerate(), "w": StickingTheLanding()}),
         Mix("enumerate_score", {"z*": Enumerate(), "w": LOO}, particles=4),
         Mix("loo", {"*": LOO}, particles=4),
+        Mix("measure_valued", {"z*": DisARM(), "w": MeasureValued()}),
         kept("rebar_pathwise", {"z*": REBAR(), "w": Pathwise()}),
         kept("muprop_stein", {"z1": MuProp(MovingAverage()), "z2": Stein(), "w": Pathwise()}, particles=3),
         kept("relax_model", {"z1": RELAX(hidden=4, model_term=True), "z2": DisARM()}),
@@ -215,6 +221,7 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         STEIN,
         REPEAT,
         COMBINE,
+        TRIPLE,
     ],
     "subsampled_bits": [
         DISARM,
@@ -230,10 +237,11 @@ ON_AVERAGE: dict[str, list[Mix]] = {
     "coupled_categories": [ENUMERATE, *CATEGORICALS],
     "masked_by_handler": [DISARM, NVIL, REBARS, RELAXES],
     "masked_by_distribution": [DISARM, REBARS],
-    "undeclared": [LEAVE_ONE_OUT, DISARM, ENUMERATE, OPTIMAL, REBARS, RELAXES, STEIN, *BITS, FLIPS],
-    "event": [LEAVE_ONE_OUT, DISARM, ENUMERATE, REBARS, RELAXES, MUPROP, DOUBLE, STEIN, REPEAT, *BITS, FLIPS],
+    "undeclared": [LEAVE_ONE_OUT, TRIPLE, DISARM, ENUMERATE, OPTIMAL, REBARS, RELAXES, STEIN, *BITS, FLIPS],
+    "event": [LEAVE_ONE_OUT, TRIPLE, DISARM, ENUMERATE, REBARS, RELAXES, MUPROP, DOUBLE, STEIN, REPEAT, *BITS, FLIPS],
     "crossed": [
         LEAVE_ONE_OUT,
+        TRIPLE,
         DISARM,
         ENUMERATE,
         FLIP,
@@ -242,9 +250,9 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         Mix("two", {"z_row": Enumerate(), "z_column": DisARM()}),
         REBARS,
     ],
-    "nested": [LEAVE_ONE_OUT, DISARM, ENUMERATE, NVIL, REBARS, FLIP, CLIPPED],
-    "reentered": [LEAVE_ONE_OUT, ENUMERATE],
-    "reentered_same_plate": [LEAVE_ONE_OUT, DISARM, ENUMERATE, OPTIMAL, REBARS, FLIPS, CLIPPED],
+    "nested": [LEAVE_ONE_OUT, TRIPLE, DISARM, ENUMERATE, NVIL, REBARS, FLIP, CLIPPED],
+    "reentered": [LEAVE_ONE_OUT, TRIPLE, ENUMERATE],
+    "reentered_same_plate": [LEAVE_ONE_OUT, TRIPLE, DISARM, ENUMERATE, OPTIMAL, REBARS, FLIPS, CLIPPED],
     "auxiliary": [LEAVE_ONE_OUT, DISARM, ENUMERATE, REBARS],
     "mixture": [Mix("loo", {"w": LOO}, particles=4), Mix("repeat", {"w": Repeat(4, LOO)})],
     "wrapped": [
@@ -255,6 +263,8 @@ ON_AVERAGE: dict[str, list[Mix]] = {
     ],
     "categories": [
         LEAVE_ONE_OUT,
+        TRIPLE,
+        MEASURE,
         ENUMERATE,
         REPEAT,
         kept("enumerate_rebar", {"k": Enumerate(), "z": REBAR()}),
