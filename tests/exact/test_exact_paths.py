@@ -247,6 +247,38 @@ def test_straight_through_and_reinmax_at_a_one_hot_site():
     assert min(biases) > 0.005, biases
 
 
+def test_one_hot_sites_have_the_same_gradients_in_pyro():
+    """Whose own one-hot log probability has no slope in the value."""
+    rng = np.random.default_rng(0)
+    tables = {"z": {k: rng.uniform(size=(6, 1, 3)) for k in ("u", "v0", "v1")}}
+
+    def model():
+        with numpyro.handlers.scale(scale=1.7):
+            z = numpyro.sample("z", OneHotCategorical(logits=jnp.asarray(PRIOR)))
+        numpyro.factor("f", cubic(z))
+
+    def guide():
+        with numpyro.handlers.scale(scale=1.7):
+            onehot_guide()
+
+    def torch_model():
+        with pyro.poutine.scale(scale=1.7):
+            z = pyro.sample("z", pdist.OneHotCategorical(logits=torch.tensor(PRIOR)))
+        pyro.factor("f", ((z @ torch.tensor(M)) ** 3).sum())
+
+    def torch_guide():
+        with pyro.poutine.scale(scale=1.7):
+            pyro.sample("z", pdist.OneHotCategorical(logits=pyro.param("a", torch.tensor(PHI))))
+
+    for estimator in (StraightThrough(), ReinMax(), RaoGumbel(2), GumbelSoftmax(), GappedStraightThrough()):
+        pyro.clear_param_store()
+        params = {"a": jnp.asarray(PHI)}
+        loss, gradient = jax_gradients(InjectedJax({"z": estimator}), model, guide, params, tables)
+        twin = torch_gradients(InjectedTorch({"z": estimator}), torch_model, torch_guide, params, tables)
+        np.testing.assert_allclose(twin[0], loss, rtol=1e-10, err_msg=repr(estimator))
+        np.testing.assert_allclose(twin[1], gradient, atol=1e-10, err_msg=repr(estimator))
+
+
 def test_gapped_straight_through_at_a_one_hot_site():
     gap, temperature = 1.0, 0.7
     slope = jax.grad(lambda z: flat(z) + z @ (jax.nn.log_softmax(jnp.asarray(PRIOR)) - jax.nn.log_softmax(PHI)))

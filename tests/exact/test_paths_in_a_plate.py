@@ -42,12 +42,13 @@ FIRST = {
     "mixture": (mixture, [0.3, -0.2, -0.8, 0.9, -0.4, -0.2], LINE),
     "normal": (lambda p, d, m: d.Normal(p[0], m.exp(p[1])), [0.4, -0.3], LINE),
     "gamma": (lambda p, d, m: d.Gamma(m.exp(p[0]), m.exp(p[1])), [1.1, -0.1], HALF),
+    "bernoulli": (lambda p, d, m: d.Bernoulli(logits=p[0]), [-0.9], BITS),
 }
 SECOND = {
-    "normal": (lambda p, z, d, m: d.Normal(p[0] + p[1] * m.sin(z), m.exp(p[2])), [0.2, 0.7, -0.5], LINE),
+    "normal": (lambda p, z, d, m: d.Normal(p[0] + p[1] * m.sin(1.0 * z), m.exp(p[2])), [0.2, 0.7, -0.5], LINE),
     "bernoulli": (lambda p, z, d, m: d.Bernoulli(logits=p[0] + p[1] * z), [0.2, -0.6], BITS),
     "gamma": (
-        lambda p, z, d, m: d.Gamma(m.exp(p[0] + p[1] * m.tanh(z)), m.exp(p[2] - 0.2 * m.tanh(z))),
+        lambda p, z, d, m: d.Gamma(m.exp(p[0] + p[1] * m.tanh(1.0 * z)), m.exp(p[2] - 0.2 * m.tanh(1.0 * z))),
         [0.5, 0.4, 0.2],
         HALF,
     ),
@@ -59,6 +60,8 @@ CASES = {
     "G-REP": ("gamma", "gamma", {"z": GeneralizedPathwise(), "y": GeneralizedPathwise()}),
     "RSVI below the score": ("normal", "gamma", {"z": LAX(hidden=3), "y": RejectionPathwise()}),
     "RSVI above DisARM": ("gamma", "bernoulli", {"z": RejectionPathwise(2), "y": DisARM()}),
+    "RSVI below a counterfactual": ("bernoulli", "gamma", {"z": DisARM(), "y": RejectionPathwise()}),
+    "implicit below a counterfactual": ("bernoulli", "normal", {"z": DisARM(), "y": ImplicitPathwise()}),
     "RSVI below a path": ("normal", "gamma", {"z": Pathwise(), "y": RejectionPathwise()}),
 }
 
@@ -70,7 +73,7 @@ def prior(family, d):
 
 
 def mean_of(z, y, m):
-    return 0.6 * m.tanh(z) * (1 + 0.5 * y) - 0.3 * y
+    return 0.6 * m.tanh(1.0 * z) * (1 + 0.5 * y) - 0.3 * y
 
 
 def exact_gradient(first, second):
