@@ -80,6 +80,10 @@ def identity_mean(d):
     return d.mean
 
 
+def cooling(step):
+    return 0.4 + 0.6 * 0.9**step
+
+
 BIASED = (
     StraightThrough(),
     ReinMax(),
@@ -134,6 +138,7 @@ ROWS = {
     RELAX(baseline=None): (DISCRETE, 1, 1, {"parameters", "networks"}),
     RELAX(model_term=True): ({"Bernoulli", "OneHot"}, 3, 1, {"parameters", "networks", "state"}),
     **{e: ({"Bernoulli", "OneHot"}, 1, 1, set()) for e in BIASED},
+    GumbelSoftmax(cooling): ({"Bernoulli", "OneHot"}, 1, 1, {"state"}),
     ImplicitPathwise(): ({"Normal"}, 1, 1, set()),
     LAX(): ({"Normal"}, 1, 1, {"networks", "state"}),
     GeneralizedPathwise(): ({"Gamma"}, 1, 1, set()),

@@ -22,9 +22,10 @@ class GumbelSoftmax(Tempered):
 
     The loss too is that of relaxed values, not a bound on the evidence: log p and −log q of the site are the discrete
     ones, extended linearly, not densities of y. ``temperature`` (λ) may be a function of the number of steps taken,
-    such as ``lambda step: 0.5 + 0.5 * 0.999**step``. Prefer it where the model is smooth between 0 and 1 and only
-    relaxed values give a usable slope. Not recommended where the optimum itself matters: DisARM() and
-    Reinforce(LeaveOneOut()) have no bias. GumbelStraightThrough() shows the model hard values.
+    such as ``lambda step: 0.5 + 0.5 * 0.999**step`` (NumPyro's `SVI.evaluate` hands over no state, and so sees it at
+    step 0). Prefer it where the model is smooth between 0 and 1 and only relaxed values give a usable slope. Not
+    recommended where the optimum itself matters: DisARM() and Reinforce(LeaveOneOut()) have no bias.
+    GumbelStraightThrough() shows the model hard values.
 
     >>> GumbelSoftmax(temperature=0.7)
     GumbelSoftmax(0.7)

@@ -389,7 +389,8 @@ class _Step:
             if n.law == "value":
                 continue
             if n.law == "state":
-                noise[label] = read_state(site.name, label, estimator.state(site)[label], like)
+                present = read_state(site.name, label, estimator.state(site)[label], like)
+                noise[label] = present.detach().clone()  # the step ends by writing the new one in its place
             elif label in before and n.law != "log gamma":
                 noise[label] = before[label]
             else:

@@ -29,6 +29,7 @@ from injected import (
 
 from ppl_estimators import (
     LAX,
+    REBAR,
     Constant,
     EstimatorError,
     GappedStraightThrough,
@@ -52,6 +53,7 @@ from ppl_estimators.numpyro import OneHotCategorical, with_estimators
 from ppl_estimators.numpyro.distributions import describe as jax_describe
 from ppl_estimators.numpyro.ops import OPS as JAX_OPS
 from ppl_estimators.pyro import EstimatorELBO as Torch
+from ppl_estimators.pyro import with_estimators as torch_hook
 from ppl_estimators.pyro.distributions import describe as torch_describe
 from ppl_estimators.pyro.distributions import parameters as torch_parameters
 
@@ -243,6 +245,38 @@ def test_straight_through_and_reinmax_at_a_one_hot_site():
         for e, f in ((StraightThrough(), quadratic), (ReinMax(), cubic), (ReinMax(1.5), quadratic))
     ]
     assert min(biases) > 0.005, biases
+
+
+def test_one_hot_sites_have_the_same_gradients_in_pyro():
+    """Whose own one-hot log probability has no slope in the value."""
+    rng = np.random.default_rng(0)
+    tables = {"z": {k: rng.uniform(size=(6, 1, 3)) for k in ("u", "v0", "v1")}}
+
+    def model():
+        with numpyro.handlers.scale(scale=1.7):
+            z = numpyro.sample("z", OneHotCategorical(logits=jnp.asarray(PRIOR)))
+        numpyro.factor("f", cubic(z))
+
+    def guide():
+        with numpyro.handlers.scale(scale=1.7):
+            onehot_guide()
+
+    def torch_model():
+        with pyro.poutine.scale(scale=1.7):
+            z = pyro.sample("z", pdist.OneHotCategorical(logits=torch.tensor(PRIOR)))
+        pyro.factor("f", ((z @ torch.tensor(M)) ** 3).sum())
+
+    def torch_guide():
+        with pyro.poutine.scale(scale=1.7):
+            pyro.sample("z", pdist.OneHotCategorical(logits=pyro.param("a", torch.tensor(PHI))))
+
+    for estimator in (StraightThrough(), ReinMax(), RaoGumbel(2), GumbelSoftmax(), GappedStraightThrough()):
+        pyro.clear_param_store()
+        params = {"a": jnp.asarray(PHI)}
+        loss, gradient = jax_gradients(InjectedJax({"z": estimator}), model, guide, params, tables)
+        twin = torch_gradients(InjectedTorch({"z": estimator}), torch_model, torch_guide, params, tables)
+        np.testing.assert_allclose(twin[0], loss, rtol=1e-10, err_msg=repr(estimator))
+        np.testing.assert_allclose(twin[1], gradient, atol=1e-10, err_msg=repr(estimator))
 
 
 def test_gapped_straight_through_at_a_one_hot_site():
@@ -797,3 +831,105 @@ def test_generalised_reparameterisations_are_the_same_in_both_libraries(estimato
     twin, torch_gradient = torch_gradients(InjectedTorch({"z": estimator}), torch_model, twin_guide, {"a": a}, tables)
     np.testing.assert_allclose(twin, loss, rtol=1e-10)
     np.testing.assert_allclose(torch_gradient, gradient, rtol=1e-8)
+
+
+# ---- schedules ------------------------------------------------------------------------------------------------------
+
+
+def cooling(step):
+    return 0.4 + 1.6 * 0.5**step
+
+
+TEMPERATURES = [2.0, 1.2, 0.8, 0.6, 0.5, 0.45]
+
+
+def test_a_schedule_advances_with_the_steps_of_training_and_not_with_evaluations_in_numpyro():
+    seen = []
+
+    def model():
+        b = numpyro.sample("b", dist.Bernoulli(logits=0.0))
+        jax.debug.callback(lambda b: seen.append(float(b)), b)
+
+    guide = with_estimators(lambda: numpyro.sample("b", dist.Bernoulli(logits=0.3)), {"b": GumbelSoftmax(cooling)})
+    elbo = InjectedJax()
+    elbo.table = {"b": {"u": np.full((1,), 0.8)}}
+    svi = numpyro.infer.SVI(model, guide, numpyro.optim.SGD(0.1), elbo)
+    state = svi.init(jax.random.key(0))
+
+    def relaxed_values():
+        jax.effects_barrier()
+        found = [x for x in seen if 0 < x < 1]
+        seen.clear()
+        assert found
+        return found
+
+    seen.clear()
+    for temperature in TEMPERATURES:
+        svi.evaluate(state)  # NumPyro hands it no state: it sees the start of the schedule
+        np.testing.assert_allclose(relaxed_values(), sigmoid((0.3 + np.log(4.0)) / TEMPERATURES[0]), rtol=1e-10)
+        state, _ = svi.update(state)
+        np.testing.assert_allclose(relaxed_values(), sigmoid((0.3 + np.log(4.0)) / temperature), rtol=1e-10)
+    assert state.mutable_state["b$state"]["steps"] == len(TEMPERATURES)
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_a_schedule_advances_with_the_steps_of_training_and_not_with_evaluations_in_pyro(hook):
+    seen = []
+    estimators = {"b": GumbelSoftmax(cooling)}
+
+    def model():
+        seen.append(pyro.sample("b", pdist.Bernoulli(logits=torch.tensor(0.0))).detach())
+
+    def guide():
+        pyro.sample("b", pdist.Bernoulli(logits=pyro.param("a", torch.tensor(0.3))))
+
+    elbo = InjectedTorch(None if hook else estimators)
+    elbo.table = {"b": {"u": np.full((1,), 0.8), "value": np.ones(1)}}
+    svi = pyro.infer.SVI(model, torch_hook(guide, estimators) if hook else guide, pyro.optim.SGD({"lr": 0.0}), elbo)
+    svi.evaluate_loss()
+    for temperature in TEMPERATURES:
+        seen.clear()
+        svi.evaluate_loss()
+        svi.step()
+        expected = sigmoid((0.3 + np.log(4.0)) / temperature)
+        np.testing.assert_allclose(seen, [expected] * 2, rtol=1e-10)
+    assert pyro.get_param_store()["b$state.steps"] == len(TEMPERATURES)
+
+
+def test_a_schedule_without_the_hook_is_refused_in_numpyro():
+    program = lambda: numpyro.sample("b", dist.Bernoulli(logits=0.3))  # noqa: E731
+    with pytest.raises(EstimatorError, match=r"site 'b': GumbelSoftmax\(cooling\) keeps .* Wrap the guide"):
+        Jax({"b": GumbelSoftmax(cooling)}).loss(jax.random.key(0), {}, program, program)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GumbelSoftmax(0.0), r"GumbelSoftmax\(temperature=...\) needs a positive number, or a function"),
+        (lambda: RaoGumbel(0), r"RaoGumbel\(r=...\) needs one or more"),
+        (lambda: GappedStraightThrough(-1.0), r"GappedStraightThrough\(gap=...\) needs a number of 0 or more"),
+        (lambda: RejectionPathwise(0), r"RejectionPathwise\(boost=...\) needs 1 or more"),
+    ],
+)
+def test_specs_refuse_bad_numbers(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_an_integer_categorical_is_refused_with_the_fix():
+    program = lambda: numpyro.sample("k", dist.Categorical(logits=jnp.zeros(3)))  # noqa: E731
+    fix = r"site 'k': ReinMax needs a Bernoulli or OneHotCategorical site, got Categorical\. Use OneHotCategorical"
+    with pytest.raises(EstimatorError, match=fix):
+        Jax({"k": ReinMax()}).loss(jax.random.key(0), {}, program, program)
+
+
+def test_a_corrected_site_below_a_relaxed_value_is_refused():
+    """REBAR differentiates the cost at relaxed values: below them the correction would be missing."""
+
+    def model():
+        b = numpyro.sample("b", dist.Bernoulli(0.5))
+        numpyro.sample("z", dist.Gamma(1.0 + b, 1.0))
+
+    guide = with_estimators(model, {"b": REBAR(), "z": GeneralizedPathwise()})
+    with pytest.raises(EstimatorError, match=r"site 'b': REBAR .* site 'z' \(Gamma\) .* cannot be relaxed"):
+        Jax().loss(jax.random.key(0), {}, model, guide)
