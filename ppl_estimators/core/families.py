@@ -48,6 +48,12 @@ NAMES = {
 }
 
 
+def finite(ops: Ops, logits: Array) -> Array:
+    """Logits of impossible and certain values (±inf) as very large numbers: their probabilities are 0 and 1 as before,
+    and 0 times a logit is 0."""
+    return ops.clip(logits, -1e30, 1e30)
+
+
 def log_prob(ops: Ops, family: str, logits: Array, value: Array) -> Array:
     """log q(value) elementwise; linear in a relaxed Bernoulli or one-hot value.
 
@@ -66,6 +72,11 @@ def log_prob(ops: Ops, family: str, logits: Array, value: Array) -> Array:
 
 def probabilities(ops: Ops, family: str, logits: Array) -> Array:
     return ops.sigmoid(logits) if family == BERNOULLI else ops.softmax(logits)
+
+
+def possible(ops: Ops, p: Array, cost: Array) -> Array:
+    """``cost``, and 0 where the value has no chance: there log q is -inf, and the cost with it."""
+    return ops.where(p > 0, cost, ops.zeros_like(cost))
 
 
 def mean_vjp(ops: Ops, family: str, logits: Array, v: Array) -> Array:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..core import lanes
 from ..core.estimator import Estimator, Noise
-from ..core.families import BERNOULLI
+from ..core.families import BERNOULLI, possible
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
@@ -61,7 +61,8 @@ class BitFlip(Estimator):
         for j in range(m):
             change = site.spread(ops, costs.alternatives[j] - costs.value)
             difference = ops.where(self._chosen(ops, site, draw, j), change, difference)
-        gradient = site.lanes / m * ops.sigmoid(a) * ops.sigmoid(-a) * (1 - 2 * b) * difference
+        weight = ops.sigmoid(a) * ops.sigmoid(-a)
+        gradient = site.lanes / m * (1 - 2 * b) * possible(ops, weight, weight * difference)
         return Local(ops.stop_gradient(gradient) * a)
 
     @staticmethod

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ..core import lanes
 from ..core.estimator import Estimator
-from ..core.families import BERNOULLI, DISCRETE, category, encoded, probabilities
+from ..core.families import BERNOULLI, DISCRETE, category, encoded, possible, probabilities
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
@@ -58,12 +58,13 @@ class Enumerate(Estimator):
         moved = [lanes.by_lane(ops, site, costs.alternatives[s :: c - 1]) for s in range(c - 1)]
         if site.family == BERNOULLI:  # p (1 - p) (f(1) - f(0))
             sign = 1 - 2 * draw.value
-            gradient = p * (1 - p) * sign * (moved[0] - drawn)
+            weight = p * ops.sigmoid(-site.logits)
+            gradient = sign * possible(ops, weight, weight * (moved[0] - drawn))
         else:  # p ⊙ (F - p·F), F[v] = f(v): the shift from the drawn category to v is (v - z) mod C
             index = category(ops, site.family, draw.value)
             by_shift = ops.stack([drawn + ops.zeros_like(moved[0]), *moved], axis=-1)
             by_shift = ops.broadcast_to(by_shift, p.shape)
             shift = (ops.indices(c, index) - index[..., None]) % c
-            f = ops.take_last(by_shift, shift)
+            f = possible(ops, p, ops.take_last(by_shift, shift))
             gradient = p * (f - ops.sum(p * f, axis=-1, keepdims=True))
         return Local(ops.stop_gradient(gradient) * site.logits)

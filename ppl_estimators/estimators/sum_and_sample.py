@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..core import lanes
 from ..core.estimator import Estimator, Noise
-from ..core.families import CATEGORICAL, ONEHOT, category, encoded, gumbel
+from ..core.families import CATEGORICAL, ONEHOT, category, encoded, gumbel, possible
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
@@ -83,8 +83,10 @@ class SumAndSample(Estimator):
         f_rest = ops.where(ops.any(is_drawn, axis=-1, keepdims=True), f_rest, drawn)
         p, chosen = ops.softmax(a), ops.one_hot(terms, a.shape[-1], a)  # [K, *batch, *event, k + 1, C]
         p_top = ops.take_last(p, terms[..., :k])
+        f_top = possible(ops, p_top, f_top)
         in_top = ops.sum(chosen[..., :k, :], axis=-2) > 0
         w = ops.sum(ops.where(in_top, ops.zeros_like(p), p), axis=-1, keepdims=True)
+        f_rest = possible(ops, w, f_rest)
         baseline = ops.sum(p_top * f_top, axis=-1, keepdims=True) / ops.sum(p_top, axis=-1, keepdims=True)
         weighted = ops.concat([p_top * (f_top - baseline), w * (f_rest - baseline)], axis=-1)
         # Σ_j weighted_j (e_j − p)

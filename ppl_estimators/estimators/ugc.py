@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..core import lanes
 from ..core.estimator import Estimator, Noise
-from ..core.families import BERNOULLI, threshold
+from ..core.families import BERNOULLI, possible, threshold
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
@@ -67,7 +67,8 @@ class UGC(Estimator):
         flip = site.spread(ops, costs.alternatives[1] - costs.value)
         small = self._small(ops, site)
         size = site.spread(ops, ops.sum(site.features(ops, ops.like(small, a)), axis=-1))  # |S|
-        bitflip = size * ops.sigmoid(a) * ops.sigmoid(-a) * sign * flip
+        weight = ops.sigmoid(a) * ops.sigmoid(-a)
+        bitflip = size * sign * possible(ops, weight, weight * flip)
         bitflip = ops.where(self._chosen(ops, site, draw), bitflip, zero)
         return Local(ops.stop_gradient(ops.where(small, bitflip, disarm)) * a)
 

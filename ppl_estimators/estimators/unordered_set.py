@@ -9,7 +9,7 @@ from typing import ClassVar
 from ..core import lanes
 from ..core.errors import site_error
 from ..core.estimator import Estimator, Noise
-from ..core.families import CATEGORICAL, ONEHOT, encoded, gumbel
+from ..core.families import CATEGORICAL, ONEHOT, encoded, gumbel, possible
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
@@ -81,11 +81,13 @@ class UnorderedSet(Estimator):
         f = [site.spread(ops, costs.value)]
         if k > 1:
             f += [lanes.by_lane(ops, site, costs.alternatives[i :: k - 1]) for i in range(k - 1)]
+        p = ops.softmax(a)
+        f = [possible(ops, ops.take_last(p, members)[..., i], x + ops.zeros_like(p[..., 0])) for i, x in enumerate(f)]
         weights = coefficients(ops, ops.stop_gradient(a), members, f)
         # Σ_s weights_s (e_s − p)
         chosen = ops.one_hot(members, a.shape[-1], a)
         gradient = ops.sum(weights[..., None] * chosen, axis=-2)
-        gradient = gradient - ops.softmax(a) * ops.sum(weights, axis=-1, keepdims=True)
+        gradient = gradient - p * ops.sum(weights, axis=-1, keepdims=True)
         return Local(ops.stop_gradient(gradient) * a)
 
     def _size(self, site: Site) -> int:
@@ -103,7 +105,7 @@ def coefficients(ops: Ops, a: Array, members: Array, f: list[Array]) -> Array:
     if k == 1:
         return f[0][..., None]
     if k == categories:
-        p, stacked = ops.take_last(ops.softmax(a), members), ops.stack([x + ops.zeros_like(f[-1]) for x in f], axis=-1)
+        p, stacked = ops.take_last(ops.softmax(a), members), ops.stack(f, axis=-1)
         return p * (stacked - ops.sum(p * stacked, axis=-1, keepdims=True))
     log_p = ops.log_softmax(a)
     floor = ops.full_like(log_p, -1e4)  # a category of probability zero stays one, without infinities
@@ -124,6 +126,6 @@ def coefficients(ops: Ops, a: Array, members: Array, f: list[Array]) -> Array:
     for s in range(k):
         others = [i for i in range(k) if i != s]
         second = ops.softmax(ops.stack([log_s[i] + completes[1 << s | 1 << i] for i in others], axis=-1))
-        gain = f[s] - ops.sum(second * ops.stack([f[i] + ops.zeros_like(f[s]) for i in others], axis=-1), axis=-1)
+        gain = f[s] - ops.sum(second * ops.stack([f[i] for i in others], axis=-1), axis=-1)
         found.append(first[..., s] * -ops.expm1(log_s[s]) * gain)
     return ops.stack(found, axis=-1)

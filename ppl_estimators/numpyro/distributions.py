@@ -100,11 +100,9 @@ def describe(
 ) -> Site:
     """The site's facts and arrays, without lead axes."""
     base, kind = unwrapped(fn), family(fn)
-    full = (*fn.batch_shape, *fn.event_shape)
-    logits = None
-    if kind in families.DISCRETE:
-        trailing = base.logits.shape[-1:] if kind == families.CATEGORICAL else ()
-        logits = jnp.broadcast_to(base.logits, (*full, *trailing))
+    logits = natural_parameters(fn, kind)
+    if logits is not None:
+        logits = families.finite(OPS, logits)
     return Site(
         name=name,
         distribution=type(base).__name__.removesuffix("Logits").removesuffix("Probs"),
@@ -131,6 +129,15 @@ def named(fn: dist.Distribution) -> dict[str, Array]:
         return parameters(fn)
     batch = (*fn.batch_shape, *fn.event_shape)  # whichever way the user gave them: probs or logits
     return {key: jnp.broadcast_to(jnp.asarray(getattr(base, key), float), batch) for key in families.COUNTS[kind]}
+
+
+def natural_parameters(fn: dist.Distribution, kind: str) -> Array | None:
+    """The logits of a family that has some, in the shape of the site."""
+    if kind not in families.DISCRETE:
+        return None
+    logits = unwrapped(fn).logits
+    trailing = logits.shape[-1:] if kind == families.CATEGORICAL else ()
+    return jnp.broadcast_to(logits, (*fn.batch_shape, *fn.event_shape, *trailing))
 
 
 def parameters(fn: dist.Distribution) -> dict[str, Array]:
@@ -203,7 +210,7 @@ def relaxed_log_prob(fn: dist.Distribution, value: Array) -> Array | None:
 def _named_log_prob(fn: dist.Distribution, value: Array, *, masked: bool) -> Array:
     """log p of a family with logits, ``[*batch]``."""
     kind = family(fn)
-    log_p = families.log_prob(OPS, kind, describe("", fn, frozenset(), None, {}).logits, value)
+    log_p = families.log_prob(OPS, kind, natural_parameters(fn, kind), value)
     events = len(fn.event_shape) - (kind == families.ONEHOT)
     for mask in _masks(fn, events) if masked else ():
         log_p = jnp.where(mask, log_p, 0.0)

@@ -95,10 +95,10 @@ def describe(
 
 
 def natural_parameters(fn: TorchDistribution, kind: str) -> Array | None:
-    """The logits of a family that has some, in the shape of the site."""
+    """The logits of a family that has some, finite and in the shape of the site."""
     if kind not in families.DISCRETE:
         return None
-    logits = unwrapped(fn).logits
+    logits = families.finite(OPS, unwrapped(fn).logits)
     shape = fn.batch_shape + fn.event_shape
     if kind == families.CATEGORICAL:
         shape = shape + logits.shape[-1:]
