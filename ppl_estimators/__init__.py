@@ -20,6 +20,7 @@ from .estimators.bit_flip import BitFlip
 from .estimators.combine import Combine
 from .estimators.control_variate import ControlVariate
 from .estimators.coupled_importance import CoupledImportance
+from .estimators.delta_method import DeltaMethod
 from .estimators.disarm import DisARM
 from .estimators.disarm_stick_breaking import DisARMStickBreaking
 from .estimators.disarm_tree import DisARMTree
@@ -70,6 +71,7 @@ __all__ = [
     "Constant",
     "ControlVariate",
     "CoupledImportance",
+    "DeltaMethod",
     "DisARM",
     "DisARMStickBreaking",
     "DisARMTree",

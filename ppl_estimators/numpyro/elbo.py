@@ -356,7 +356,7 @@ class _Step:
         keys, so what is not downstream comes out as before and what is shares its noise; where the values are
         relaxed, discrete sites downstream do what the group says."""
         members = frozenset(group.sites)
-        moves = group.relaxations and group.downstream != "drawn"
+        moves = group.relaxations and group.downstream in ("relaxed", "mean")
         soft = frozenset(n for n in plan.graph.descendants(members) if moves and plan.relaxable(n)) - members
 
         def draw(msg: Message, key: Array) -> tuple[Array, list[Any]]:

@@ -448,7 +448,7 @@ class _Step:
         what the group says."""
         plan, members = run.plan, frozenset(group.sites)
         down = plan.graph.descendants(members)
-        moves = group.relaxations and group.downstream != "drawn"
+        moves = group.relaxations and group.downstream in ("relaxed", "mean")
         soft = frozenset(n for n in down if moves and plan.relaxable(n)) - members
         first = run.traces.guide
 

@@ -47,16 +47,17 @@ def estimates(estimator, family, parameters, noise, f=cost):
     noise = {k: jnp.moveaxis(jnp.asarray(x), 0, 1) if k == "m" else jnp.asarray(x) for k, x in noise.items()}
     site = site_of(family, parameters, count)
     draw = estimator.draw(OPS, site, noise)
+    if estimator.pathwise:
+        slope = jax.vmap(jax.grad(f))(jax.lax.stop_gradient(draw.value))
+
+        def moving(arrays):
+            return estimator.draw(OPS, site.filled(named=arrays, logits=arrays.get("logits")), noise).value
+
+        return jax.grad(lambda arrays: jnp.sum(slope * moving(arrays)))(dict(site.named))
     values = [estimator.alternative(OPS, site, draw, jnp.asarray(i)) for i in range(estimator.alternatives(site))]
-    slopes = [
-        jax.vmap(jax.grad(f))(estimator.relaxed(OPS, site, draw, i, Kept()))[None]
-        for i in range(estimator.relaxations(site))
-    ]
     costs = Costs(
         f(draw.value),
         jnp.stack([f(v) for v in values]) if values else None,
-        None,
-        slopes[0] if slopes else None,
     )
 
     def surrogate(arrays):
