@@ -31,6 +31,7 @@ from .estimators.generalized_pathwise import GeneralizedPathwise
 from .estimators.gumbel_softmax import GumbelSoftmax
 from .estimators.gumbel_straight_through import GumbelStraightThrough
 from .estimators.implicit_pathwise import ImplicitPathwise
+from .estimators.importance_sampled import ImportanceSampled
 from .estimators.lax import LAX
 from .estimators.measure_valued import MeasureValued
 from .estimators.muprop import MuProp
@@ -86,6 +87,7 @@ __all__ = [
     "GumbelSoftmax",
     "GumbelStraightThrough",
     "ImplicitPathwise",
+    "ImportanceSampled",
     "ImportanceWeighted",
     "Learned",
     "LeaveOneOut",

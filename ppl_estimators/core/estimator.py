@@ -19,8 +19,8 @@ class Noise:
     """What an estimator asks for to draw with.
 
     ``law`` is "uniform" on (0, 1), "normal", "log gamma" (the logarithm of a gamma of ``concentration`` and unit
-    rate), "value" (a draw from the site's own distribution; the shape is then the site's), or "state" (no noise, but
-    the present value of what the estimator keeps under this label).
+    rate), "poisson" (of rate ``concentration``), "value" (a draw from the site's own distribution; the shape is then
+    the site's), or "state" (no noise, but the present value of what the estimator keeps under this label).
     """
 
     law: str

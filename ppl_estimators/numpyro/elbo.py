@@ -124,6 +124,8 @@ class EstimatorELBO(ELBO):
             return jax.random.normal(key, noise.shape, dtype=float)
         if noise.law == "log gamma":
             return jax.random.loggamma(key, jax.lax.stop_gradient(noise.concentration))
+        if noise.law == "poisson":
+            return jax.random.poisson(key, jax.lax.stop_gradient(noise.concentration)).astype(float)
         tiny = jnp.finfo(jnp.result_type(float)).tiny
         u = jax.random.uniform(key, noise.shape, dtype=float, minval=tiny)
         return jnp.minimum(u, 1 - jnp.finfo(u.dtype).epsneg)

@@ -142,6 +142,8 @@ class EstimatorELBO(ELBO):
         dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
         if noise.law == "normal":
             return torch.randn(noise.shape, dtype=dtype, device=like.device)
+        if noise.law == "poisson":
+            return torch.poisson(noise.concentration.detach())
         info = torch.finfo(dtype)
         u = torch.rand(noise.shape, dtype=dtype, device=like.device).clamp(info.tiny, 1 - info.eps / 2)
         if noise.law == "log gamma":  # g u^(1/a) has shape a if g has shape a + 1; in logarithms nothing underflows
@@ -391,7 +393,7 @@ class _Step:
             if n.law == "state":
                 present = read_state(site.name, label, estimator.state(site)[label], like)
                 noise[label] = present.detach().clone()  # the step ends by writing the new one in its place
-            elif label in before and n.law != "log gamma":
+            elif label in before and n.concentration is None:
                 noise[label] = before[label]
             else:
                 noise[label] = self.elbo._noise(site.name, label, n, like)

@@ -32,6 +32,7 @@ from ppl_estimators import (
     DisARMTree,
     DoubleControlVariate,
     Enumerate,
+    ImportanceSampled,
     Learned,
     LeaveOneOut,
     MeasureValued,
@@ -117,6 +118,7 @@ DOUBLE = kept("double_control_variate", {"*": DoubleControlVariate(-0.5)}, parti
 REPEAT = Mix("repeat", {"*": Repeat(3, LOO)})
 COMBINE = kept("combine", {"*": Combine((DisARM(), REBAR(), Reinforce(MovingAverage())))})
 TRIPLE = Mix("triple", {"*": StochasticTriple()})
+WIDER = Mix("importance_sampled", {"*": ImportanceSampled(Reinforce(Constant(-1.5)))})
 MEASURE = Mix("measure_valued", {"*": MeasureValued()})
 STEIN = kept("stein", {"*": Stein(hidden=4)}, particles=3)
 
@@ -184,6 +186,7 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         REPEAT,
         COMBINE,
         TRIPLE,
+        WIDER,
         Mix("antithetic_average", {"z1": Antithetic(Reinforce()), "z2": Average((DisARM(), Enumerate()))}),
         Mix("enumerate_disarm", {"z1": Enumerate(), "z2": DisARM()}),
         Mix("disarm_reinforce", {"z1": DisARM(), "z2": Reinforce(Constant(-1.5))}),
@@ -224,6 +227,7 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         REPEAT,
         COMBINE,
         TRIPLE,
+        WIDER,
     ],
     "subsampled_bits": [
         DISARM,
@@ -240,10 +244,26 @@ ON_AVERAGE: dict[str, list[Mix]] = {
     "masked_by_handler": [DISARM, NVIL, REBARS, RELAXES],
     "masked_by_distribution": [DISARM, REBARS],
     "undeclared": [LEAVE_ONE_OUT, TRIPLE, DISARM, ENUMERATE, OPTIMAL, REBARS, RELAXES, STEIN, *BITS, FLIPS],
-    "event": [LEAVE_ONE_OUT, TRIPLE, DISARM, ENUMERATE, REBARS, RELAXES, MUPROP, DOUBLE, STEIN, REPEAT, *BITS, FLIPS],
+    "event": [
+        LEAVE_ONE_OUT,
+        WIDER,
+        TRIPLE,
+        DISARM,
+        ENUMERATE,
+        REBARS,
+        RELAXES,
+        MUPROP,
+        DOUBLE,
+        STEIN,
+        REPEAT,
+        *BITS,
+        FLIPS,
+    ],
     "crossed": [
         LEAVE_ONE_OUT,
+        WIDER,
         TRIPLE,
+        WIDER,
         DISARM,
         ENUMERATE,
         FLIP,
