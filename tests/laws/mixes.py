@@ -270,6 +270,7 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         FLIPS,
         CLIPPED,
         Mix("two", {"z_row": Enumerate(), "z_column": DisARM()}),
+        Mix("arms_disarm", {"z_row": ARMS(4), "z_column": DisARM()}),
         REBARS,
     ],
     "nested": [LEAVE_ONE_OUT, TRIPLE, DISARM, ENUMERATE, NVIL, REBARS, FLIP, CLIPPED],
