@@ -332,7 +332,7 @@ class _Step:
                 return values.get(msg["name"]) if msg["type"] == "sample" and not msg["is_observed"] else None
 
             again = self.execute(key, lambda msg, _: (values[msg["name"]], []), in_scan, stopped=True, model=False)
-            fixed = {t.site: t.value for t in terms_of(again)}
+            fixed = {t.site: t.value for t in terms_of(again, relaxed=plan.soft)}
         explicit = []
         for t in terms:
             if t.side == "guide" and t.site in sticking:

@@ -662,7 +662,8 @@ class _Step:
             with StopParameters():
                 again = self.execute(None, self.guide, self.args, self.kwargs, draw=replay, subsamples=self.subsamples)
                 again.model = {}
-                fixed = {t.site: t.value for t in terms_of(again, run.depends_on, only=sticking) if t.site in sticking}
+                terms = terms_of(again, run.depends_on, frozenset(run.soft), only=sticking)
+                fixed = {t.site: t.value for t in terms if t.site in sticking}
         explicit = []
         for t in run.terms:
             if t.side == "guide" and t.site in fixed:
