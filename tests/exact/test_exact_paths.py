@@ -642,6 +642,8 @@ def test_both_libraries_show_the_parameters_of_a_family_by_the_same_names(family
         assert set(named) == set(names)
         for key, value in zip(names, values, strict=True):
             np.testing.assert_allclose(named[key], value, rtol=1e-12)
+        in_order = [value for _, value in sorted(zip(names, values, strict=True), key=lambda pair: pair[0])]
+        np.testing.assert_allclose(sites[0].filled(named=named).parameters, in_order, rtol=1e-12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
