@@ -107,13 +107,17 @@ class Several(Estimator):
 
     def alternative(self, ops: Ops, site: Site, draw: Draw, index: Array) -> Array:
         number, value = ops.asarray(index) + 1, draw.value
+
+        def pick(condition: Array, x: Array, y: Array) -> Array:
+            return ops.where(ops.like(condition, y) > 0, x, y)  # on the device of the values
+
         for j, (p, start) in enumerate(zip(self.parts, self._offsets(site), strict=False)):
             mine, count = self.part_draw(draw, j), p.alternatives(site)
-            value = ops.where(number == start, mine.value, value)
+            value = pick(number == start, mine.value, value)
             if count:
                 inside = number - start - 1
                 other = p.alternative(ops, site, mine, ops.clip(inside, 0, count - 1))
-                value = ops.where((inside >= 0) & (inside < count), other, value)
+                value = pick((inside >= 0) & (inside < count), other, value)
         return value
 
     def relaxations(self, site: Site) -> int:
