@@ -75,6 +75,8 @@ def section(entries: list[Entry], derivation: str) -> str:
         parts.append(f"```text\n{formula}\n```")
     parts.append("\n".join(facts(row) for row in entries))
     title = "Why it is unbiased." if entry.unbiased else "Where the bias comes from."
+    if entry.kind is Kind.composition:
+        title = "Why it is unbiased if its parts are."
     parts.append(f"**{title}** {prose(derivation)}")
     if advice:
         parts.append(f"**When to use it, and how.** {prose(advice)}")

@@ -102,8 +102,9 @@ class Entry:
     """One row. ``evaluations`` is a formula: of D, the dependent elements of a site, C, its categories, A (see
     `LEGEND`), and the spec's own arguments; a test evaluates it and compares with what the class asks for.
 
-    ``sites``, ``model`` and ``keeps`` are derived where they are None. ``use`` says in a few words what the row is for,
-    and is empty where it is not recommended; ``avoid`` says when not to, and what instead.
+    ``beside`` is what runs more often than the formula says. ``sites``, ``model`` and ``keeps`` are derived where they
+    are None. ``use`` says in a few words what the row is for, and is empty where it is not recommended; ``avoid`` says
+    when not to, and what instead.
     """
 
     example: Estimator
@@ -112,6 +113,7 @@ class Entry:
     use: str
     avoid: str = ""
     papers: tuple[str, ...] = ()
+    beside: str = ""
     sites: str | None = None
     model: str | None = None
     keeps: str | None = None
@@ -174,7 +176,7 @@ class Entry:
     @property
     def shown_evaluations(self) -> str:
         slopes = "1 slope" if self.differentiated == 1 else f"{self.differentiated} slopes"
-        return f"{self.evaluations}, {slopes}" if self.differentiated else self.evaluations
+        return ", ".join(filter(None, [self.evaluations, slopes if self.differentiated else "", self.beside]))
 
     @property
     def shown_model(self) -> str:
@@ -529,6 +531,7 @@ ENTRIES = (
         use="guides that can reach the posterior",
         avoid="early training, where it can be noisier than Pathwise()",
         papers=("roeder2017sticking",),
+        beside="guide twice",
         common=True,
     ),
     Entry(
@@ -634,7 +637,7 @@ ENTRIES = (
         keeps="what its part keeps",
     ),
     Entry(
-        Antithetic(Reinforce(MovingAverage())),
+        Antithetic(Reinforce(MovingAverage())),  # type: ignore[call-arg, arg-type]
         Kind.composition,
         "twice its part's",
         use="estimates that are monotone in the noise",
