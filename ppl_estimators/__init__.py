@@ -21,6 +21,7 @@ from .estimators.bit_flip import BitFlip
 from .estimators.combine import Combine
 from .estimators.control_variate import ControlVariate
 from .estimators.coupled_importance import CoupledImportance
+from .estimators.delta_method import DeltaMethod
 from .estimators.disarm import DisARM
 from .estimators.disarm_stick_breaking import DisARMStickBreaking
 from .estimators.disarm_tree import DisARMTree
@@ -31,6 +32,7 @@ from .estimators.generalized_pathwise import GeneralizedPathwise
 from .estimators.gumbel_softmax import GumbelSoftmax
 from .estimators.gumbel_straight_through import GumbelStraightThrough
 from .estimators.implicit_pathwise import ImplicitPathwise
+from .estimators.importance_sampled import ImportanceSampled
 from .estimators.lax import LAX
 from .estimators.measure_valued import MeasureValued
 from .estimators.muprop import MuProp
@@ -71,6 +73,7 @@ __all__ = [
     "Constant",
     "ControlVariate",
     "CoupledImportance",
+    "DeltaMethod",
     "DisARM",
     "DisARMStickBreaking",
     "DisARMTree",
@@ -85,6 +88,7 @@ __all__ = [
     "GumbelSoftmax",
     "GumbelStraightThrough",
     "ImplicitPathwise",
+    "ImportanceSampled",
     "ImportanceWeighted",
     "Learned",
     "LeaveOneOut",

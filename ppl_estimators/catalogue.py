@@ -33,6 +33,7 @@ from ppl_estimators import (
     Constant,
     ControlVariate,
     CoupledImportance,
+    DeltaMethod,
     DisARM,
     DisARMStickBreaking,
     DisARMTree,
@@ -45,6 +46,7 @@ from ppl_estimators import (
     GumbelSoftmax,
     GumbelStraightThrough,
     ImplicitPathwise,
+    ImportanceSampled,
     ImportanceWeighted,
     Learned,
     LeaveOneOut,
@@ -87,7 +89,7 @@ FAMILIES = (*DISCRETE, *COUNTS, *CONTINUOUS)
 class Kind(StrEnum):
     """The groups of the table, in its order."""
 
-    score = "score function, any site"
+    score = "score function"
     discrete = "Bernoulli and categorical sites"
     bernoulli = "Bernoulli sites"
     categorical = "categorical sites"
@@ -184,7 +186,7 @@ class Entry:
         if self.model is not None:
             return self.model
         if self.differentiated:
-            where = {"relaxed": "at relaxed values", "mean": "at the means", "drawn": "in z"}
+            where = {"relaxed": "at relaxed values", "mean": "at the means", "drawn": "in z", "redrawn": "in z"}
             return f"gradient {where[self.example.downstream]}"
         return "gradient in z" if self.example.pathwise else "nothing"
 
@@ -335,6 +337,14 @@ ENTRIES = (
         use="when you know a function like the cost, and its mean",
         papers=("paisley2012variational",),
         model="a function of known mean",
+    ),
+    Entry(
+        ImportanceSampled(Reinforce(MovingAverage())),
+        Kind.score,
+        "2",
+        use="single elements, or plates of them, with wide tails",
+        avoid="many dependent elements: the weights lose their edge",
+        papers=("ruiz2016overdispersed",),
     ),
     Entry(
         NVIL(),
@@ -552,6 +562,14 @@ ENTRIES = (
         papers=("grathwohl2018backpropagation",),
     ),
     Entry(
+        DeltaMethod(),
+        Kind.continuous,
+        "3",
+        use="Normal sites with hard decisions downstream",
+        avoid="models with a useful slope: Pathwise()",
+        papers=("paisley2012variational",),
+    ),
+    Entry(
         RejectionPathwise(),
         Kind.continuous,
         "1",
@@ -620,7 +638,7 @@ ENTRIES = (
     Entry(
         SmoothedTriple(),
         Kind.biased,
-        "2",
+        "1",
         use="large counts, smooth costs",
         avoid="small counts: StochasticTriple() has no bias",
         papers=("arya2022automatic",),

@@ -26,3 +26,12 @@ def empty_parameter_store() -> Iterator[None]:
     pyro.clear_param_store()
     yield
     pyro.clear_param_store()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_are_dropped() -> Iterator[None]:
+    """Hundreds of compiled programs would fill the memory of a small machine."""
+    yield
+    import jax
+
+    jax.clear_caches()

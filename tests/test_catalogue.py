@@ -177,8 +177,9 @@ def test_list_shows_every_row_in_100_columns(capsys):
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 100
     assert "…" not in shown
+    unbroken = "".join("".join(line[:38] for line in shown.splitlines()).split())  # a long one takes two lines
     for entry in ENTRIES:
-        assert entry.call in shown
+        assert entry.call.replace(" ", "") in unbroken, entry.call
 
 
 def test_list_by_family_and_bias(capsys):

@@ -29,6 +29,7 @@ from ppl_estimators import (
     Combine,
     ControlVariate,
     CoupledImportance,
+    DeltaMethod,
     DisARM,
     DisARMStickBreaking,
     DisARMTree,
@@ -40,6 +41,7 @@ from ppl_estimators import (
     GumbelSoftmax,
     GumbelStraightThrough,
     ImplicitPathwise,
+    ImportanceSampled,
     Learned,
     LeaveOneOut,
     MeasureValued,
@@ -131,8 +133,11 @@ ROWS = {
     Average((DisARM(), Reinforce())): ({"Bernoulli"}, 3, 1, set()),
     Combine((DisARM(), RELAX(), REBAR())): ({"Bernoulli"}, 6, 1, {"parameters", "networks", "state"}),
     Combine((Reinforce(), RELAX(baseline=None))): (DISCRETE, 2, 1, {"parameters", "networks", "state"}),
+    ImportanceSampled(Reinforce(MovingAverage()), 2.5): (ANY, 2, 1, {"state"}),
     StochasticTriple(): (DISCRETE | {"Poisson"}, 2, 1, set()),
-    SmoothedTriple(): ({"Bernoulli", "Poisson"}, 2, 1, set()),
+    SmoothedTriple(): ({"Bernoulli", "Poisson"}, 1, 1, set()),
+    DeltaMethod(): ({"Normal"}, 3, 3, set()),
+    DeltaMethod(decay=0.9): ({"Normal"}, 3, 1, {"state"}),
     MeasureValued(): (ANY, {"Bernoulli": 2, "Categorical": 3, "OneHot": 3, "Poisson": 2, "Normal": 4}, 1, set()),
     RELAX(): (DISCRETE, 1, 1, {"parameters", "networks", "state"}),
     RELAX(baseline=None): (DISCRETE, 1, 1, {"parameters", "networks"}),
@@ -274,17 +279,16 @@ def test_families_and_finite_gradients_in_numpyro(estimator, family):
     assert float(jnp.abs(gradient["shift"]).sum()) > 0
 
 
-@pytest.mark.parametrize("logit", [-30.0, 30.0, 0.0])
 @pytest.mark.parametrize("estimator", [e for e, (families, *_) in ROWS.items() if "Bernoulli" in families], ids=repr)
-def test_saturated_bernoulli_sites_stay_finite_in_float32(estimator, logit):
+def test_saturated_bernoulli_sites_stay_finite_in_float32(estimator):
     _, _, particles, _ = ROWS[estimator]
 
     def model():
-        z = numpyro.sample("z", jdist.Bernoulli(logits=jnp.full(4, 0.2)).to_event(1))
+        z = numpyro.sample("z", jdist.Bernoulli(logits=jnp.full(6, 0.2)).to_event(1))
         numpyro.sample("x", jdist.Normal(z.sum(), 1.0), obs=0.4)
 
     def guide():
-        a = numpyro.param("a", jnp.full(4, logit))
+        a = numpyro.param("a", jnp.array([-30.0, 30.0, 0.0, -30.0, 30.0, 1.0]))
         numpyro.sample("z", jdist.Bernoulli(logits=a).to_event(1))
 
     wrapped = jax_hook(guide, {"z": estimator})
@@ -377,8 +381,14 @@ def test_saturated_categorical_sites_stay_finite_in_float32(estimator):
 IN_A_PLATE = [e for e, (families, *_) in ROWS.items() if "Bernoulli" in families]
 
 
-@pytest.mark.parametrize("particles", [3, 5])
-@pytest.mark.parametrize("estimator", IN_A_PLATE, ids=repr)
+FEWER = (Reinforce(LeaveOneOut()), DisARM(), RELAX(), Reinforce(MovingAverage() + Learned()), StraightThrough())
+
+
+@pytest.mark.parametrize(
+    ("estimator", "particles"),
+    [*((e, 5) for e in IN_A_PLATE), *((e, 3) for e in FEWER)],
+    ids=repr,
+)
 def test_several_particles_in_a_subsampled_plate(estimator, particles):
     """The particle axis is neither the plate's (5 of each) nor a stranger to it (3 and 5): scales and networks fit."""
 

@@ -84,12 +84,14 @@ def _table(entries: list[Entry]) -> Table:
     from ppl_estimators.catalogue import by_kind
 
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    width_of_call = next(iter(WIDTHS.values()))
     for name, width in WIDTHS.items():
         table.add_column(name, width=width)
     for kind, group in by_kind(entries).items():
         table.add_row(Text(f"\n{kind.value.capitalize()}", style="bold underline"))
         for entry in group:
-            call = Text(entry.call, style="bold")
+            fits = " " in entry.call or len(entry.call) <= width_of_call
+            call = Text(entry.call if fits else entry.call.replace("(", "(\n    ", 1), style="bold")
             if not entry.unbiased:
                 call.append(" biased", style="red")
             use = Padding(Text(entry.shown_use, style="dim"), (0, 0, 0, 2))

@@ -19,8 +19,8 @@ class Noise:
     """What an estimator asks for to draw with.
 
     ``law`` is "uniform" on (0, 1), "normal", "log gamma" (the logarithm of a gamma of ``concentration`` and unit
-    rate), "value" (a draw from the site's own distribution; the shape is then the site's), or "state" (no noise, but
-    the present value of what the estimator keeps under this label).
+    rate), "poisson" (of rate ``concentration``), "value" (a draw from the site's own distribution; the shape is then
+    the site's), or "state" (no noise, but the present value of what the estimator keeps under this label).
     """
 
     law: str
@@ -53,8 +53,8 @@ class Estimator(Spec):
     #: may its counterfactual values be evaluated together with those of sites that don't depend on it?
     shared: ClassVar[bool] = False
     #: what discrete sites downstream of a relaxed value do while the cost is evaluated there: "relaxed" too, at the
-    #: temperature that the estimator keeps (so that the cost is smooth); "mean", at their probabilities; "drawn", as in
-    #: the run (the relaxed value then is the drawn one)
+    #: temperature that the estimator keeps (so that the cost is smooth); "mean", at their probabilities; "redrawn",
+    #: from the same noise; "drawn", as in the run (the relaxed value then is the drawn one)
     downstream: ClassVar[str] = "relaxed"
     #: does it move single elements, the others standing still? Plates that a cost couples then count as dimensions of
     #: dependent elements ("lanes"): elements move side by side only where no cost sees two of them.

@@ -24,8 +24,8 @@ class BitFlip(Estimator):
 
     ``m``: elements per step and plate element, drawn afresh without replacement; with m ≥ D it is Enumerate().
     Elements that a plate makes independent are flipped side by side, each its own choice. Its second moment falls
-    with p² as p nears 0, DisARM's only with p: prefer it late, when most elements are nearly decided. At p = ½ it is
-    worse than DisARM() for every D > 1; UGC() takes the better of the two for each element.
+    with p² as p nears 0, DisARM's only with p: prefer it late, when most elements are nearly decided. At p = ½ nothing
+    is gained (for a sum of equal effects the two agree there); UGC() takes the better for each element.
 
     >>> BitFlip(m=2)
     BitFlip(2)

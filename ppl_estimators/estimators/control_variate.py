@@ -92,8 +92,7 @@ class ControlVariate(WithBaseline):
         return self.decay is not None or super().keeps
 
     def state(self, site: Site) -> dict[str, Initial]:
-        own = {} if self.decay is None else {k: Initial() for k in ("weight", "f", "h", "fh", "hh")}
-        return own | super().state(site)
+        return (no_past() if self.decay is not None else {}) | super().state(site)
 
     def measured(self, value: Array, distribution: Any) -> dict[str, Array]:
         """What the adapter evaluates on its own objects: h at the draw, and E[h], both ``[*batch]``."""
@@ -103,7 +102,10 @@ class ControlVariate(WithBaseline):
         f = ops.stop_gradient(costs.value)
         h = ops.stop_gradient(_plates(ops, site, draw.extra["h"]))
         mean = _plates(ops, site, draw.extra["mean"])
-        a, state = self._coefficient(ops, f, h, kept)
+        if self.coefficient is not None:
+            a, state = self.coefficient + ops.zeros_like(f), {}
+        else:
+            a, state = fitted(ops, f, h, kept.state, self.decay)
         rest, auxiliary = f - a * h, None
         if self._each_its_own:
             # a_k holds every other draw: the baseline of draw k takes a_k too, never a_j, which has seen draw k
@@ -114,18 +116,25 @@ class ControlVariate(WithBaseline):
             rest, auxiliary, state = rest - b.value, b.auxiliary, state | dict(b.state)
         return Local(ops.stop_gradient(rest) * site.log_q + ops.stop_gradient(a) * mean, auxiliary, state)
 
-    def _coefficient(self, ops: Ops, f: Array, h: Array, kept: Kept) -> tuple[Array, dict[str, Array]]:
-        """Cov(f, h) / Var(h) from other samples or the past, and the new moments."""
-        if self.coefficient is not None:
-            return self.coefficient + ops.zeros_like(f), {}
-        h = h + ops.zeros_like(f)
-        moments = {"weight": ops.ones_like(f), "f": f, "h": h, "fh": f * h, "hh": h * h}
-        if self.decay is None:
-            others = {k: ops.sum(x, axis=0, keepdims=True) - x for k, x in moments.items()}
-            return _regress(ops, others), {}
-        old = {k: kept.state[k] for k in moments}
-        now = {k: self.decay * old[k] + (1 - self.decay) * ops.like(ops.mean(x), old[k]) for k, x in moments.items()}
-        return ops.like(_regress(ops, old), f) + ops.zeros_like(f), guarded(ops, old, now)
+
+def fitted(
+    ops: Ops, f: Array, h: Array, state: Mapping[str, Array], decay: float | None
+) -> tuple[Array, dict[str, Array]]:
+    """Cov(f, h) / Var(h) of ``f`` and ``h [K, *plates]`` from the other particles, or with ``decay`` from the past;
+    and the new moments."""
+    h = h + ops.zeros_like(f)
+    moments = {"weight": ops.ones_like(f), "f": f, "h": h, "fh": f * h, "hh": h * h}
+    if decay is None:
+        others = {k: ops.sum(x, axis=0, keepdims=True) - x for k, x in moments.items()}
+        return _regress(ops, others), {}
+    old = {k: state[k] for k in moments}
+    now = {k: decay * old[k] + (1 - decay) * ops.like(ops.mean(x), old[k]) for k, x in moments.items()}
+    return ops.like(_regress(ops, old), f) + ops.zeros_like(f), guarded(ops, old, now)
+
+
+def no_past() -> dict[str, Initial]:
+    """What `fitted` keeps with a ``decay``, before the first step."""
+    return {k: Initial() for k in ("weight", "f", "h", "fh", "hh")}
 
 
 def _plates(ops: Ops, site: Site, x: Array) -> Array:

@@ -16,12 +16,12 @@ from .reinforce import check_score
 
 @dataclass(frozen=True, eq=False, repr=False)
 class NVIL(WithBaseline):
-    """Neural variational inference: running average, learned baseline, and a learning signal of unit variance.
+    """Biased: in scale only. Running average, learned baseline, and a learning signal of unit variance (NVIL).
 
     Approximates  ∇_λ E_{z ~ q_λ}[f(z)], divided by max(1, √v)
     With          (f(z) − m − C_ψ(x)) / max(1, √v) · ∇_λ log q_λ(z),   m and v the running mean and variance of the past
-    Requires      a distribution that can sample and has a log_prob; nothing of f. One evaluation. Biased in scale only:
-                  the expectation is the gradient times a positive number that depends on past steps.
+    Requires      a distribution that can sample and has a log_prob; nothing of f. One evaluation. The
+                  expectation is the gradient times a positive number that depends on past steps.
 
     The normalisation is what the paper trains with; it shrinks the site's gradient to the scale of one nat, which
     changes its weight against other sites and its meaning under plain SGD. For the unnormalised gradient use

@@ -27,8 +27,8 @@ class RaoGumbel(Tempered):
     bias; DisARM() and Reinforce(LeaveOneOut()) have none. ``temperature`` (λ) may be a function of the number of
     steps taken.
 
-    >>> RaoGumbel(10, 0.3)
-    RaoGumbel(10, 0.3)
+    >>> RaoGumbel(20, 0.3)
+    RaoGumbel(20, 0.3)
 
     Reference: Paulus, Maddison & Krause (2021), "Rao-Blackwellizing the Straight-Through Gumbel-Softmax Gradient
     Estimator", arXiv:2010.04838.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core.estimator import Estimator
 from ..core.families import BERNOULLI, BINOMIAL, GEOMETRIC, POISSON
-from ..core.keep import Kept
 from ..core.ops import Array, Ops
-from ..core.site import Costs, Draw, Local, Site
+from ..core.site import Draw, Site
 from .stochastic_triple import in_natural_units
 
 
@@ -36,23 +36,23 @@ class SmoothedTriple(Estimator):
 
     unbiased: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI, POISSON, GEOMETRIC, BINOMIAL)
-    downstream: ClassVar[str] = "drawn"
+    pathwise: ClassVar[bool] = True
 
-    def relaxations(self, site: Site) -> int:
-        return 1
+    def draw(self, ops: Ops, site: Site, noise: Mapping[str, Array]) -> Draw:
+        """The drawn value, with the mean size of its perturbation for a slope."""
+        x = ops.like(noise["value"], site.logits if site.family == BERNOULLI else next(iter(site.named.values())))
+        path = in_natural_units(ops, site, _size(ops, site, x))
+        return Draw(x + path - ops.stop_gradient(path))
 
-    def relaxed(self, ops: Ops, site: Site, draw: Draw, index: int, kept: Kept) -> Array:
-        return ops.like(draw.value, site.logits if site.family == BERNOULLI else next(iter(site.named.values())))
 
-    def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
-        x = draw.value
-        if site.family == BERNOULLI:
-            p, q = ops.sigmoid(site.logits), ops.sigmoid(-site.logits)
-            size = 0.5 * (x * q + (1 - x) * p)
-        elif site.family == POISSON:
-            size = 0.5 * (site.named["rate"] + x)
-        else:
-            p = site.named["probs"]
-            n = site.named.get("total_count")
-            size = -0.5 * (x + (x + 1) * (1 - p)) if n is None else 0.5 * ((n - x) * p + x * (1 - p))
-        return Local(in_natural_units(ops, site, ops.stop_gradient(size * costs.relaxed_slope[0])))
+def _size(ops: Ops, site: Site, x: Array) -> Array:
+    """E[w (y − x)], the mean of both directions."""
+    if site.family == BERNOULLI:
+        p, q = ops.sigmoid(site.logits), ops.sigmoid(-site.logits)
+        return 0.5 * (x * q + (1 - x) * p)
+    if site.family == POISSON:
+        return 0.5 * (site.named["rate"] + x)
+    p = site.named["probs"]
+    if site.family == GEOMETRIC:
+        return -0.5 * (x + (x + 1) * (1 - p))
+    return 0.5 * ((site.named["total_count"] - x) * p + x * (1 - p))

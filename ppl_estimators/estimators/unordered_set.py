@@ -82,8 +82,8 @@ class UnorderedSet(Estimator):
         if k > 1:
             f += [lanes.by_lane(ops, site, costs.alternatives[i :: k - 1]) for i in range(k - 1)]
         p = ops.softmax(a)
-        f = [possible(ops, ops.take_last(p, members)[..., i], x + ops.zeros_like(p[..., 0])) for i, x in enumerate(f)]
-        weights = coefficients(ops, ops.stop_gradient(a), members, f)
+        f = ops.stack([x + ops.zeros_like(p[..., 0]) for x in f], axis=-1)  # [K, *batch, *event, k]
+        weights = coefficients(ops, ops.stop_gradient(a), members, possible(ops, ops.take_last(p, members), f))
         # Σ_s weights_s (e_s − p)
         chosen = ops.one_hot(members, a.shape[-1], a)
         gradient = ops.sum(weights[..., None] * chosen, axis=-2)
@@ -94,38 +94,40 @@ class UnorderedSet(Estimator):
         return min(self.k, site.categories)
 
 
-def coefficients(ops: Ops, a: Array, members: Array, f: list[Array]) -> Array:
+def coefficients(ops: Ops, a: Array, members: Array, f: Array) -> Array:
     """p_s R(S, s) (f(s) − Σ_{s'} p_{s'} R_s(S, s') f(s')) for each member s, ``[..., k]``.
 
     p_s R(S, s) is the chance that s was the first, given S; p_{s'} R_s(S, s') is 1 − p_s times the chance that s' was
     the second, given S and s first. Both are normalised in log space: no probability is divided by, 1 − Σ p is never
     formed.
     """
-    k, categories = len(f), a.shape[-1]
+    k, categories = f.shape[-1], a.shape[-1]
     if k == 1:
-        return f[0][..., None]
+        return f
     if k == categories:
-        p, stacked = ops.take_last(ops.softmax(a), members), ops.stack(f, axis=-1)
-        return p * (stacked - ops.sum(p * stacked, axis=-1, keepdims=True))
+        p = ops.take_last(ops.softmax(a), members)
+        return p * (f - ops.sum(p * f, axis=-1, keepdims=True))
     log_p = ops.log_softmax(a)
     floor = ops.full_like(log_p, -1e4)  # a category of probability zero stays one, without infinities
     log_p = ops.where(log_p > floor, log_p, floor)
     outside = ops.sum(ops.one_hot(members, categories, a), axis=-2) == 0
-    log_rest = ops.logsumexp(ops.where(outside, log_p, 2 * floor), axis=-1)
-    log_s = ops.take_last(log_p, members)
-    log_s = [log_s[..., i] for i in range(k)]
-    # log P(the rest of S comes next | the members in the bits of ``drawn`` came first), by the member that comes next
-    completes = {2**k - 1: ops.zeros_like(log_rest)}
-    for drawn in range(2**k - 2, 0, -1):
-        left = [i for i in range(k) if not drawn >> i & 1]
-        next_one = ops.stack([log_s[i] + completes[drawn | 1 << i] for i in left], axis=-1)
-        remaining = ops.stack([*(log_s[i] for i in left), log_rest], axis=-1)  # log(1 − p of those drawn)
-        completes[drawn] = ops.logsumexp(next_one, axis=-1) - ops.logsumexp(remaining, axis=-1)
-    first = ops.softmax(ops.stack([log_s[i] + completes[1 << i] for i in range(k)], axis=-1))
-    found = []
-    for s in range(k):
-        others = [i for i in range(k) if i != s]
-        second = ops.softmax(ops.stack([log_s[i] + completes[1 << s | 1 << i] for i in others], axis=-1))
-        gain = f[s] - ops.sum(second * ops.stack([f[i] for i in others], axis=-1), axis=-1)
-        found.append(first[..., s] * -ops.expm1(log_s[s]) * gain)
-    return ops.stack(found, axis=-1)
+    log_rest = ops.logsumexp(ops.where(outside, log_p, 2 * floor), axis=-1)[..., None, None]
+    log_s, never = ops.take_last(log_p, members), -1e5
+    # a subset of S is a number whose bits are the members it has
+    subset, power = ops.indices(2**k, members), 2 ** ops.indices(k, members)
+    inside = subset[:, None] // power % 2 == 1  # [2^k, k]
+    joined = ops.where(inside, subset[:, None], subset[:, None] + power)
+    left = ops.where(inside, ops.full_like(log_s[..., None, :], never), log_s[..., None, :])
+    ends = [left, ops.broadcast_to(log_rest, (*left.shape[:-1], 1))]
+    remaining = ops.logsumexp(ops.concat(ends, axis=-1), axis=-1)  # log(1 − p of the subset), [..., 2^k]
+    # log P(the other members come next | those of the subset came first), over which of them is the next; right for
+    # subsets of k members at the start, and for those of one less after each round
+    completes = ops.zeros_like(remaining)
+    for _ in range(k - 1):
+        completes = ops.logsumexp(left + completes[..., joined], axis=-1) - remaining
+        completes = ops.where(subset == 2**k - 1, ops.zeros_like(completes), completes)
+    first = ops.softmax(log_s + completes[..., power])
+    pairs = log_s[..., None, :] + completes[..., joined[power]]  # [..., s, s'], wrong where s' is s
+    second = ops.softmax(ops.where(power[:, None] == power, ops.full_like(pairs, never), pairs))
+    gain = f - ops.sum(second * f[..., None, :], axis=-1)
+    return first * -ops.expm1(log_s) * gain

@@ -124,6 +124,8 @@ class EstimatorELBO(ELBO):
             return jax.random.normal(key, noise.shape, dtype=float)
         if noise.law == "log gamma":
             return jax.random.loggamma(key, jax.lax.stop_gradient(noise.concentration))
+        if noise.law == "poisson":
+            return jax.random.poisson(key, jax.lax.stop_gradient(noise.concentration)).astype(float)
         tiny = jnp.finfo(jnp.result_type(float)).tiny
         u = jax.random.uniform(key, noise.shape, dtype=float, minval=tiny)
         return jnp.minimum(u, 1 - jnp.finfo(u.dtype).epsneg)
@@ -330,7 +332,7 @@ class _Step:
                 return values.get(msg["name"]) if msg["type"] == "sample" and not msg["is_observed"] else None
 
             again = self.execute(key, lambda msg, _: (values[msg["name"]], []), in_scan, stopped=True, model=False)
-            fixed = {t.site: t.value for t in terms_of(again)}
+            fixed = {t.site: t.value for t in terms_of(again, relaxed=plan.soft)}
         explicit = []
         for t in terms:
             if t.side == "guide" and t.site in sticking:
@@ -356,7 +358,7 @@ class _Step:
         keys, so what is not downstream comes out as before and what is shares its noise; where the values are
         relaxed, discrete sites downstream do what the group says."""
         members = frozenset(group.sites)
-        moves = group.relaxations and group.downstream != "drawn"
+        moves = group.relaxations and group.downstream in ("relaxed", "mean")
         soft = frozenset(n for n in plan.graph.descendants(members) if moves and plan.relaxable(n)) - members
 
         def draw(msg: Message, key: Array) -> tuple[Array, list[Any]]:

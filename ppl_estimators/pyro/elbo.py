@@ -142,6 +142,8 @@ class EstimatorELBO(ELBO):
         dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
         if noise.law == "normal":
             return torch.randn(noise.shape, dtype=dtype, device=like.device)
+        if noise.law == "poisson":
+            return torch.poisson(noise.concentration.detach())
         info = torch.finfo(dtype)
         u = torch.rand(noise.shape, dtype=dtype, device=like.device).clamp(info.tiny, 1 - info.eps / 2)
         if noise.law == "log gamma":  # g u^(1/a) has shape a if g has shape a + 1; in logarithms nothing underflows
@@ -391,7 +393,7 @@ class _Step:
             if n.law == "state":
                 present = read_state(site.name, label, estimator.state(site)[label], like)
                 noise[label] = present.detach().clone()  # the step ends by writing the new one in its place
-            elif label in before and n.law != "log gamma":
+            elif label in before and n.concentration is None:
                 noise[label] = before[label]
             else:
                 noise[label] = self.elbo._noise(site.name, label, n, like)
@@ -448,7 +450,7 @@ class _Step:
         what the group says."""
         plan, members = run.plan, frozenset(group.sites)
         down = plan.graph.descendants(members)
-        moves = group.relaxations and group.downstream != "drawn"
+        moves = group.relaxations and group.downstream in ("relaxed", "mean")
         soft = frozenset(n for n in down if moves and plan.relaxable(n)) - members
         first = run.traces.guide
 
@@ -660,7 +662,8 @@ class _Step:
             with StopParameters():
                 again = self.execute(None, self.guide, self.args, self.kwargs, draw=replay, subsamples=self.subsamples)
                 again.model = {}
-                fixed = {t.site: t.value for t in terms_of(again, run.depends_on, only=sticking) if t.site in sticking}
+                terms = terms_of(again, run.depends_on, frozenset(run.soft), only=sticking)
+                fixed = {t.site: t.value for t in terms if t.site in sticking}
         explicit = []
         for t in run.terms:
             if t.side == "guide" and t.site in fixed:

@@ -294,6 +294,14 @@ def test_closed_form_variance_of_bit_flips(m):
     np.testing.assert_allclose(variance, 3 / m * second - mean**2, atol=1e-12)
 
 
+def test_a_flip_is_worth_a_pair_for_equal_effects_at_one_half():
+    """(D − 1) Δ² / 16 for both."""
+    table = 1.7 * np.array(list(itertools.product([0, 1], repeat=3))).sum(-1).reshape(2, 2, 2)
+    for estimator in (BitFlip(), DisARM()):
+        _, variance = integrated(estimator, BERNOULLI, np.zeros(3), table)
+        np.testing.assert_allclose(variance, 2 * 1.7**2 / 16, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("a", "small"), [(BITS, [2]), (np.array([0.4, -2.1, 2.6]), [1, 2]), (np.array([0.4, -0.9, 1.1]), [])]
 )

@@ -45,9 +45,9 @@ from ppl_estimators import (
     RejectionPathwise,
     StraightThrough,
 )
-from ppl_estimators.core.families import CONTINUOUS
+from ppl_estimators.core.families import CONTINUOUS, log_prob
 from ppl_estimators.core.keep import Kept
-from ppl_estimators.core.site import Costs, Draw
+from ppl_estimators.core.site import Costs, Draw, Site
 from ppl_estimators.numpyro import EstimatorELBO as Jax
 from ppl_estimators.numpyro import OneHotCategorical, with_estimators
 from ppl_estimators.numpyro.distributions import describe as jax_describe
@@ -290,6 +290,30 @@ def test_gapped_straight_through_at_a_one_hot_site():
         v = np.asarray(slope(z))
         expected += P[i] * (soft * v - soft * (soft @ v)) / temperature
     np.testing.assert_allclose(at_each_category(GappedStraightThrough(gap, temperature), flat), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [StraightThrough(), ReinMax(), GumbelSoftmax(), GumbelStraightThrough(), RaoGumbel(2), GappedStraightThrough()],
+    ids=repr,
+)
+@pytest.mark.parametrize("logits", [[-np.inf, 0.3, 1.0], [-30.0, 30.0, 0.0], [0.0, -np.inf, -np.inf]])
+def test_impossible_and_certain_categories_stay_finite_in_float32(estimator, logits):
+    """A category of probability zero is never drawn, and neither value nor gradient is lost to it."""
+    a = jnp.asarray(logits, dtype=jnp.float32)
+    cost = jnp.asarray([1.0, -2.0, 0.5], dtype=jnp.float32)
+
+    def value(a, u):
+        site = Site("z", "OneHotCategorical", "onehot", (), (3,), frozenset(), logits=a)
+        z = estimator.draw(JAX_OPS, site, dict.fromkeys(["u", "v0", "v1"], u)).value
+        return jnp.sum(cost * z) - log_prob(JAX_OPS, "onehot", a, z), z
+
+    u = jax.random.uniform(jax.random.key(0), (200, 3), dtype=jnp.float32, minval=1e-30)
+    gradient, z = jax.vmap(jax.grad(value, has_aux=True), (None, 0))(a, u)
+    assert z.dtype == jnp.float32
+    assert bool(jnp.isfinite(gradient).all())
+    np.testing.assert_allclose(z.sum(-1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(z[:, np.isneginf(logits)], 0)
 
 
 def test_rao_gumbel_at_a_one_hot_site_has_the_mean_of_gumbel_straight_through_and_less_variance():
@@ -618,6 +642,8 @@ def test_both_libraries_show_the_parameters_of_a_family_by_the_same_names(family
         assert set(named) == set(names)
         for key, value in zip(names, values, strict=True):
             np.testing.assert_allclose(named[key], value, rtol=1e-12)
+        in_order = [value for _, value in sorted(zip(names, values, strict=True), key=lambda pair: pair[0])]
+        np.testing.assert_allclose(sites[0].filled(named=named).parameters, in_order, rtol=1e-12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,7 @@ import numpyro.distributions as dist
 import pytest
 from injected import InjectedJax, jax_gradients
 
-from ppl_estimators import NVIL, DoubleControlVariate, LeaveOneOut, MuProp, Reinforce, Stein
+from ppl_estimators import NVIL, DeltaMethod, DoubleControlVariate, LeaveOneOut, MuProp, Reinforce, Stein
 from ppl_estimators.numpyro import OneHotCategorical, with_estimators
 
 pytestmark = [
@@ -212,3 +212,67 @@ def test_nvil_is_scaled_by_the_past():
         kept["b$state"] = {**kept["b$state"], "variance": jnp.asarray(variance), "0_mean": jnp.asarray(-2.0)}
         _, gradients = jax_gradients(elbo, model, guide, {"a": jnp.asarray(LOGITS)}, tables, **kept)
         np.testing.assert_allclose(weights @ -gradients, EXACT / norm, atol=1e-12)
+
+
+# ---- the delta method ---------------------------------------------------------------------------------------------
+
+
+def gaussian(estimator, quadratic=False):
+    def model():
+        with numpyro.handlers.mask(mask=False):
+            z = numpyro.sample("b", dist.Normal(0.0, 1.0))
+        numpyro.factor("f", 0.5 * z**2 - z if quadratic else jnp.sin(0.5 * z) + 0.05 * jnp.abs(z) - 3.0)
+
+    def guide():
+        a = numpyro.param("a", jnp.asarray([0.3, -0.2]))
+        with numpyro.handlers.mask(mask=False):
+            numpyro.sample("b", dist.Normal(a[0], jnp.exp(a[1])))
+
+    return model, with_estimators(guide, {"b": estimator})
+
+
+class Signed(InjectedJax):
+    """The sign of the secant is read from the table too."""
+
+    def _noise(self, name, label, noise, key):
+        return jnp.asarray(self.table[name][label])[self.row]
+
+
+def of_gaussian(estimator, a=(0.3, -0.2), *, quadratic=False, **state):
+    """Exact mean and variance over the standard noise (split at the kink) and both signs."""
+    edge = -a[0] / np.exp(a[1])
+    x, w = np.polynomial.legendre.leggauss(120)
+    parts = [(-9.0, edge), (edge, 9.0)]
+    nodes = np.concatenate([low + (high - low) * (x + 1) / 2 for low, high in parts])
+    weights = (
+        np.concatenate([(high - low) * w / 2 for low, high in parts]) * np.exp(-(nodes**2) / 2) / np.sqrt(2 * np.pi)
+    )
+    values, signs = np.meshgrid(nodes, [0.2, 0.8], indexing="ij")
+    weights = np.repeat(weights, 2) / 2
+    model, guide = gaussian(estimator, quadratic)
+    elbo = Signed({"b": estimator})
+    tables = {"b": {"value": values.reshape(-1, 1), "sign": signs.reshape(-1, 1)}}
+    _, gradients = jax_gradients(elbo, model, guide, {"a": jnp.asarray(a)}, tables, **state)
+    mean = weights @ -gradients
+    return mean, weights @ (-gradients - mean) ** 2
+
+
+def past(f, h, fh, hh):
+    moments = {"weight": 1.0, "f": f, "h": h, "fh": fh, "hh": hh}
+    return {"b$state": {k: jnp.asarray(v) for k, v in moments.items()}}
+
+
+def test_delta_method_is_unbiased_and_quieter():
+    exact, plain = of_gaussian(Reinforce())
+    for a in (0.0, 0.8, 1.7):  # coefficients that the past may have left
+        mean, _ = of_gaussian(DeltaMethod(decay=0.9), **past(0.0, 0.0, a, 1.0))
+        np.testing.assert_allclose(mean, exact, atol=1e-10)
+    quiet = of_gaussian(DeltaMethod(decay=0.9), **past(0.0, 0.0, 0.8, 1.0))[1]
+    assert (quiet < 0.3 * plain).all()
+
+
+def test_delta_method_leaves_nothing_of_a_quadratic():
+    mean, variance = of_gaussian(DeltaMethod(decay=0.9), quadratic=True, **past(0.0, 0.0, 1.0, 1.0))
+    mu, sigma = 0.3, np.exp(-0.2)
+    np.testing.assert_allclose(mean, [mu - 1.0, sigma**2], atol=1e-10)
+    np.testing.assert_allclose(variance, 0.0, atol=1e-10)

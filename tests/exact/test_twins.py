@@ -90,7 +90,7 @@ def torch_guide():
 
 MIXES = {
     "straight through": {"z": ReinMax(), "y": RaoGumbel(2)},
-    "gumbels": {"z": GumbelSoftmax(0.7), "y": GumbelStraightThrough(0.9)},
+    "gumbels": {"z": GumbelStraightThrough(0.9), "w": StickingTheLanding(), "y": GumbelSoftmax(0.7)},
     "below a relaxed value": {"z": GumbelSoftmax(0.7), "y": DisARM()},
     "below a counterfactual": {"z": DisARM(), "y": GumbelSoftmax(0.7)},
     "below a relaxation": {"z": REBAR(0.6), "y": GappedStraightThrough()},

@@ -26,11 +26,13 @@ from ppl_estimators import (
     Constant,
     ControlVariate,
     CoupledImportance,
+    DeltaMethod,
     DisARM,
     DisARMStickBreaking,
     DisARMTree,
     DoubleControlVariate,
     Enumerate,
+    ImportanceSampled,
     Learned,
     LeaveOneOut,
     MeasureValued,
@@ -116,6 +118,7 @@ DOUBLE = kept("double_control_variate", {"*": DoubleControlVariate(-0.5)}, parti
 REPEAT = Mix("repeat", {"*": Repeat(3, LOO)})
 COMBINE = kept("combine", {"*": Combine((DisARM(), REBAR(), Reinforce(MovingAverage())))})
 TRIPLE = Mix("triple", {"*": StochasticTriple()})
+WIDER = Mix("importance_sampled", {"*": ImportanceSampled(Reinforce(Constant(-1.5)))})
 MEASURE = Mix("measure_valued", {"*": MeasureValued()})
 STEIN = kept("stein", {"*": Stein(hidden=4)}, particles=3)
 
@@ -183,6 +186,7 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         REPEAT,
         COMBINE,
         TRIPLE,
+        WIDER,
         Mix("antithetic_average", {"z1": Antithetic(Reinforce()), "z2": Average((DisARM(), Enumerate()))}),
         Mix("enumerate_disarm", {"z1": Enumerate(), "z2": DisARM()}),
         Mix("disarm_reinforce", {"z1": DisARM(), "z2": Reinforce(Constant(-1.5))}),
@@ -204,6 +208,7 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         Mix("enumerate_score", {"z*": Enumerate(), "w": LOO}, particles=4),
         Mix("loo", {"*": LOO}, particles=4),
         Mix("measure_valued", {"z*": DisARM(), "w": MeasureValued()}),
+        Mix("delta_method", {"z*": DisARM(), "w": DeltaMethod()}, particles=4),
         kept("rebar_pathwise", {"z*": REBAR(), "w": Pathwise()}),
         kept("muprop_stein", {"z1": MuProp(MovingAverage()), "z2": Stein(), "w": Pathwise()}, particles=3),
         kept("relax_model", {"z1": RELAX(hidden=4, model_term=True), "z2": DisARM()}),
@@ -222,6 +227,7 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         REPEAT,
         COMBINE,
         TRIPLE,
+        WIDER,
     ],
     "subsampled_bits": [
         DISARM,
@@ -238,16 +244,33 @@ ON_AVERAGE: dict[str, list[Mix]] = {
     "masked_by_handler": [DISARM, NVIL, REBARS, RELAXES],
     "masked_by_distribution": [DISARM, REBARS],
     "undeclared": [LEAVE_ONE_OUT, TRIPLE, DISARM, ENUMERATE, OPTIMAL, REBARS, RELAXES, STEIN, *BITS, FLIPS],
-    "event": [LEAVE_ONE_OUT, TRIPLE, DISARM, ENUMERATE, REBARS, RELAXES, MUPROP, DOUBLE, STEIN, REPEAT, *BITS, FLIPS],
+    "event": [
+        LEAVE_ONE_OUT,
+        WIDER,
+        TRIPLE,
+        DISARM,
+        ENUMERATE,
+        REBARS,
+        RELAXES,
+        MUPROP,
+        DOUBLE,
+        STEIN,
+        REPEAT,
+        *BITS,
+        FLIPS,
+    ],
     "crossed": [
         LEAVE_ONE_OUT,
+        WIDER,
         TRIPLE,
+        WIDER,
         DISARM,
         ENUMERATE,
         FLIP,
         FLIPS,
         CLIPPED,
         Mix("two", {"z_row": Enumerate(), "z_column": DisARM()}),
+        Mix("arms_disarm", {"z_row": ARMS(4), "z_column": DisARM()}),
         REBARS,
     ],
     "nested": [LEAVE_ONE_OUT, TRIPLE, DISARM, ENUMERATE, NVIL, REBARS, FLIP, CLIPPED],
