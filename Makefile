@@ -3,6 +3,7 @@
 #   make demo        train the digits network in both libraries; table, results.json and figure
 #   make test        the whole test suite, slow tests included
 #   make benchmarks  the speed and variance tables of the docs
+#   make docs        the page of all estimators, and the README's table of them
 #   make lint        ruff, and the types
 #   make clean       remove what the targets above made, the virtual environment too
 #
@@ -14,7 +15,7 @@ STAMP  := $(VENV)/.installed
 DEMO   ?=
 PYTEST ?=
 
-.PHONY: help demo test benchmarks lint clean
+.PHONY: help demo test benchmarks docs lint clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -30,6 +31,9 @@ benchmarks: $(STAMP)
 	@for script in benchmarks/[!_]*.py; do \
 		echo "== $$script"; $(PY) "$$script" || exit 1; \
 	done
+
+docs: $(STAMP)
+	$(PY) docs/make_estimators.py
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

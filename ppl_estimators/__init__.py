@@ -4,6 +4,7 @@ This module holds the specs and imports neither torch nor jax. The ELBOs are in 
 `ppl_estimators.numpyro`.
 """
 
+from .citations import citation
 from .core.errors import EstimatorError, EstimatorWarning
 from .core.objectives import EvidenceLowerBound, ImportanceWeighted, Renyi
 from .estimators.antithetic import Antithetic
@@ -110,4 +111,5 @@ __all__ = [
     "SumAndSample",
     "UnorderedSet",
     "VarGrad",
+    "citation",
 ]

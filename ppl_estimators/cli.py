@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TyperException as error:
         return _complain(f"{error.format_message().rstrip('.')}. Try '{PROGRAM} --help'.", error.exit_code)
     except CommandError as error:
-        return _complain(str(error))
+        return _complain(str(error), error.code)
     return _complain("interrupted", INTERRUPTED) if code == INTERRUPTED else code or 0
 
 

@@ -9,7 +9,9 @@ from ppl_estimators.demo import experiment
 
 def test_help_names_the_commands(capsys):
     assert cli.main(["--help"]) == 0
-    assert "demo" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "demo" in shown
+    assert "list" in shown
 
 
 def test_help_of_demo_explains_the_table(capsys):
@@ -17,6 +19,13 @@ def test_help_of_demo_explains_the_table(capsys):
     shown = capsys.readouterr().out
     assert "held-out ELBO" in shown
     assert "--smoke" in shown
+
+
+def test_help_of_list_explains_the_columns(capsys):
+    assert cli.main(["list", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "dependent elements" in " ".join(shown.split())
+    assert "--unbiased" in shown
 
 
 @pytest.mark.parametrize(
@@ -28,6 +37,9 @@ def test_help_of_demo_explains_the_table(capsys):
         (["demo", "--steps", "many"], "--steps"),
         (["demo", "--seed", "-1"], "--seed"),
         (["demo", "--sed", "1"], "--seed"),
+        (["list", "--format", "latex"], "'table', 'markdown', 'json'"),
+        (["list", "--family", "student"], "Families: bernoulli, categorical"),
+        (["list", "DisARM"], "DisARM"),
     ],
 )
 def test_wrong_usage_is_one_line_and_code_2(arguments, message, capsys):

@@ -533,6 +533,21 @@ def test_the_elbo_overrides_the_hook_overrides_infer_overrides_the_default(prese
     assert _gradient(elbo, hooked) == expected[strongest]
 
 
+def test_state_that_the_hook_declares_and_the_elbo_overrides_is_carried_along() -> None:
+    """`SVI.run` needs what `SVI.init` found, whether or not this ELBO uses it."""
+
+    def model() -> None:
+        numpyro.sample("z", dist.Bernoulli(0.3))
+
+    def guide() -> None:
+        numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("a", 0.4)))
+
+    hooked = with_estimators(guide, {"z": Reinforce(MovingAverage())})
+    elbo = EstimatorELBO({"z": Reinforce(LeaveOneOut())}, num_particles=2)
+    result = SVI(model, hooked, numpyro.optim.SGD(0.1), elbo).run(jax.random.key(0), 5, progress_bar=False)
+    assert result.state.mutable_state == {"z$state": {"mean": 0.0, "started": 0.0}}
+
+
 def test_globs_and_exact_names_in_one_mapping() -> None:
     def model() -> None:
         for name in ("z_0", "z_1", "w"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from ppl_estimators.commands import demo
+from ppl_estimators.commands import list as list_command
 from ppl_estimators.commands.errors import CommandError
 
 __all__ = ["CommandError", "app"]
@@ -19,9 +20,5 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _root() -> None:
-    """Keeps `demo` a subcommand while it is the only one."""
-
-
 app.command("demo")(demo.demo)
+app.command("list")(list_command.list_estimators)

@@ -20,7 +20,7 @@ class DoubleControlVariate(Estimator):
     With          1/K Σ_k { [f_k + α c_k − 1/(K−1) Σ_{j≠k} (f_j + α c_j)] (b_k − p) − α ∇_a p · ḡ_k },
                   c_k = ḡ_k · (b_k − p),   ḡ_k = 1/(K−1) Σ_{j≠k} ∇f(b_j)
     Requires      Bernoulli or OneHotCategorical sites; two particles or more; a model that is differentiable in the
-                  site's value. One evaluation per particle and its derivative. Unbiased for every α.
+                  site's value. Two evaluations per particle, the second for the slope. Unbiased for every α.
 
     α (``coefficient``) starts at 0, which is leave-one-out, and is trained by your optimiser on the variance of the
     site's local gradient; useful values are negative, −1 where f is close to linear. It pays where the slope of f at

@@ -21,8 +21,8 @@ class Stein(Estimator):
     Approximates  ∇_a E_{b ~ Bernoulli(σ(a))}[f(b)]
     With          1/K Σ_k { [f_k − 1/(K−1) Σ_{j≠k} (f_j + A h₁(b_j))] (b_k − p) + A[h₂ · (b − p)](b_k) },
                   (A h)(b) = 1/D Σ_i q(1 − b_i) [h(b with bit i flipped) − h(b)],   E_q[A h] = 0
-    Requires      Bernoulli sites; two particles or more; a model that is differentiable in the site's value. One
-                  evaluation per particle and its derivative, no evaluation at the flipped values. Unbiased for all h.
+    Requires      Bernoulli sites; two particles or more; a model that is differentiable in the site's value. Two
+                  evaluations per particle, the second for the slope; none at the flipped values. Unbiased for all h.
 
     h₁ and h₂ of particle k are small networks of two numbers that do not see its draw: the linear expansion
     1/(K−1) Σ_{j≠k} ∇f(b_j)·(b − b_j) at the value b where they are evaluated, and the mean cost of the other particles.

@@ -254,7 +254,7 @@ class _Step:
             "alternatives": {},
             "relaxed": {},
             "slope": {},
-            "mutable": {n: v for n, v in traces.mutable().items() if n not in {state_name(s) for s in plan.sites}},
+            "mutable": {n: v for n, v in traces.mutable().items() if n not in {state_name(s) for s in kept}},
             "finite": jax.lax.stop_gradient(jnp.stack([jnp.isfinite(jnp.sum(t.value)) for t in terms])),
         }
         for group in plan.groups:

@@ -1,0 +1,178 @@
+"""Writes `docs/estimators.md` and the README's short table from `ppl_estimators.catalogue`.
+
+    python docs/make_estimators.py
+
+Formulas, requirements and advice are those of the docstrings, derivations those of `docs/derivations.md`. A test checks
+that what is committed is what this script makes.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+
+from ppl_estimators.catalogue import COLUMNS, ENTRIES, LEGEND, Entry, Kind, by_kind, markdown
+from ppl_estimators.citations import REFERENCES
+
+DOCS = Path(__file__).parent
+PAGE = DOCS / "estimators.md"
+README = DOCS.parent / "README.md"
+START, END = "<!-- estimators:start -->", "<!-- estimators:end -->"
+
+HEAD = """# The estimators
+
+<!-- Made by docs/make_estimators.py from the docstrings, ppl_estimators/catalogue.py and docs/derivations.md. -->
+
+{legend} The column *keeps* names what is trained or averaged over the steps; the guide hook `with_estimators` declares
+it. `ppl-estimators list` prints the table in a terminal, filtered if you like.
+
+"""
+
+NOTATION = """
+In the formulas f is the downstream cost of a site, as a number: the part of the ELBO that the site can move. q is the
+law of its value, σ the logistic function, H the step from a relaxed to a hard value. The derivations use the identity
+∇ E_q[f] = E_q[f ∇ log q] and little else.
+
+`ppl_estimators.citation(...)` gives the BibTeX of the papers behind what you use.
+"""
+
+
+def derivations() -> dict[str, str]:
+    """The sections of `docs/derivations.md` by class name."""
+    sections = re.split(r"^## ", (DOCS / "derivations.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    return {name.strip(): text.strip() for name, _, text in (section.partition("\n") for section in sections)}
+
+
+def sections() -> dict[str, list[Entry]]:
+    """The rows of each section: those about one class."""
+    found: dict[str, list[Entry]] = {}
+    for group in by_kind(ENTRIES).values():
+        for entry in sorted(group, key=lambda entry: entry.name != "Reinforce"):  # the others refer to it
+            found.setdefault(entry.name, []).append(entry)
+    return found
+
+
+def page() -> str:
+    linked = {**COLUMNS, "estimator": lambda entry: f"[`{entry.call}`](#{entry.name.lower()})"}
+    parts = [HEAD.format(legend=LEGEND), markdown(ENTRIES, linked), "\n", NOTATION]
+    texts, kind = derivations(), None
+    for name, entries in sections().items():
+        if entries[0].kind is not kind:
+            kind = entries[0].kind
+            parts.append(f"\n## {kind.value[0].upper()}{kind.value[1:]}\n")
+        if name not in texts:
+            raise SystemExit(f"docs/derivations.md has no section '## {name}': say why {name} is unbiased, or is not.")
+        parts.append(section(entries, texts[name]))
+    return wrapped("".join(parts))
+
+
+def section(entries: list[Entry], derivation: str) -> str:
+    entry = entries[0]
+    summary, formula, advice, reference = split(entry.docstring)
+    parts = [f"\n### {entry.name}\n", prose(summary)]
+    if formula:
+        parts.append(f"```text\n{formula}\n```")
+    parts.append("\n".join(facts(row) for row in entries))
+    title = "Why it is unbiased." if entry.unbiased else "Where the bias comes from."
+    if entry.kind is Kind.composition:
+        title = "Why it is unbiased if its parts are."
+    parts.append(f"**{title}** {prose(derivation)}")
+    if advice:
+        parts.append(f"**When to use it, and how.** {prose(advice)}")
+    if entry.aliases:
+        parts.append(f"Also written {', '.join(f'`{alias}()`' for alias in entry.aliases)}.")
+    if reference:
+        keys = ", ".join(f"`{key}`" for key in entry.papers)
+        parts.append(f"**Reference.** {linked_arxiv(reference)} BibTeX: {keys}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def facts(entry: Entry) -> str:
+    """One row in a sentence."""
+    said = [f"sites: {entry.shown_sites}", f"evaluations: {entry.shown_evaluations}"]
+    if entry.example.shared and entry.evaluations != "1" and entry.kind is not Kind.composition:
+        said[-1] += ", which sites that do not depend on each other share"
+    said += [f"needs of the model: {entry.shown_model}", f"keeps: {entry.shown_keeps}".replace("–", "nothing")]
+    if entry.particles > 1:
+        said.append(f"particles: {entry.particles} or more")
+    advice = f" Use: {entry.use}." if entry.use else " Not recommended:"
+    against = f"{' Avoid:' if entry.use else ''} {entry.avoid}." if entry.avoid else ""
+    return f"- `{entry.call}`: {'; '.join(said)}.{advice}{against}"
+
+
+def split(docstring: str) -> tuple[str, str, str, str]:
+    """Summary, formula, advice and reference of a docstring in the house form."""
+    blocks = docstring.split("\n\n")
+    summary = " ".join(blocks[0].split())
+    formula = next((block for block in blocks if block.startswith("Approximates")), "")
+    reference = next((block for block in blocks if block.startswith("Reference:")), "")
+    skipped = (blocks[0], formula, reference)
+    advice = [block for block in blocks if block not in skipped and not block.startswith(">>>")]
+    return summary, formula, "\n\n".join(advice), " ".join(reference.removeprefix("Reference:").split())
+
+
+def prose(text: str) -> str:
+    """Text of a docstring as Markdown: one backtick around code, and no formula taken for emphasis or a link."""
+    parts = text.replace("``", "`").split("`")
+    parts[::2] = [part.replace("_", "\\_").replace("](", "]\\(") for part in parts[::2]]
+    return "`".join(parts)
+
+
+def linked_arxiv(text: str) -> str:
+    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
+
+
+def wrapped(text: str) -> str:
+    """Paragraphs and list items refilled to 120 columns; tables, headings and formulas as they are."""
+    lines, fenced, found = [], False, []
+
+    def flush() -> None:
+        if lines:
+            indent = "  " if lines[0].startswith("- ") else ""
+            found.extend(
+                textwrap.wrap(
+                    " ".join(map(str.strip, lines)),
+                    120,
+                    subsequent_indent=indent,
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+            )
+            lines.clear()
+
+    for line in text.splitlines():
+        fence = line.startswith("```")
+        if fenced or fence or not line.strip() or line.startswith(("|", "#", "<!--", "    ")):
+            flush()
+            if line.strip() or fenced or (found and found[-1]):
+                found.append(line)
+            fenced ^= fence
+        else:
+            if line.startswith("- "):
+                flush()
+            lines.append(line)
+    flush()
+    return "\n".join(found).strip() + "\n"
+
+
+def readme() -> str:
+    """The README with its short table made anew."""
+    short = {
+        name: COLUMNS[name] for name in ("estimator", "sites", "evaluations", "needs of the model", "keeps", "use it")
+    }
+    rows = [f"| {' | '.join(column(entry) for column in short.values())} |" for entry in ENTRIES if entry.common]
+    table = "\n".join([f"| {' | '.join(short)} |", "|---" * len(short) + "|", *rows])
+    before, _, rest = README.read_text(encoding="utf-8").partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n{table}\n{END}{after}"
+
+
+def main() -> None:
+    PAGE.write_text(page(), encoding="utf-8")
+    README.write_text(readme(), encoding="utf-8")
+    print(f"Wrote {PAGE.name} ({len(sections())} sections) and the table of {README.name}; papers: {REFERENCES.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The documentation is true: its Python runs, and what a script makes is what is committed."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import ppl_estimators
+from ppl_estimators import DisARM, Enumerate
+from ppl_estimators.catalogue import ENTRIES
+from ppl_estimators.core.estimator import Estimator
+from ppl_estimators.estimators.baselines.base import Baseline
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page):
+    """``(line of the block's first line, source)`` of each Python block."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
+
+
+def run(page, line, source, namespace):
+    """Errors point at the line of the page."""
+    exec(compile("\n" * line + source, str(page), "exec", dont_inherit=True), namespace)
+
+
+# ---- fragments: what the reader has already, and what must then work -------------------------------------------------
+
+PYRO = """
+import pyro, torch
+from pyro.distributions import Bernoulli, Categorical, Normal
+from pyro import sample
+
+def model():
+    z, k = sample("z_1", Bernoulli(0.5)), sample("k", Categorical(torch.ones(2)))
+    sample("x", Normal(sample("w", Normal(z + k, 1.0)), 1.0), obs=torch.tensor(0.4))
+
+def guide():
+    h = pyro.param("h", torch.tensor(0.1))
+    sample("z_1", Bernoulli(logits=h))
+    sample("k", Categorical(logits=pyro.param("a", torch.zeros(2))))
+    sample("w", Normal(pyro.param("m", torch.tensor(0.0)), 1.0))
+
+optim = pyro.optim.Adam({"lr": 0.01})
+"""
+
+NUMPYRO = """
+import jax, jax.numpy as jnp, numpyro
+from numpyro.distributions import Bernoulli, Categorical, Normal
+from numpyro import sample
+
+def model():
+    z, k = sample("z_1", Bernoulli(0.5)), sample("k", Categorical(jnp.ones(2) / 2))
+    sample("x", Normal(sample("w", Normal(1.0 * z + k, 1.0)), 1.0), obs=0.4)
+
+def guide():
+    h = numpyro.param("h", 0.1)
+    sample("z_1", Bernoulli(logits=h))
+    sample("k", Categorical(logits=numpyro.param("a", jnp.zeros(2))))
+    sample("w", Normal(numpyro.param("m", 0.0), 1.0))
+
+optim = numpyro.optim.Adam(0.01)
+"""
+
+#: of the README's third block: the same lines in either library
+CHOICES = {
+    "pyro": PYRO
+    + """
+from pyro.poutine import seed
+from ppl_estimators.pyro import EstimatorELBO, with_estimators
+h = torch.tensor(0.1)
+
+def train(loss):
+    svi = pyro.infer.SVI(model, guide, optim, loss=loss)
+    for _ in range(2): svi.step()
+""",
+    "numpyro": NUMPYRO
+    + """
+from numpyro.handlers import seed
+from ppl_estimators.numpyro import EstimatorELBO, with_estimators
+h = 0.1
+
+def train(loss):
+    numpyro.infer.SVI(model, guide, optim, loss=loss).run(jax.random.key(0), 2, progress_bar=False)
+""",
+}
+
+DESIGN = """
+from dataclasses import dataclass
+from ppl_estimators.core.estimator import Estimator, Noise
+from ppl_estimators.core.families import threshold
+from ppl_estimators.core.site import Draw, Local
+"""
+
+#: (page, number of the block): before it, after it
+AROUND = {
+    ("README.md", 0): (PYRO, "for _ in range(2): svi.step()"),
+    ("README.md", 1): (NUMPYRO, "svi.run(jax.random.key(0), 2, progress_bar=False)"),
+    ("design.md", 0): (
+        DESIGN + PYRO,
+        """
+from ppl_estimators.pyro import EstimatorELBO
+elbo = EstimatorELBO({"z_1": DisARM()})
+pyro.infer.SVI(model, guide, optim, loss=elbo).step()
+""",
+    ),
+}
+CASES = [
+    pytest.param(page, number, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number in range(len(blocks(page)))
+    if page.name != "adding-an-estimator.md" and (page.name, number) != ("README.md", 2)
+]
+
+
+@pytest.mark.parametrize(("page", "number"), CASES)
+def test_a_block_runs(page, number):
+    line, source = blocks(page)[number]
+    before, after = AROUND.get((page.name, number), ("", ""))
+    namespace = {"__name__": "documentation"}
+    exec(before, namespace)
+    run(page, line, source, namespace)
+    exec(after, namespace)
+
+
+@pytest.mark.parametrize("library", CHOICES)
+def test_the_readmes_three_ways_to_choose(library):
+    page = ROOT / "README.md"
+    namespace = {"__name__": "documentation"}
+    exec(CHOICES[library], namespace)
+    with namespace["seed"](rng_seed=0):
+        run(page, *blocks(page)[2], namespace)
+    # what is chosen fits the sites: the guide is that of the second line, and the ELBO that of the first overrides it
+    elbo = namespace["EstimatorELBO"]({"z_*": DisARM(), "k": Enumerate()}, num_particles=4)
+    for loss in (elbo, namespace["EstimatorELBO"]()):
+        namespace["train"](loss)
+
+
+def test_adding_an_estimator_from_the_first_block_to_the_last():
+    page = ROOT / "docs" / "adding-an-estimator.md"
+    namespace = {"__name__": "documentation"}
+    for line, source in blocks(page):
+        run(page, line, source, namespace)
+    assert len(blocks(page)) >= 5
+
+
+# ---- what the script makes -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("make_estimators", ROOT / "docs" / "make_estimators.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+REMAKE = "run `python docs/make_estimators.py` and commit what it writes"
+
+
+def test_every_row_has_a_derivation(script):
+    wanted, there = {entry.name for entry in ENTRIES}, set(script.derivations())
+    assert wanted <= there, f"docs/derivations.md has no section for {', '.join(sorted(wanted - there))}"
+    assert there <= wanted, f"docs/derivations.md: no row of the catalogue is about {sorted(there - wanted)}"
+
+
+def test_the_page_of_estimators_is_up_to_date(script):
+    assert script.PAGE.read_text(encoding="utf-8") == script.page(), f"docs/estimators.md is old: {REMAKE}"
+
+
+def test_the_readmes_table_is_up_to_date(script):
+    assert script.README.read_text(encoding="utf-8") == script.readme(), f"README.md's table is old: {REMAKE}"
+    assert sum(entry.common for entry in ENTRIES) == 10
+
+
+def test_every_public_estimator_has_a_section(script):
+    headings = set(re.findall(r"^### (\w+)$", script.PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    public = {name: vars(ppl_estimators)[name] for name in ppl_estimators.__all__}
+    wanted = {n for n, c in public.items() if inspect.isclass(c) and issubclass(c, (Estimator, Baseline))}
+    assert wanted <= headings, (
+        f"docs/estimators.md has no section for {', '.join(sorted(wanted - headings))}: "
+        f"see the docstring of ppl_estimators/catalogue.py, then {REMAKE}"
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+    for target in re.findall(r"(?<!\\)\]\(([^)\s]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in anchors, target
+        elif not target.startswith("http"):
+            assert (page.parent / target.partition("#")[0]).exists(), target
