@@ -203,16 +203,32 @@ def numbered(axis: Axes, contestants: Sequence[Contestant], x: Any, y: Any, *, f
     below = np.zeros(len(y), bool) if floor is None else y < floor
     axis.set(xscale="log", yscale="log")
     shown = np.where(below, floor, y) if floor is not None else y
-    crowd: dict[tuple[int, int], int] = {}
     for i, c in enumerate(contestants):
         colour = COLOURS[c.family]
-        face = "white" if below[i] else colour
-        cell = (round(8 * np.log10(x[i])), round(3 * np.log10(shown[i])))
-        beside = crowd[cell] = crowd.get(cell, -1) + 1
-        axis.scatter(x[i], shown[i], s=26, color=face, edgecolor=colour, linewidth=1.3, zorder=3)
-        offset = (5 + 15 * beside, 3)
-        axis.annotate(f"{i + 1}", (x[i], shown[i]), offset, textcoords="offset points", fontsize=8, color=colour)
-    axis.margins(x=0.12, y=0.08)
+        axis.scatter(
+            x[i], shown[i], s=26, color="white" if below[i] else colour, edgecolor=colour, linewidth=1.3, zorder=3
+        )
+    axis.margins(x=0.2, y=0.08)
+    axis.autoscale_view()
+    crowds: list[tuple[Any, list[int]]] = []  # points that would write over each other, and where the first lies
+    for i, at in enumerate(axis.transData.transform(np.stack([x, shown], -1))):
+        near = [members for first, members in crowds if abs(at[0] - first[0]) < 30 and abs(at[1] - first[1]) < 14]
+        if near:
+            near[0].append(i)
+        else:
+            crowds.append((at, [i]))
+    for _, members in crowds:
+        right = 5
+        for i in members:
+            axis.annotate(
+                f"{i + 1}",
+                (x[members[0]], shown[members[0]]),
+                (right, 3),
+                textcoords="offset points",
+                fontsize=8,
+                color=COLOURS[contestants[i].family],
+            )
+            right += 4 + 6 * len(f"{i + 1}")
     if floor is not None and below.any():
         axis.text(0.99, 0.01, "hollow: no measurable noise", transform=axis.transAxes, ha="right", color=PALE, size=8)
 

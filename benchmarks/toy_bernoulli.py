@@ -67,18 +67,27 @@ RERUN_NAMES = {
     "RELAX()": "RELAX",
     "RELAX(baseline=None)": "RELAX",
 }
-CURVES = (
+CURVES = {
+    "Reinforce()": "#80868b",
+    "Reinforce(MovingAverage())": "#e69f00",
+    "Reinforce(OptimalConstant(0.99))": "#b8a800",
+    "RELAX()": "#cc79a7",
+    "REBAR()": "#d55e00",
+    "Reinforce(LeaveOneOut()), 2 particles": "#56b4e9",
+    "DisARM()": "#0072b2",
+    "ARMS(3)": "#202124",
+    "Enumerate()": "#009e73",
+}
+#: what a smoke run measures
+SMOKE = {
     "Reinforce()",
-    "Reinforce(MovingAverage())",
-    "Reinforce(OptimalConstant(0.99))",
-    "RELAX()",
-    "REBAR()",
     "Reinforce(LeaveOneOut()), 2 particles",
+    "ARM()",
     "DisARM()",
     "ARMS(3)",
     "Enumerate()",
-)
-LINE_COLOURS = ("#80868b", "#e69f00", "#b8a800", "#cc79a7", "#d55e00", "#56b4e9", "#0072b2", "#202124", "#009e73")
+    "RELAX()",
+}
 
 
 # ---- what is known exactly -------------------------------------------------------------------------------------------
@@ -191,11 +200,12 @@ def main() -> None:
     args = options(__doc__, seeds=100, steps=10_000, draws=400)
     if args.smoke:
         args.seeds, args.steps, args.draws = 4, 200, 100
+    contestants = [c for c in BERNOULLI if not args.smoke or c.name in SMOKE]
     warmup = min(1000, args.steps)
     warnings.simplefilter("ignore", EstimatorWarning)  # plain score function and biased ones are what we came to see
     cost, noise, paths = {}, {}, {}
-    with progress(len(BERNOULLI) * (args.steps + warmup)) as bar:
-        for c in BERNOULLI:
+    with progress(len(contestants) * (args.steps + warmup)) as bar:
+        for c in contestants:
             bar(c.name)
             cost[c.name] = evaluations(c)
             noise[c.name] = estimates(c, args.seeds, warmup, args.draws)
@@ -209,7 +219,7 @@ def main() -> None:
         "included."
     )
     variance, rows = {}, []
-    for c in BERNOULLI:
+    for c in contestants:
         g = noise[c.name]  # [targets, seeds, n]
         variance[c.name] = g.var(-1, ddof=1).mean(-1)
         row = [c.label, f"{cost[c.name]:g}"]
@@ -248,11 +258,11 @@ def main() -> None:
         [
             ["at the start", *(f"{expected_loss(0.5, t):.6f}" for _, t, _ in ends)],
             ["optimum", *(f"{t**2:.6f}" for _, t, _ in ends)],
-            *([c.label, *(shown(c.name, i, s) for i, t, s in ends)] for c in BERNOULLI),
+            *([c.label, *(shown(c.name, i, s) for i, t, s in ends)] for c in contestants),
         ],
     )
     compared = []
-    for c in BERNOULLI:
+    for c in contestants:
         label = RERUN_NAMES.get(c.name, c.name)
         for i, t, s in ends:
             if label in (theirs := RERUN.get((t, s), {})):
@@ -283,13 +293,15 @@ def main() -> None:
         "rate for them was not tried."
     )
     report.write(args.results)
-    draw(args, cost, variance, loss)
+    draw(args, contestants, cost, variance, loss)
 
 
-def draw(args: Any, cost: dict[str, float], variance: dict[str, Any], loss: dict[str, Any]) -> None:
+def draw(
+    args: Any, contestants: list[Contestant], cost: dict[str, float], variance: dict[str, Any], loss: dict[str, Any]
+) -> None:
     figure, (left, right) = panels(2)
     last, t = len(TARGETS) - 1, TARGETS[-1]
-    unbiased = [c for c in BERNOULLI if not c.biased]
+    unbiased = [c for c in contestants if not c.biased]
     y = [variance[c.name][last] for c in unbiased]
     numbered(left, unbiased, [cost[c.name] for c in unbiased], y, floor=FLOOR)
     left.set(xlabel="model evaluations per step", ylabel="variance of one gradient in θ (cost²)")
@@ -304,14 +316,16 @@ def draw(args: Any, cost: dict[str, float], variance: dict[str, Any], loss: dict
     heading(left, f"p = {P}, t = {t}: least noise at one evaluation:\n{least(1)};\nat two: {least(2)}")
 
     start, best = expected_loss(0.5, t), t**2
-    named = {c.name: c for c in BERNOULLI}
-    for name, colour in zip(CURVES, LINE_COLOURS, strict=True):
+    named = {c.name: c for c in contestants}
+    for name, colour in CURVES.items():
+        if name not in loss:
+            continue
         share = (loss[name][1:, last].mean(-1) - best) / (start - best)
         x = np.arange(1, 1 + len(share)) * EVERY * cost[name]
         right.plot(x, share, color=colour, linewidth=1.8, label=named[name].label)
     right.set(xscale="log", yscale="log", xlabel="model evaluations spent", ylabel="improvement still to come (share)")
     right.legend(frameon=False, fontsize=7.5, labelcolor=INK, loc="lower left")
-    ends = {n: loss[n][-1, last].mean() for n in CURVES}
+    ends = {n: loss[n][-1, last].mean() for n in CURVES if n in loss}
     first = min(ends, key=lambda n: ends[n])
     heading(right, f"training at t = {t}, mean of {args.seeds} runs:\n{first} ends lowest")
     key(figure, unbiased)
