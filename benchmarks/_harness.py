@@ -68,7 +68,7 @@ def verdict(value: float, target: float) -> str:
 
 
 class Report:
-    """Tables and remarks, printed as they come and written to ``results/<name>.md``."""
+    """Tables and remarks, printed as they come and written to ``results/<name>.md``, or to another folder."""
 
     def __init__(self, name: str, title: str):
         self.name, self.lines, self.console = name, [f"# {title}", ""], Console()
@@ -93,15 +93,14 @@ class Report:
         self.console.print(text, soft_wrap=True)
         self.lines += [text, ""]
 
-    def write(self) -> None:
+    def write(self, folder: Path = RESULTS) -> None:
         versions = ", ".join(f"{p} {version(p)}" for p in PACKAGES if _installed(p))
         python = ".".join(map(str, sys.version_info[:3]))
         command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
         self.lines += [f"`{command}` on {os.cpu_count()} CPUs; Python {python}, {versions}.", ""]
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{self.name}.md"
-        path.write_text("\n".join(self.lines), encoding="utf-8")
-        self.console.print(f"Written to {path.relative_to(Path(__file__).parent.parent)}")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{self.name}.md").write_text("\n".join(self.lines), encoding="utf-8")
+        self.console.print(f"Written to {folder.name}/{self.name}.md")
 
 
 def _installed(package: str) -> bool:
