@@ -284,15 +284,6 @@ def main() -> None:
             "The re-run's RELAX has a network and no baseline: `RELAX(baseline=None)` is nearest, with a network of "
             "another size that starts at 0."
         )
-    if not args.smoke:
-        report.remark(
-            "The first step of a running average has no baseline, and Adam divides by that step's size for about "
-            "a thousand steps more: at t = 0.499 `Reinforce(MovingAverage())`, `Reinforce(OptimalConstant(0.99))`"
-            " and `Combine` start slower than their variance promises. What is trained by Adam at 0.01 keeps "
-            "jittering at that scale: where two particles leave next to no noise (t = 0.499) `Stein()` and "
-            "`DoubleControlVariate()` end noisier than the leave-one-out that they start as. A lower learning "
-            "rate for them was not tried."
-        )
     report.write(args.results)
     draw(args, contestants, cost, variance, loss)
 

@@ -26,7 +26,7 @@ class Antithetic(Repeat):
                   draws (their independence is gone). Twice its evaluations. Unbiased if it is.
 
     The pair is less noisy than two independent draws where the estimate is monotone in the noise, and noisier where
-    it is symmetric in it. For Bernoulli sites DisARM() is better: the antithetic pair with the noise summed out.
+    it is symmetric in it. For Bernoulli sites DisARM() needs no baseline; with a good one the pair can be quieter.
 
     >>> from ppl_estimators import MovingAverage, Reinforce
     >>> Antithetic(Reinforce(MovingAverage()))
