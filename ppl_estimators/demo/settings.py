@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 class Settings:
     """Sizes of a run; `steps` by backend, because a step of NumPyro's is compiled and a step of Pyro's is not."""
 
-    steps: dict[str, int] = field(default_factory=lambda: {"numpyro": 4_000, "pyro": 600})
+    steps: dict[str, int] = field(default_factory=lambda: {"numpyro": 3_000, "pyro": 400})
     batch_size: int = 100
     learning_rate: float = 3e-3
     checkpoints: int = 20
     held_out_particles: int = 10
     burn_in: int = 200  # steps that an estimator's own networks get to settle at the reference
-    gradient_draws: int = 200
+    gradient_draws: int = 150
     seed: int = 0
 
     def with_steps(self, steps: int) -> Settings:
