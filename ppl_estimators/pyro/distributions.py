@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -137,8 +138,15 @@ class Law:
     """The distribution of one element (no to_event, expand or mask), as the core may ask it."""
 
     def __init__(self, fn: TorchDistribution):
-        self.fn = unwrapped(fn)
-        self.event_shape = tuple(self.fn.event_shape)
+        self.given = fn
+
+    @cached_property
+    def fn(self) -> Any:
+        return unwrapped(self.given)
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return tuple(self.fn.event_shape)
 
     @property
     def discrete(self) -> bool:

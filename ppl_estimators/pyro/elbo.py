@@ -371,7 +371,7 @@ class _Step:
         draw, run.noise[name] = self._drawn(msg, site, estimator, {})
         if estimator.local_part:
             run.sites[name] = site
-            run.draws[name] = Draw(*tree_map(_detached, (draw.value, dict(draw.extra))))
+            run.draws[name] = _held(draw) if estimator.pathwise else draw
         if estimator.pathwise and site.family in families.RELAXABLE:
             run.soft.add(name)
         return draw.value
@@ -813,6 +813,10 @@ def _seeded(seed: int, draw: Any) -> Array:
 
 def _detached(x: Any) -> Any:
     return x.detach() if isinstance(x, torch.Tensor) else x
+
+
+def _held(draw: Draw) -> Draw:
+    return Draw(draw.value.detach(), {k: x.detach() for k, x in draw.extra.items()})
 
 
 def _scale(site: Site) -> Any:
