@@ -46,6 +46,9 @@ class Estimator(Spec):
     pathwise: ClassVar[bool] = False
     #: is that value the library's own reparameterised draw? Then `noise` and `draw` are not used.
     library_draw: ClassVar[bool] = False
+    #: is a pathwise value a draw of the site's discrete law, with a derivative made up for it? Then -log q is
+    #: differentiated in the value only: its own score has mean zero, and only adds noise.
+    hard: ClassVar[bool] = False
     #: does a pathwise estimator also have a surrogate in its downstream cost? All the others have one.
     corrected: ClassVar[bool] = False
     #: does it use the log probability of the drawn value (`Site.log_q`)?

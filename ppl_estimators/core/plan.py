@@ -85,6 +85,11 @@ class Plan:
         return frozenset(n for n, e in self.estimators.items() if e.pathwise and self.sites[n].family in RELAXABLE)
 
     @property
+    def hard(self) -> frozenset[str]:
+        """Sites with a discrete draw whose derivative is made up."""
+        return frozenset(n for n, e in self.estimators.items() if e.hard)
+
+    @property
     def sticking(self) -> frozenset[str]:
         """Sites whose -log q is differentiated through the value only."""
         return frozenset(n for n, e in self.estimators.items() if isinstance(e, StickingTheLanding))

@@ -37,6 +37,7 @@ class SmoothedTriple(Estimator):
     unbiased: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI, POISSON, GEOMETRIC, BINOMIAL)
     pathwise: ClassVar[bool] = True
+    hard: ClassVar[bool] = True
 
     def draw(self, ops: Ops, site: Site, noise: Mapping[str, Array]) -> Draw:
         """The drawn value, with the mean size of its perturbation for a slope."""

@@ -245,7 +245,7 @@ class _Step:
         """Everything the assembly needs, as arrays."""
         draws: dict[str, Draw] = {}
         traces = self.execute(key, partial(self._draw, plan, kept, draws), partial(self._in_scan, plan))
-        terms = terms_of(traces, plan.depends_on, plan.soft)
+        terms = terms_of(traces, plan.depends_on, plan.soft, plan.shared.hard)
         sites = {n: self._view(plan, m, traces) for n, m in traces.latents().items() if plan.estimators[n].local_part}
         for n, m in traces.latents().items():
             if n in sites and n not in draws:  # drawn inside a scan
@@ -385,7 +385,7 @@ class _Step:
 
         traces = self.execute(key, draw, partial(self._in_scan, plan), stopped=stopped)
         relaxed = plan.soft | frozenset(n for n in members | soft if group.relaxations and plan.relaxable(n))
-        terms = terms_of(traces, plan.depends_on, relaxed)
+        terms = terms_of(traces, plan.depends_on, relaxed, plan.shared.hard)
         return [t for t in terms if t.depends_on & members]
 
     def _alternatives(

@@ -145,20 +145,22 @@ def terms_of(
     traces: Traces,
     depends_on: Mapping[tuple[str, str], frozenset[str]] | None = None,
     relaxed: frozenset[str] = frozenset(),
+    hard: frozenset[str] = frozenset(),
 ) -> list[Term]:
     """Every cost term, scaled and masked: log p of the model's sites, then -log q of the guide's.
 
     ``relaxed`` names the latent sites whose values are relaxed, or carry a gradient that a discrete log probability
-    would drop.
+    would drop; ``hard`` those whose -log q is differentiated in the value only.
     """
     terms = []
     for side, sign, record in (("model", 1, traces.model), ("guide", -1, traces.guide)):
         for name, msg in record.items():
             if msg["type"] == "sample":
+                fn = jax.lax.stop_gradient(msg["fn"]) if side == "guide" and name in hard else msg["fn"]
                 log_p = (
-                    _relaxed_log_prob(msg, side)
+                    _relaxed_log_prob(name, fn, msg["value"], side)
                     if name in relaxed
-                    else cost_log_prob(msg["fn"], msg["value"], msg["intermediates"])
+                    else cost_log_prob(fn, msg["value"], msg["intermediates"])
                 )
                 log_p = scale_and_mask(log_p, msg["scale"])
                 deps = frozenset() if depends_on is None else depends_on[side, name]
@@ -166,12 +168,12 @@ def terms_of(
     return terms
 
 
-def _relaxed_log_prob(msg: Message, side: str) -> Array:
-    log_p = relaxed_log_prob(msg["fn"], msg["value"])
+def _relaxed_log_prob(name: str, fn: Any, value: Array, side: str) -> Array:
+    log_p = relaxed_log_prob(fn, value)
     if log_p is None:
         raise site_error(
-            msg["name"],
-            f"its {side} distribution {type(msg['fn']).__name__} has no log probability at relaxed values",
+            name,
+            f"its {side} distribution {type(fn).__name__} has no log probability at relaxed values",
             "Use a Bernoulli or one-hot categorical there, RELAX() without the model term, or "
             "Reinforce(LeaveOneOut()).",
         )

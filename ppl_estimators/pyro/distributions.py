@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -172,15 +173,28 @@ class Law:
 
 def _leaves(fn: Any) -> tuple[Any, list[Array]]:
     """A copy of ``fn`` on parameters of its own, and those parameters."""
-    fn, leaves = copy.copy(fn), []
+    leaves: list[Array] = []
+
+    def leaf(x: Array) -> Array:
+        leaves.append(x.detach().requires_grad_())
+        return leaves[-1]
+
+    return _on_other_parameters(fn, leaf), leaves
+
+
+def constant(fn: Any) -> Any:
+    """The same distribution, its parameters constants of differentiation."""
+    return _on_other_parameters(fn, torch.Tensor.detach)
+
+
+def _on_other_parameters(fn: Any, change: Callable[[Array], Array]) -> Any:
+    fn = copy.copy(fn)
     for key, x in vars(fn).items():
         if isinstance(x, torch.Tensor) and x.is_floating_point():
-            vars(fn)[key] = x.detach().requires_grad_()
-            leaves.append(vars(fn)[key])
+            vars(fn)[key] = change(x)
         elif isinstance(x, td.Distribution):
-            vars(fn)[key], inner = _leaves(x)
-            leaves += inner
-    return fn, leaves
+            vars(fn)[key] = _on_other_parameters(x, change)
+    return fn
 
 
 def relaxed_log_prob(fn: TorchDistribution, value: Array) -> Array | None:

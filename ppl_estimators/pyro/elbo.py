@@ -167,6 +167,7 @@ class _Run:
     noise: dict[str, dict[str, Array]]
     rng: dict[str, int]  # seeds of the sites that counterfactual evaluations draw again
     soft: set[str] = field(default_factory=set)  # discrete sites whose value carries a gradient
+    hard: set[str] = field(default_factory=set)  # sites whose -log q is differentiated in the value only
     terms: list[Term] = field(default_factory=list)
     depends_on: dict[tuple[str, str], frozenset[str]] = field(default_factory=dict)
     sites: dict[str, Site] = field(default_factory=dict)
@@ -348,7 +349,9 @@ class _Step:
         plan = run.plan
         local = frozenset(n for n in plan.local if not plan.estimators[n].pathwise)
         score_only = frozenset() if elbo.objective.keeps_score else local
-        run.terms = terms_of(run.traces, run.depends_on, frozenset(run.soft), score_only=score_only, local=local)
+        run.terms = terms_of(
+            run.traces, run.depends_on, frozenset(run.soft), score_only, local=local, hard=frozenset(run.hard)
+        )
         if is_validation_enabled() and id(plan) not in elbo._validated:
             elbo._validated.add(id(plan))  # a plan fixes every shape
             for record in (run.traces.model, run.traces.guide):
@@ -383,6 +386,8 @@ class _Step:
             run.draws[name] = _held(draw) if estimator.pathwise else draw
         if estimator.pathwise and site.family in families.RELAXABLE:
             run.soft.add(name)
+        if estimator.hard:
+            run.hard.add(name)
         return draw.value
 
     def _drawn(
@@ -501,7 +506,7 @@ class _Step:
             args, kwargs = tree_map(_detached, (args, kwargs))
         traces = self.execute(model, guide, args, kwargs, draw=draw, subsamples=self.subsamples)
         relaxed = run.soft | frozenset(n for n in members | soft if group.relaxations and plan.relaxable(n))
-        return terms_of(traces, run.depends_on, relaxed, only=members)
+        return terms_of(traces, run.depends_on, relaxed, only=members, hard=frozenset(run.hard))
 
     def _fresh_uniform(self, run: _Run, name: str, site: Site) -> Array:
         """Noise of a relaxed site whose own estimator draws without declared noise; the same in all relaxed runs."""

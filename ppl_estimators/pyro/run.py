@@ -15,7 +15,7 @@ from ..core import families
 from ..core.errors import EstimatorError, site_error
 from ..core.site import Plate, Site, Term
 from .dependencies import Provenance, Sites, tensors
-from .distributions import describe, family, is_masked, log_q, relaxed_log_prob
+from .distributions import constant, describe, family, is_masked, log_q, relaxed_log_prob
 
 Array = torch.Tensor
 Message = dict[str, Any]
@@ -151,6 +151,7 @@ def terms_of(
     score_only: frozenset[str] = frozenset(),
     only: frozenset[str] | None = None,
     local: frozenset[str] = frozenset(),
+    hard: frozenset[str] = frozenset(),
 ) -> list[Term]:
     """Every cost term, scaled and masked: log p of the model's sites, then -log q of the guide's.
 
@@ -158,7 +159,7 @@ def terms_of(
     would drop; ``score_only`` those whose -log q needs no gradient
     (its log_q is computed once, for the score too, and left in the message); ``only`` restricts to terms that depend
     on one of these sites, terms of a branch not taken before included; ``local`` names the score sites, whose values
-    no transform may invert from its cache.
+    no transform may invert from its cache; ``hard`` those whose -log q is differentiated in the value only.
     """
     terms = []
     for side, record in (("model", traces.model), ("guide", traces.guide)):
@@ -167,8 +168,10 @@ def terms_of(
             if only is not None and not deps & only:
                 continue
             fn, value = msg["fn"], msg["value"]
+            if side == "guide" and name in hard:
+                fn = constant(fn)
             if name in relaxed:
-                log_p = _relaxed_log_prob(msg, side)
+                log_p = _relaxed_log_prob(name, fn, value, side)
             elif side == "guide" and name in score_only and family(fn) in families.DISCRETE and not is_masked(fn):
                 msg["log_q"] = log_q(fn, value)
                 log_p = msg["log_q"].detach()
@@ -181,12 +184,12 @@ def terms_of(
     return terms
 
 
-def _relaxed_log_prob(msg: Message, side: str) -> Array:
-    log_p = relaxed_log_prob(msg["fn"], msg["value"])
+def _relaxed_log_prob(name: str, fn: Any, value: Array, side: str) -> Array:
+    log_p = relaxed_log_prob(fn, value)
     if log_p is None:
         raise site_error(
-            msg["name"],
-            f"its {side} distribution {type(msg['fn']).__name__} has no log probability at relaxed values",
+            name,
+            f"its {side} distribution {type(fn).__name__} has no log probability at relaxed values",
             "Use a Bernoulli or one-hot categorical there, RELAX() without the model term, or "
             "Reinforce(LeaveOneOut()).",
         )
