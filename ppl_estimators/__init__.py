@@ -51,6 +51,7 @@ from .estimators.sticking_the_landing import StickingTheLanding
 from .estimators.stochastic_triple import StochasticTriple
 from .estimators.straight_through import StraightThrough
 from .estimators.sum_and_sample import SumAndSample
+from .estimators.sum_around_mode import SumAroundMode
 from .estimators.ugc import UGC
 from .estimators.unordered_set import UnorderedSet
 from .estimators.vargrad import VarGrad
@@ -109,6 +110,7 @@ __all__ = [
     "StochasticTriple",
     "StraightThrough",
     "SumAndSample",
+    "SumAroundMode",
     "UnorderedSet",
     "VarGrad",
     "citation",

@@ -67,6 +67,7 @@ from ppl_estimators import (
     StochasticTriple,
     StraightThrough,
     SumAndSample,
+    SumAroundMode,
     UnorderedSet,
 )
 from ppl_estimators.core.estimator import Estimator
@@ -516,6 +517,14 @@ ENTRIES = (
         avoid="very many elements: MeasureValued()",
         papers=("arya2022automatic",),
         common=True,
+    ),
+    Entry(
+        SumAroundMode(8),
+        Kind.counts,
+        "1 + D·k",
+        use="a count with few likely values",
+        avoid="many elements, a spread-out law: StochasticTriple()",
+        papers=("liu2019rao",),
     ),
     Entry(
         MeasureValued(),

@@ -60,6 +60,7 @@ from ppl_estimators import (
     StochasticTriple,
     StraightThrough,
     SumAndSample,
+    SumAroundMode,
     UnorderedSet,
 )
 from ppl_estimators.core.estimator import Estimator
@@ -136,6 +137,7 @@ ROWS = {
     ImportanceSampled(Reinforce(MovingAverage()), 2.5): (ANY, 2, 1, {"state"}),
     StochasticTriple(): (DISCRETE | {"Poisson"}, 2, 1, set()),
     SmoothedTriple(): ({"Bernoulli", "Poisson"}, 1, 1, set()),
+    SumAroundMode(3): ({"Poisson"}, 4, 1, set()),
     DeltaMethod(): ({"Normal"}, 3, 3, set()),
     DeltaMethod(decay=0.9): ({"Normal"}, 3, 1, {"state"}),
     MeasureValued(): (ANY, {"Bernoulli": 2, "Categorical": 3, "OneHot": 3, "Poisson": 2, "Normal": 4}, 1, set()),

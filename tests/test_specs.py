@@ -38,6 +38,7 @@ from ppl_estimators import (
     Renyi,
     StickingTheLanding,
     SumAndSample,
+    SumAroundMode,
     UnorderedSet,
 )
 from ppl_estimators.core.spec import Spec
@@ -61,6 +62,7 @@ SPECS = [
     BitFlip(4),
     UGC(),
     SumAndSample(2),
+    SumAroundMode(6),
     UnorderedSet(3),
     DisARMStickBreaking(),
     DisARMStickBreaking("given"),

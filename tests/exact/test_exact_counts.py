@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from ppl_estimators import Constant, ImportanceSampled, MeasureValued, Reinforce, SmoothedTriple, StochasticTriple
+from ppl_estimators import (
+    Constant,
+    ImportanceSampled,
+    MeasureValued,
+    Reinforce,
+    SmoothedTriple,
+    StochasticTriple,
+    SumAroundMode,
+)
 from ppl_estimators.core import families
 from ppl_estimators.core.keep import Kept
 from ppl_estimators.core.site import Costs, Site
@@ -202,6 +210,52 @@ def test_stochastic_triples_of_categories(family):
     )
     mean, _ = moments(found, weights)
     np.testing.assert_allclose(mean["logits"], exact_categorical(SOFTMAX), atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("family", [f for f in COUNTS if f != families.BERNOULLI])
+def test_sums_around_the_mode(family, k):
+    """Over every pair of values; half of a window may lie beyond the support."""
+    parameters, x, weight = states(family)
+    name = list(parameters)[-1]
+    found = estimates(SumAroundMode(k), family, parameters, {"value": x})
+    mean, variance = moments({name: found[name]}, weight)
+    np.testing.assert_allclose(mean[name], by_difference(family, name), atol=1e-9)
+    assert (variance[name] > 1e-4).all()
+
+
+@pytest.mark.parametrize(("family", "k"), [(families.BINOMIAL, 4), (families.BINOMIAL, 9), (families.POISSON, 40)])
+def test_a_window_of_the_whole_support_is_exact(family, k):
+    """One element; the other weighs 1 whatever its value."""
+    parameters, x, weight = states(family)
+    name = list(parameters)[-1]
+
+    def last(x):
+        return jnp.sin(x[..., 1]) + 0.1 * x[..., 1] ** 2
+
+    found = estimates(SumAroundMode(k), family, parameters, {"value": x}, last)[name][:, 1]
+    found = np.asarray(found)[weight > 1e-9]
+    np.testing.assert_allclose(found, found[0], rtol=1e-9)
+    if family == families.BINOMIAL:
+        n, p = parameters["total_count"][1], parameters["probs"][1]
+        c = np.arange(n + 1)
+        exact = stats.binom(n, p).pmf(c) @ (np.asarray(last(np.stack([c, c], -1))) * (c - n * p)) / (p * (1 - p))
+        np.testing.assert_allclose(found[0], exact, rtol=1e-9)
+
+
+def test_windows_around_the_mode_at_the_ends():
+    """Rates and probabilities of 0 and 1, and beyond what a window can hold: finite, and no mass invented."""
+    for family, parameters in {
+        families.POISSON: {"rate": np.array([0.0, 1e-30, 3e4], np.float32)},
+        families.GEOMETRIC: {"probs": np.array([1.0, 1e-6, 0.5], np.float32)},
+        families.BINOMIAL: {
+            "total_count": np.array([0.0, 3.0, 1e5], np.float32),
+            "probs": np.array([0.0, 1.0, 0.5], np.float32),
+        },
+    }.items():
+        noise = {"value": np.array([[0.0, 0.0, 1.0]], np.float32)}
+        found = estimates(SumAroundMode(5), family, parameters, noise, lambda x: x[..., 0] - x[..., 2])
+        assert all(np.isfinite(g).all() for g in found.values()), family
 
 
 @pytest.mark.parametrize("family", COUNTS)

@@ -1,4 +1,4 @@
-"""Hard values with a made-up derivative: one draw, the gradient by hand. -log q adds its slope in the value, no score."""
+"""Hard values with a made-up derivative: the gradient of one draw, by hand. -log q adds its slope in the value only."""
 
 from __future__ import annotations
 
