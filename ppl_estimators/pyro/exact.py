@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ def exact(
         try:
             return program.sum()
         finally:
-            program.restore()
+            program.point.restore()
 
 
 @contextmanager
@@ -60,6 +60,51 @@ def untouched() -> Iterator[None]:
         pyro.util.set_rng_state(rng)
 
 
+class Point:
+    """Moves parameters to the constrained values ``params`` as soon as the program has declared them."""
+
+    def __init__(self, params: Mapping[str, Any]):
+        self.params = params
+        self.before: dict[str, tuple[Array, Array]] = {}  # what was moved, and where it was
+
+    def settled(self, run: Callable[[], Any]) -> Any:
+        """What ``run()`` returns, with all of them in place."""
+        while True:
+            result = run()
+            if not self.move():
+                return result
+
+    def move(self) -> bool:
+        store, moved = pyro.get_param_store(), False
+        for name, unconstrained in store.named_parameters():
+            if name not in self.params or name in self.before:
+                continue
+            value = torch.as_tensor(self.params[name]).detach().to(unconstrained)
+            if value.shape != store[name].shape:
+                raise EstimatorError(
+                    f"params: '{name}' has shape {tuple(value.shape)}, the program's is {tuple(store[name].shape)}."
+                )
+            self.before[name] = (unconstrained, unconstrained.detach().clone())
+            with torch.no_grad():
+                unconstrained.copy_(transform_to(store._constraints[name]).inv(value))
+            moved = True
+        return moved
+
+    def check(self) -> None:
+        names = set(pyro.get_param_store().keys())
+        if unknown := sorted(self.params.keys() - names):
+            raise EstimatorError(f"params: the program declares no parameter {unknown}. There are: {sorted(names)}.")
+
+    def values(self) -> dict[str, Array]:
+        store = pyro.get_param_store()
+        return {n: store[n].detach().clone() for n in store.keys() if "$state." not in n}
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for unconstrained, value in self.before.values():
+                unconstrained.copy_(value)
+
+
 class _Program:
     def __init__(
         self, model: Any, guide: Any, args: Any, kwargs: Any, params: Any, nodes: int, max_states: int, minibatches: Any
@@ -67,7 +112,7 @@ class _Program:
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.params, self.nodes, self.max_states, self.minibatches = params, nodes, max_states, minibatches
         self.observes = isinstance(getattr(guide, "guide", guide), GuideMessenger)
-        self.before: dict[str, tuple[Array, Array]] = {}  # parameters that were moved to `params`, and where they were
+        self.point = Point(self.params)
 
     # ---- one run --------------------------------------------------------------------------------------------------
 
@@ -93,47 +138,18 @@ class _Program:
         self.counts = counts
         return traces, sum(weights, torch.zeros(()))
 
-    def settled(self, path: list[list[int]], nodes: int, subsamples: dict[str, Array]) -> tuple[Traces, Array]:
-        """The same with ``params``, which the store takes as soon as the program has declared them."""
-        while True:
-            result = self.run(path, nodes, subsamples)
-            if not self.move():
-                return result
-
-    def move(self) -> bool:
-        store, moved = pyro.get_param_store(), False
-        for name, unconstrained in store.named_parameters():
-            if name not in self.params or name in self.before:
-                continue
-            value = torch.as_tensor(self.params[name]).detach().to(unconstrained)
-            target = transform_to(store._constraints[name]).inv(value)
-            if target.shape != unconstrained.shape:
-                raise EstimatorError(
-                    f"params: '{name}' has shape {tuple(value.shape)}, the program's is {tuple(store[name].shape)}."
-                )
-            self.before[name] = (unconstrained, unconstrained.detach().clone())
-            with torch.no_grad():
-                unconstrained.copy_(target)
-            moved = True
-        return moved
-
-    def restore(self) -> None:
-        with torch.no_grad():
-            for unconstrained, value in self.before.values():
-                unconstrained.copy_(value)
-
     # ---- all runs -------------------------------------------------------------------------------------------------
 
     def sum(self) -> Exact:
         subsamples: dict[str, Array] = {}
         with torch.no_grad():
-            traces, _ = self.settled([], self.nodes, subsamples)
+            traces, _ = self.point.settled(lambda: self.run([], self.nodes, subsamples))
         if not traces.latents():
             raise EstimatorError(
                 "the guide draws no latent site, so there is nothing to estimate. Give the guide a pyro.sample(...) "
                 "statement, or pass model and guide in this order."
             )
-        self.unknown_params()
+        self.point.check()
         batches = minibatches_of(_subsampled(traces), self.minibatches)
         check_budget(self.counts, {n: len(b) for n, b in batches.items()}, self.max_states)
         continuous = any(not _discrete(m["fn"]) for m in traces.latents().values())
@@ -142,14 +158,7 @@ class _Program:
         if continuous:
             _, other, _ = self.enumerate(quadrature.coarser(self.nodes), batches)
             error = max((float(np.abs(g - other[n]).max()) for n, g in gradient.items() if g.size), default=0.0)
-        store = pyro.get_param_store()
-        point = {n: store[n].detach().clone() for n in store.keys() if "$state." not in n}
-        return Exact(value, gradient, point, states, error)
-
-    def unknown_params(self) -> None:
-        names = set(pyro.get_param_store().keys())
-        if unknown := sorted(self.params.keys() - names):
-            raise EstimatorError(f"params: the program declares no parameter {unknown}. There are: {sorted(names)}.")
+        return Exact(value, gradient, self.point.values(), states, error)
 
     def enumerate(self, nodes: int, batches: Mapping[str, Any]) -> tuple[float, dict[str, np.ndarray], int]:
         loss, states = 0.0, 0
@@ -159,7 +168,7 @@ class _Program:
             path: list[list[int]] = []
             while True:
                 subsamples = {n: torch.as_tensor(b) for n, b in zip(batches, chosen, strict=True)}
-                traces, log_weight = self.settled(path, nodes, subsamples)
+                traces, log_weight = self.point.settled(partial(self.run, path, nodes, subsamples))
                 if log_weight > -math.inf:
                     loss += self.add(traces, log_weight, share, gradient)
                 states += 1

@@ -5,7 +5,21 @@ that, with a stated power; `assert_same_gradient` puts one noise through a Pyro 
 small hard models with their exact ELBOs. Importing this imports neither torch nor jax.
 """
 
+from . import zoo
 from .exact import exact_gradient
 from .states import Exact
+from .twins import Differ, Twin, assert_same_gradient
+from .unbiased import Biased, TooFewDraws, Unbiased, assert_unbiased
 
-__all__ = ["Exact", "exact_gradient"]
+__all__ = [
+    "Biased",
+    "Differ",
+    "Exact",
+    "TooFewDraws",
+    "Twin",
+    "Unbiased",
+    "assert_same_gradient",
+    "assert_unbiased",
+    "exact_gradient",
+    "zoo",
+]
