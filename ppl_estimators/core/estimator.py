@@ -59,6 +59,8 @@ class Estimator(Spec):
     #: does it move single elements, the others standing still? Plates that a cost couples then count as dimensions of
     #: dependent elements ("lanes"): elements move side by side only where no cost sees two of them.
     lanewise: ClassVar[bool] = False
+    #: does every counterfactual value have the site's own distribution given its parents, as the drawn one has?
+    exchangeable: ClassVar[bool] = False
     #: fewest particles it needs
     min_particles: ClassVar[int] = 1
     #: what to use instead, for the error that `check` raises
@@ -129,6 +131,12 @@ class Estimator(Spec):
         """Values other than the drawn one whose log q it wants (``[*batch]``, in ``Draw.extra`` under these labels)."""
         return {}
 
+    def weights(self, ops: Ops, site: Site, draw: Draw) -> Array | None:
+        """Of the drawn value and its counterfactual ones, ``[1 + A, *plates]``: Σ_a w_a f(value_a) is an unbiased
+        estimate of E[f] for any f. None where there are no such weights, or where all are 1 / (1 + A)
+        (``exchangeable``)."""
+        return None
+
     def downstream_temperature(self, ops: Ops, site: Site, index: int, kept: Kept) -> Array | None:
         """Of the discrete sites downstream, while relaxed value number ``index`` is evaluated; None for their means."""
         return None
@@ -144,6 +152,11 @@ class Estimator(Spec):
     def keeps(self) -> bool:
         """Does it declare anything? (parameters, networks or state, at whatever site)"""
         return False
+
+    @property
+    def weighted(self) -> bool:
+        """Has it `weights`?"""
+        return type(self).weights is not Estimator.weights
 
     @property
     def local_part(self) -> bool:

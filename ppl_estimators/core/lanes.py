@@ -20,6 +20,20 @@ def numbers(ops: Ops, site: Site, like: Array) -> Array:
     return ops.reshape(ops.indices(math.prod(shape), like), tuple(shape))
 
 
+def each(ops: Ops, site: Site, x: Array) -> Array:
+    """``[*batch, *event]`` (one number per element, no lead axes) as ``[D, *plates]``, a row per lane."""
+    rows = site.features(ops, x)
+    return ops.permute_dims(rows, (rows.ndim - 1, *range(rows.ndim - 1)))
+
+
+def weights(ops: Ops, site: Site, drawn: Array, moved: list[Array]) -> Array:
+    """What the drawn value and those that the lanes move to, one lane at a time and to each of its values in turn,
+    weigh: from ``[*batch, *event]`` each, adding up to 1 in every lane, to ``[1 + D len(moved), *plates]``."""
+    rows = ops.stack([each(ops, site, x) for x in moved], axis=1)  # [D, values, *plates]
+    others = ops.reshape(rows, (rows.shape[0] * rows.shape[1], *rows.shape[2:]))
+    return ops.concat([ops.mean(each(ops, site, drawn), axis=0)[None], others / rows.shape[0]], axis=0)
+
+
 def by_lane(ops: Ops, site: Site, costs: Array) -> Array:
     """Costs ``[D, K, *plates]`` of moving each lane, as ``[K, *batch, *event]``."""
     n = len(site.batch_shape)

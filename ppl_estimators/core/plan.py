@@ -13,6 +13,7 @@ from ..estimators.disarm import DisARM
 from ..estimators.enumerate import Enumerate
 from ..estimators.pathwise import Pathwise
 from ..estimators.reinforce import Reinforce
+from ..estimators.sticking_the_landing import StickingTheLanding
 from .credit import Graph
 from .errors import EstimatorError, EstimatorWarning, site_error
 from .estimator import Estimator
@@ -82,6 +83,11 @@ class Plan:
     def soft(self) -> frozenset[str]:
         """Discrete sites whose value carries a gradient: only our log probability is differentiable in it."""
         return frozenset(n for n, e in self.estimators.items() if e.pathwise and self.sites[n].family in RELAXABLE)
+
+    @property
+    def sticking(self) -> frozenset[str]:
+        """Sites whose -log q is differentiated through the value only."""
+        return frozenset(n for n, e in self.estimators.items() if isinstance(e, StickingTheLanding))
 
     def relaxable(self, name: str) -> bool:
         """Can the site take relaxed values?"""

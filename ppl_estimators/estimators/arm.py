@@ -33,6 +33,7 @@ class ARM(Estimator):
 
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI,)
     shared: ClassVar[bool] = True
+    exchangeable: ClassVar[bool] = True
 
     def alternatives(self, site: Site) -> int:
         return 1

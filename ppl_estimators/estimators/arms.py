@@ -39,6 +39,7 @@ class ARMS(Estimator):
 
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI,)
     shared: ClassVar[bool] = True
+    exchangeable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.n, int) or self.n < 2:

@@ -38,6 +38,7 @@ class CoupledImportance(Estimator):
 
     families: ClassVar[tuple[str, ...] | None] = (CATEGORICAL, ONEHOT)
     shared: ClassVar[bool] = True
+    exchangeable: ClassVar[bool] = True
 
     def alternatives(self, site: Site) -> int:
         return 1

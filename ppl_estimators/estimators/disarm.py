@@ -36,6 +36,7 @@ class DisARM(Estimator):
 
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI,)
     shared: ClassVar[bool] = True
+    exchangeable: ClassVar[bool] = True
 
     def alternatives(self, site: Site) -> int:
         return 1

@@ -44,6 +44,7 @@ class DisARMStickBreaking(Estimator):
 
     families: ClassVar[tuple[str, ...] | None] = (CATEGORICAL, ONEHOT)
     shared: ClassVar[bool] = True
+    exchangeable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:

@@ -37,6 +37,7 @@ class DisARMTree(Estimator):
 
     families: ClassVar[tuple[str, ...] | None] = (CATEGORICAL, ONEHOT)
     shared: ClassVar[bool] = True
+    exchangeable: ClassVar[bool] = True
 
     def alternatives(self, site: Site) -> int:
         return 1

@@ -51,6 +51,15 @@ class Enumerate(Estimator):
         drawn = category(ops, site.family, draw.value)
         return encoded(ops, site.family, ops.where(here, (drawn + shift) % c, drawn), site.logits)
 
+    def weights(self, ops: Ops, site: Site, draw: Draw) -> Array:
+        p, c = probabilities(ops, site.family, site.logits), site.categories
+        if site.family == BERNOULLI:
+            drawn = ops.where(draw.value > 0, p, 1 - p)
+            return lanes.weights(ops, site, drawn, [1 - drawn])
+        z = category(ops, site.family, draw.value)
+        each = [ops.take_last(p, ((z + s) % c)[..., None])[..., 0] for s in range(c)]
+        return lanes.weights(ops, site, each[0], each[1:])
+
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         c = site.categories
         p = probabilities(ops, site.family, site.logits)

@@ -72,6 +72,17 @@ class SumAndSample(Estimator):
         other = ops.where(term == z, terms[..., k], term)
         return encoded(ops, site.family, ops.where(here, other, z), site.logits)
 
+    def weights(self, ops: Ops, site: Site, draw: Draw) -> Array:
+        k, terms = self._summed(site), draw.extra["terms"]
+        z = category(ops, site.family, draw.value)
+        p_top = ops.take_last(ops.softmax(site.logits), terms[..., :k])
+        w = 1 - ops.sum(p_top, axis=-1)
+        is_drawn = terms[..., :k] == z[..., None]
+        moved = [ops.where(is_drawn[..., i], w, p_top[..., i]) for i in range(k)]
+        in_top = ops.any(is_drawn, axis=-1)
+        drawn = ops.where(in_top, ops.sum(ops.where(is_drawn, p_top, ops.zeros_like(p_top)), axis=-1), w)
+        return lanes.weights(ops, site, drawn, moved)
+
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         k, terms, a = self._summed(site), draw.extra["terms"], site.logits
         drawn = site.spread(ops, costs.value)[..., None]

@@ -76,6 +76,11 @@ class UnorderedSet(Estimator):
         value = ops.where(here, members[..., 1 + index % others], members[..., 0])
         return encoded(ops, site.family, value, site.logits)
 
+    def weights(self, ops: Ops, site: Site, draw: Draw) -> Array:
+        members = draw.extra["members"]
+        first = firsts(ops, site.logits, members)
+        return lanes.weights(ops, site, first[..., 0], [first[..., i] for i in range(1, self._size(site))])
+
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         k, members, a = self._size(site), draw.extra["members"], site.logits
         f = [site.spread(ops, costs.value)]
@@ -95,18 +100,32 @@ class UnorderedSet(Estimator):
 
 
 def coefficients(ops: Ops, a: Array, members: Array, f: Array) -> Array:
-    """p_s R(S, s) (f(s) − Σ_{s'} p_{s'} R_s(S, s') f(s')) for each member s, ``[..., k]``.
-
-    p_s R(S, s) is the chance that s was the first, given S; p_{s'} R_s(S, s') is 1 − p_s times the chance that s' was
-    the second, given S and s first. Both are normalised in log space: no probability is divided by, 1 − Σ p is never
-    formed.
-    """
+    """p_s R(S, s) (f(s) − Σ_{s'} p_{s'} R_s(S, s') f(s')) for each member s, ``[..., k]``."""
     k, categories = f.shape[-1], a.shape[-1]
     if k == 1:
         return f
     if k == categories:
         p = ops.take_last(ops.softmax(a), members)
         return p * (f - ops.sum(p * f, axis=-1, keepdims=True))
+    first, second, log_s = chances(ops, a, members)
+    gain = f - ops.sum(second * f[..., None, :], axis=-1)
+    return first * -ops.expm1(log_s) * gain
+
+
+def firsts(ops: Ops, a: Array, members: Array) -> Array:
+    """p_s R(S, s), the chance that s was the first, for each member s, ``[..., k]``."""
+    if members.shape[-1] == a.shape[-1]:
+        return ops.take_last(ops.softmax(a), members)
+    return chances(ops, a, members)[0]
+
+
+def chances(ops: Ops, a: Array, members: Array) -> tuple[Array, Array, Array]:
+    """p_s R(S, s) is the chance that s was the first, given S; p_{s'} R_s(S, s') is 1 − p_s times the chance that s'
+    was the second, given S and s first. Both chances, ``[..., k]`` and ``[..., s, s']``, and log p_s.
+
+    They are normalised in log space: no probability is divided by, 1 − Σ p is never formed.
+    """
+    k, categories = members.shape[-1], a.shape[-1]
     log_p = ops.log_softmax(a)
     floor = ops.full_like(log_p, -1e4)  # a category of probability zero stays one, without infinities
     log_p = ops.where(log_p > floor, log_p, floor)
@@ -129,5 +148,4 @@ def coefficients(ops: Ops, a: Array, members: Array, f: Array) -> Array:
     first = ops.softmax(log_s + completes[..., power])
     pairs = log_s[..., None, :] + completes[..., joined[power]]  # [..., s, s'], wrong where s' is s
     second = ops.softmax(ops.where(power[:, None] == power, ops.full_like(pairs, never), pairs))
-    gain = f - ops.sum(second * f[..., None, :], axis=-1)
-    return first * -ops.expm1(log_s) * gain
+    return first, second, log_s

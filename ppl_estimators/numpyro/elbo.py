@@ -14,8 +14,9 @@ import numpy as np
 from numpyro.handlers import substitute
 from numpyro.infer.elbo import ELBO
 
-from ..core import families, relaxation
+from ..core import averaging, families, relaxation
 from ..core.assembly import Evaluated, assemble
+from ..core.averaging import Average
 from ..core.credit import Graph, downstream_costs
 from ..core.errors import EstimatorWarning, site_error
 from ..core.estimator import Estimator, Noise
@@ -26,7 +27,6 @@ from ..core.site import Costs, Draw, Site, Term
 from ..estimators.baselines.optimal_constant import OptimalConstant
 from ..estimators.control_variate import ControlVariate
 from ..estimators.reinforce import Reinforce
-from ..estimators.sticking_the_landing import StickingTheLanding
 from .dependencies import dependencies, mark
 from .distributions import log_q, sampled_dtype, score_norm
 from .keep import declare, state_name
@@ -54,6 +54,10 @@ class EstimatorELBO(ELBO):
     ``max_parallel``: how many counterfactual evaluations run side by side; the rest wait their turn. Memory grows
     with it, not with the number of evaluations.
 
+    ``average_model``: also average the gradient of the model's own parameters, and of pathwise sites, over the values
+    that the estimators evaluate (pairs of DisARM, sets of UnorderedSet, ...), each by its weight. It costs a backward
+    pass through every evaluation.
+
     Raises `EstimatorError` (site, fact, reason, fix) for a choice that cannot work.
 
     >>> from ppl_estimators import DisARM
@@ -72,6 +76,7 @@ class EstimatorELBO(ELBO):
         default: str | Estimator = "auto",
         objective: Objective | None = None,
         max_parallel: int = 16,
+        average_model: bool = False,
     ):
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self.estimators = check_mapping(estimators, "EstimatorELBO")
@@ -82,6 +87,7 @@ class EstimatorELBO(ELBO):
         self.default = default
         self.objective = EvidenceLowerBound() if objective is None else objective
         self.max_parallel = max_parallel
+        self.average_model = average_model
 
     def __repr__(self) -> str:
         return f"EstimatorELBO({self.estimators!r}, num_particles={self.num_particles})"
@@ -212,6 +218,8 @@ class _Step:
             particles=self.elbo.num_particles,
             objective=self.elbo.objective,
         )
+        if self.elbo.average_model:
+            averaging.check(plan, branches=False)
         return _JaxPlan(plan, depends_on, tuple(terms), seen["dtypes"])
 
     def kept(self, plan: _JaxPlan) -> dict[str, Kept]:
@@ -246,7 +254,6 @@ class _Step:
             self._measure(plan.estimators[n], site, traces.guide[n]["fn"], draws)
         costs = downstream_costs(OPS, plan.graph, terms, list(sites.values()))
         out: dict[str, Any] = {
-            "objective": self.elbo.objective.collect(OPS, self._explicit(plan, key, traces, terms)),
             "cost": {n: jnp.zeros(s.plate_shape) if costs[n] is None else costs[n] for n, s in sites.items()},
             "site": {n: _arrays(s) for n, s in sites.items()},
             "draw": {n: {"value": draws[n].value, "extra": dict(draws[n].extra)} for n in sites},
@@ -257,14 +264,16 @@ class _Step:
             "mutable": {n: v for n, v in traces.mutable().items() if n not in {state_name(s) for s in kept}},
             "finite": jax.lax.stop_gradient(jnp.stack([jnp.isfinite(jnp.sum(t.value)) for t in terms])),
         }
+        averages: list[Average] = []
         for group in plan.groups:
             if group.alternatives:
-                out["alternatives"] |= self._alternatives(plan, group, key, sites, draws, kept)
+                out["alternatives"] |= self._alternatives(plan, group, key, sites, draws, kept, averages)
             else:
                 relaxed, slope = self._relaxations(plan, group, key, sites, draws, kept)
                 out["relaxed"] |= relaxed
                 out["slope"] |= slope
-        return out
+        explicit = averaging.averaged(OPS, self._explicit(plan, key, traces, terms), averages)
+        return {**out, "objective": self.elbo.objective.collect(OPS, explicit)}
 
     def _draw(
         self, plan: _JaxPlan, kept: dict[str, Kept], draws: dict[str, Draw], msg: Message, key: Array
@@ -323,7 +332,7 @@ class _Step:
 
     def _explicit(self, plan: _JaxPlan, key: Array, traces: Traces, terms: list[Term]) -> list[Term]:
         """The terms whose own gradient counts: -log q of a score site has mean zero and is held fixed."""
-        sticking = {n for n, e in plan.estimators.items() if isinstance(e, StickingTheLanding)}
+        sticking = plan.shared.sticking
         fixed: dict[str, Array] = {}
         if sticking:
             values = {n: m["value"] for n, m in traces.latents().items()}
@@ -353,6 +362,7 @@ class _Step:
         values: dict[str, Array],
         kept: dict[str, Kept],
         temperature: Array | None = None,
+        stopped: bool = True,
     ) -> list[Term]:
         """Cost terms downstream of the group when its sites take other values: the guide runs again from the same
         keys, so what is not downstream comes out as before and what is shares its noise; where the values are
@@ -373,7 +383,7 @@ class _Step:
                 return relaxation.downstream(OPS, site.family, site.logits, u, temperature), []
             return self._draw(plan, kept, {}, msg, key)
 
-        traces = self.execute(key, draw, partial(self._in_scan, plan), stopped=True)
+        traces = self.execute(key, draw, partial(self._in_scan, plan), stopped=stopped)
         relaxed = plan.soft | frozenset(n for n in members | soft if group.relaxations and plan.relaxable(n))
         terms = terms_of(traces, plan.depends_on, relaxed)
         return [t for t in terms if t.depends_on & members]
@@ -386,11 +396,15 @@ class _Step:
         sites: dict[str, Site],
         draws: dict[str, Draw],
         kept: dict[str, Kept],
+        averages: list[Average],
     ) -> dict[str, Array]:
-        """Downstream costs at each counterfactual value, ``[A, *plates]`` per site."""
+        """Downstream costs at each counterfactual value, ``[A, *plates]`` per site; where the model's own gradient is
+        averaged over these values, what it needs is added to ``averages``."""
         members = [sites[n] for n in group.sites]
+        average = self.elbo.average_model and averaging.averages(plan.shared, group)
+        weights = averaging.weights(OPS, plan, group, sites, draws, members[0].logits) if average else None
 
-        def costs(index: Array) -> dict[str, Array]:
+        def costs(index: Array) -> tuple[dict[str, Array], dict[averaging.Key, Array]]:
             values = {}
             for site in members:
                 estimator, draw = plan.estimators[site.name], draws[site.name]
@@ -398,15 +412,24 @@ class _Step:
                 value = estimator.alternative(OPS, site, draw, jnp.minimum(index, n - 1))
                 if n < group.alternatives:
                     value = jnp.where(index < n, value, draw.value)
+                if average:
+                    value = averaging.possible(OPS, site, weights[1 + index], value, draw.value)
                 values[site.name] = value.astype(plan.dtypes[site.name])
-            found = downstream_costs(OPS, plan.graph, self._rerun(plan, group, key, values, kept), members)
-            return {s.name: jnp.zeros(s.plate_shape) if found[s.name] is None else found[s.name] for s in members}
+            terms = self._rerun(plan, group, key, values, kept, stopped=not average)
+            found = downstream_costs(OPS, plan.graph, terms, members)
+            found = {s.name: jnp.zeros(s.plate_shape) if found[s.name] is None else found[s.name] for s in members}
+            counted = averaging.counted(plan.shared, group, terms) if average else []
+            return found, {(t.side, t.site): t.value for t in counted}
 
         if group.alternatives == 1:
-            stacked = jax.tree.map(lambda x: x[None], costs(jnp.asarray(0)))
+            stacked, terms = jax.tree.map(lambda x: x[None], costs(jnp.asarray(0)))
         else:
             chunk = min(self.elbo.max_parallel, group.alternatives)
-            stacked = jax.lax.map(costs, jnp.arange(group.alternatives), batch_size=chunk)
+            # held back in the backward pass, not held: the activations of one chunk at a time
+            mapped = jax.checkpoint(costs) if average else costs
+            stacked, terms = jax.lax.map(mapped, jnp.arange(group.alternatives), batch_size=chunk)
+        if average:
+            averages.append(Average(weights, terms))
         return jax.lax.stop_gradient(stacked)
 
     def _relaxations(

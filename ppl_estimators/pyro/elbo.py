@@ -20,8 +20,9 @@ from pyro.poutine.trace_struct import Trace
 from pyro.util import check_model_guide_match, check_site_shape
 from torch.utils._pytree import tree_map
 
-from ..core import families, relaxation
+from ..core import averaging, families, relaxation
 from ..core.assembly import Evaluated, assemble
+from ..core.averaging import Average
 from ..core.credit import Graph, downstream_costs
 from ..core.errors import EstimatorError, EstimatorWarning, site_error
 from ..core.estimator import Estimator, Noise
@@ -36,7 +37,6 @@ from ..estimators.baselines.optimal_constant import OptimalConstant
 from ..estimators.control_variate import ControlVariate
 from ..estimators.pathwise import Pathwise
 from ..estimators.reinforce import Reinforce
-from ..estimators.sticking_the_landing import StickingTheLanding
 from .dependencies import Provenance, StopParameters
 from .distributions import Law, log_q, named, natural_parameters, score_norm
 from .keep import Keeper, read_state, update_state
@@ -67,6 +67,10 @@ class EstimatorELBO(ELBO):
     ``max_parallel``: how many counterfactual evaluations run side by side where ``vectorize_particles=True`` says
     that model and guide can be vectorised; otherwise they run one after another.
 
+    ``average_model``: also average the gradient of the model's own parameters, and of pathwise sites, over the values
+    that the estimators evaluate (pairs of DisARM, sets of UnorderedSet, ...), each by its weight. It costs a backward
+    pass through every evaluation, and holds their activations.
+
     Raises `EstimatorError` (site, fact, reason, fix) for a choice that cannot work.
 
     >>> from ppl_estimators import DisARM
@@ -83,6 +87,7 @@ class EstimatorELBO(ELBO):
         default: str | Estimator = "auto",
         objective: Objective | None = None,
         max_parallel: int = 16,
+        average_model: bool = False,
         **kwargs: Any,
     ):
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles, **kwargs)
@@ -94,6 +99,7 @@ class EstimatorELBO(ELBO):
         self.default = default
         self.objective = EvidenceLowerBound() if objective is None else objective
         self.max_parallel = max_parallel
+        self.average_model = average_model
         self.keeper = Keeper()
         self._plans: dict[Any, _TorchPlan] = {}
         self._chosen: dict[Any, Estimator] = {}
@@ -168,6 +174,7 @@ class _Run:
     costs: dict[str, Array] = field(default_factory=dict)
     given: dict[str, dict[str, Array]] = field(default_factory=dict)
     alternatives: dict[str, Array] = field(default_factory=dict)
+    averages: list[Average] = field(default_factory=list)
     relaxed: dict[str, Array] = field(default_factory=dict)
     slope: dict[str, Array] = field(default_factory=dict)
 
@@ -301,6 +308,8 @@ class _Step:
                 objective=elbo.objective,
                 branches=bool(provenance.control),
             )
+            if elbo.average_model:
+                averaging.check(shared, bool(provenance.control))
             for n, estimator in shared.estimators.items():
                 elbo._chosen.setdefault((n, static[n]), estimator)
             self._check_program(traces)
@@ -468,7 +477,8 @@ class _Step:
                 with torch.no_grad():
                     return self._plain(msg)
             if name not in down:
-                return first[name]["value"].detach()
+                value = first[name]["value"]
+                return value.detach() if group.relaxations else value
             return _seeded(run.rng[name], partial(again, msg)) if name in run.rng else again(msg)
 
         def again(msg: Message) -> Array:
@@ -506,29 +516,48 @@ class _Step:
         members = [run.sites[n] for n in group.sites]
         chunk = self.elbo.max_parallel if self.elbo.vectorize_particles else 1
         found: dict[str, list[Array]] = {n: [] for n in group.sites}
-        with torch.no_grad():
-            for start in range(0, group.alternatives, chunk):
-                indices = range(start, min(start + chunk, group.alternatives))
-                values = [{s.name: self._value(run, s, i) for s in members} for i in indices]
-                costs = self._one(run, group, members, values[0]) if len(values) == 1 else None
-                if costs is None:
-                    costs = self._many(run, group, members, values)
-                for n in group.sites:
-                    found[n].append(costs[n])
+        average = self.elbo.average_model and averaging.averages(run.plan.shared, group)
+        weights, rows = None, []
+        if average:
+            weights = averaging.weights(OPS, run.plan, group, run.sites, run.draws, members[0].logits)
+        for start in range(0, group.alternatives, chunk):
+            indices = range(start, min(start + chunk, group.alternatives))
+            with torch.no_grad():
+                values = [{s.name: self._value(run, s, i, weights) for s in members} for i in indices]
+            evaluate = self._one if len(values) == 1 else self._many
+            with nullcontext() if average else torch.no_grad():
+                costs, terms = evaluate(run, group, members, values)
+            for n in group.sites:
+                found[n].append(costs[n].detach())
+            if average:
+                rows.append({(t.side, t.site): t.value for t in self._counted(run, group, terms)})
+        if average:
+            run.averages.append(Average(weights, {k: torch.cat([row[k] for row in rows]) for k in rows[0]}))
         return {n: torch.cat(x) for n, x in found.items()}
 
-    def _value(self, run: _Run, site: Site, index: int) -> Array:
-        estimator, draw = run.plan.estimators[site.name], run.draws[site.name]
-        return estimator.alternative(OPS, site, draw, index) if index < estimator.alternatives(site) else draw.value
+    def _counted(self, run: _Run, group: Group, terms: Sequence[Term]) -> list[Term]:
+        """Terms with a gradient of their own to average, ``[values, *batch]``."""
+        shapes = {(t.side, t.site): t.value.shape for t in run.terms}
+        kept = averaging.counted(run.plan.shared, group, terms)
+        return [replace(t, value=t.value.reshape(-1, *shapes[t.side, t.site])) for t in kept]
 
-    def _one(self, run: _Run, group: Group, members: Sequence[Site], values: Mapping[str, Array]) -> dict[str, Array]:
-        terms = self._rerun(run, group, values)
+    def _value(self, run: _Run, site: Site, index: int, weights: Array | None) -> Array:
+        estimator, draw = run.plan.estimators[site.name], run.draws[site.name]
+        if index >= estimator.alternatives(site):
+            return draw.value
+        value = estimator.alternative(OPS, site, draw, index)
+        return value if weights is None else averaging.possible(OPS, site, weights[1 + index], value, draw.value)
+
+    def _one(
+        self, run: _Run, group: Group, members: Sequence[Site], values: Sequence[Mapping[str, Array]]
+    ) -> tuple[dict[str, Array], list[Term]]:
+        terms = self._rerun(run, group, values[0])
         costs = downstream_costs(OPS, run.plan.graph, terms, members)
-        return {s.name: _or_zero(costs[s.name], s, run.terms)[None] for s in members}
+        return {s.name: _or_zero(costs[s.name], s, run.terms)[None] for s in members}, terms
 
     def _many(
         self, run: _Run, group: Group, members: Sequence[Site], values: Sequence[Mapping[str, Array]]
-    ) -> dict[str, Array]:
+    ) -> tuple[dict[str, Array], list[Term]]:
         """Several counterfactual values in one run, as a plate to the left of all others."""
         widest = max(len(m["fn"].batch_shape) for r in (run.traces.guide, run.traces.model) for m in r.values())
         count, depth = len(values), 1 + max(int(self.elbo.max_plate_nesting), widest)
@@ -545,13 +574,14 @@ class _Step:
             wide.append(replace(s, plates=s.plates | {plate}, batch_shape=(count, *pad, *s.batch_shape)))
         graph = run.plan.graph
         graph = Graph(graph.ancestors, {n: p | {plate} for n, p in graph.plates.items()})
-        costs = downstream_costs(OPS, graph, self._rerun(run, group, stacked, vectorized=vectorized), wide)
+        terms = self._rerun(run, group, stacked, vectorized=vectorized)
+        costs = downstream_costs(OPS, graph, terms, wide)
         return {
             s.name: _or_zero(costs[s.name], w, run.terms)
             .expand(count, *w.plate_shape[1:])
             .reshape(count, *s.plate_shape)
             for s, w in zip(members, wide, strict=True)
-        }
+        }, terms
 
     def _relaxations(self, run: _Run, group: Group, kept: dict[str, Kept]) -> None:
         """Costs ``[M, *plates]`` at relaxed values and their slopes ``[M, *batch, *event]``, differentiable in what
@@ -651,7 +681,7 @@ class _Step:
     def _explicit(self, run: _Run) -> list[Term]:
         """The terms whose own gradient counts: -log q of a score site has mean zero and is held fixed."""
         plan = run.plan
-        sticking = frozenset(n for n, e in plan.estimators.items() if isinstance(e, StickingTheLanding))
+        sticking = plan.shared.sticking
         fixed: dict[str, Array] = {}
         if sticking:
             guide = run.traces.guide
@@ -672,7 +702,7 @@ class _Step:
                 if t.value.requires_grad and not plan.estimators[t.site].pathwise:
                     t = replace(t, value=t.value.detach())
             explicit.append(t)
-        return explicit
+        return averaging.averaged(OPS, explicit, run.averages)
 
     def _canonical(self, name: str, runs: Sequence[_Run]) -> Evaluated:
         """One site of all particles, the particle axis first."""

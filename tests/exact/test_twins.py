@@ -124,20 +124,23 @@ def noise(rng):
     return table
 
 
-@pytest.mark.parametrize("mix", MIXES)
-def test_twins_agree_for_three_steps_of_state(mix):
+AVERAGED = ("antithetic", "enumerated", "below a counterfactual", "a network for a normal")
+
+
+@pytest.mark.parametrize(("mix", "average"), [*((m, False) for m in MIXES), *((m, True) for m in AVERAGED)])
+def test_twins_agree_for_three_steps_of_state(mix, average):
     """Loss, gradients of model, guide and estimator parameters, and running state, at 1e-10."""
     rng = np.random.default_rng(3)
     tables = [noise(rng) for _ in range(3)]
     guide = jax_hook(jax_guide, MIXES[mix])
-    elbo = InjectedJax()
+    elbo = InjectedJax(average_model=average)
     state, kept = declared(guide)
     for k, v in kept.items():  # away from the start at zero, which would hide half of the arithmetic
         kept[k] = v + 0.3 * jnp.asarray(rng.normal(size=v.shape))
     params = {**{k: jnp.asarray(v) for k, v in START.items()}, **kept}
 
     pyro.clear_param_store()
-    twin = InjectedTorch()
+    twin = InjectedTorch(average_model=average)
     twin_guide = torch_hook(torch_guide, MIXES[mix])
     twin.table = tables[0]
     twin.loss_and_grads(torch_model, twin_guide)  # declares

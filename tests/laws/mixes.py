@@ -298,6 +298,26 @@ ON_AVERAGE: dict[str, list[Mix]] = {
     "over_time": [LEAVE_ONE_OUT, DISARM, ENUMERATE],
 }
 
+#: with the model's own gradient averaged over the counterfactual values too
+AVERAGED: dict[str, list[Mix]] = {
+    "chain": [DISARM, Mix("enumerate_disarm", {"z1": Enumerate(), "z2": DisARM()})],
+    "mixed": [
+        Mix("disarm_pathwise", {"z*": DisARM(), "w": Pathwise()}),
+        Mix("enumerate_landing", {"z*": Enumerate(), "w": StickingTheLanding()}),
+    ],
+    "subsampled_bits": [Mix("arms_disarm", {"z1": ARMS(3), "z2": DisARM()})],
+    "subsampled_categories": [
+        Mix("sum_tree", {"k": SumAndSample(2), "z": DisARMTree()}),
+        Mix("sticks_set", {"k": DisARMStickBreaking(), "z": UnorderedSet(2)}),
+        Mix("coupled_enumerate", {"k": CoupledImportance(), "z": Enumerate()}),
+    ],
+    "coupled_categories": [Mix("sum_and_sample", {"*": SumAndSample(1)}), Mix("unordered_set", {"*": UnorderedSet(2)})],
+    "undeclared": [ENUMERATE],
+    "event": [ENUMERATE],
+    "crossed": [Mix("two", {"z_row": Enumerate(), "z_column": DisARM()})],
+    "masked_by_handler": [DISARM],
+}
+
 #: a scan draws its steps together, so single elements cannot be moved in NumPyro
 NUMPYRO_REFUSES = {("over_time", "disarm"), ("over_time", "enumerate")}
 #: a Python branch on a value needs particles one after another in Pyro, and that is slow

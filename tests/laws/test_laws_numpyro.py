@@ -22,6 +22,7 @@ from measure import (
     with_power,
 )
 from mixes import (
+    AVERAGED,
     EVERY_DRAW,
     EVERY_STATE,
     LOO,
@@ -96,6 +97,14 @@ def test_every_draw_is_exact(name: str, mix: Mix) -> None:
 def test_unbiased(name: str, mix: Mix) -> None:
     case = CASES[name]
     measured = with_power(measure(name, mix, mix.draws), case.exact_gradient())
+    assert_unbiased(measured, case.exact_gradient())
+    assert_mean_loss(measured, case)
+
+
+@pytest.mark.parametrize(("name", "mix"), pairs(AVERAGED))
+def test_the_averaged_model_is_unbiased(name: str, mix: Mix) -> None:
+    case = CASES[name]
+    measured = with_power(measure(name, mix, mix.draws, average_model=True), case.exact_gradient())
     assert_unbiased(measured, case.exact_gradient())
     assert_mean_loss(measured, case)
 

@@ -21,6 +21,7 @@ from measure import (
     with_power,
 )
 from mixes import (
+    AVERAGED,
     EVERY_DRAW,
     EVERY_STATE,
     LOO,
@@ -149,6 +150,19 @@ def test_unbiased_one_after_another(name: str, mix: Mix) -> None:
 
     def batch(seed: int) -> Measured:
         return measure(name, mix, 300, seed, num_particles=mix.particles, vectorize_particles=False)
+
+    measured = with_power(batch, case.exact_gradient())
+    assert_unbiased(measured, case.exact_gradient())
+    assert_mean_loss(measured, case)
+
+
+@pytest.mark.parametrize(("name", "mix"), pairs(AVERAGED))
+def test_the_averaged_model_is_unbiased(name: str, mix: Mix) -> None:
+    case = CASES[name]
+
+    def batch(seed: int) -> Measured:
+        many = {"num_particles": PARTICLES, "vectorize_particles": True}
+        return measure(name, mix, STEPS, seed, average_model=True, **many)
 
     measured = with_power(batch, case.exact_gradient())
     assert_unbiased(measured, case.exact_gradient())

@@ -1,0 +1,109 @@
+"""The gradient of the model's own parameters, averaged over every value that an estimator evaluates.
+
+A cost term t below a group of sites is seen at the drawn value (number 0) and at A counterfactual ones, with weights
+for which Σ_a w_a f(value_a) is an unbiased estimate of E[f]. Its own gradient then is
+
+    ∇ 1/G Σ_g Σ_a w_{g,a} t_{g,a},   over the G groups above t.
+
+Each group is unbiased by itself, so their mean is. The value of the term stays that of the drawn particles.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from .errors import EstimatorError, EstimatorWarning
+from .families import ONEHOT
+from .ops import Array, Ops
+from .plan import Group, Plan
+from .site import Draw, Site, Term
+
+Key = tuple[str, str]
+
+
+class Average(NamedTuple):
+    """What one group has to say: weights ``[1 + A, *plates]``, and terms by side and site, ``[A, *batch]``."""
+
+    weights: Array
+    terms: Mapping[Key, Array]
+
+
+def check(plan: Plan, branches: bool) -> None:
+    """Is there anything to average, and may it be?"""
+    if branches:
+        raise EstimatorError(
+            "EstimatorELBO(average_model=True): the program decides something on a drawn value, so the counterfactual "
+            "runs may have other terms. Leave average_model=False for this program."
+        )
+    if not any(averages(plan, group) for group in plan.groups):
+        warnings.warn(
+            "EstimatorELBO(average_model=True): no site has an estimator whose values can be averaged over, so the "
+            "argument does nothing. DisARM(), ARMS(n), UnorderedSet(k), SumAndSample(k) and Enumerate() have.",
+            EstimatorWarning,
+            stacklevel=6,
+        )
+
+
+def averages(plan: Plan, group: Group) -> bool:
+    """Do the group's counterfactual values have weights?"""
+    estimators = [plan.estimators[n] for n in group.sites]
+    if not group.alternatives:
+        return False
+    return all(e.exchangeable for e in estimators) or (len(estimators) == 1 and estimators[0].weighted)
+
+
+def weights(
+    ops: Ops, plan: Plan, group: Group, sites: Mapping[str, Site], draws: Mapping[str, Draw], like: Array
+) -> Array:
+    """``[1 + A, *plates]``, constants of differentiation."""
+    name, *others = group.sites
+    estimator = plan.estimators[name]
+    if others or estimator.exchangeable:  # each site's values are draws of its own, so each of the joint ones is
+        return ops.full_like(ops.indices(1 + group.alternatives, like), 1 / (1 + group.alternatives), dtype=like.dtype)
+    return ops.stop_gradient(estimator.weights(ops, sites[name], draws[name]))
+
+
+def possible(ops: Ops, site: Site, weight: Array, value: Array, drawn: Array) -> Array:
+    """A counterfactual value, and the drawn one where its weight ``[*plates]`` is zero: it may be one that the model
+    has no finite log probability for."""
+    if not weight.ndim:
+        return value
+    return ops.where(site.spread(ops, weight, trailing=site.family == ONEHOT) > 0, value, drawn)
+
+
+def counted(plan: Plan, group: Group, terms: Sequence[Term]) -> list[Term]:
+    """The terms below ``group`` whose own gradient can be had at another value: not -log q of a score site (it has
+    none) or of one that sticks the landing, nor where a value drawn again carries only a part of its gradient."""
+    redrawn = plan.graph.descendants(frozenset(group.sites))
+    partial = frozenset(n for n in redrawn if plan.estimators[n].corrected)
+    return [
+        t
+        for t in terms
+        if not t.depends_on & partial
+        and (t.side == "model" or (plan.estimators[t.site].pathwise and t.site not in plan.sticking))
+    ]
+
+
+def averaged(ops: Ops, terms: Sequence[Term], averages: Sequence[Average]) -> list[Term]:
+    """The terms with their own gradient averaged, their values as they were."""
+    result = []
+    for t in terms:
+        key = (t.side, t.site)
+        above = [(_aligned(ops, a.weights, t.value), a.terms[key]) for a in averages if key in a.terms]
+        if above:
+            mean = sum(w[0] * t.value + ops.sum(w[1:] * x, axis=0) for w, x in above) / len(above)
+            rider = mean - ops.stop_gradient(mean)
+            rider = ops.where(ops.isfinite(mean), rider, ops.zeros_like(rider))
+            t = replace(t, value=ops.stop_gradient(t.value) + rider)
+        result.append(t)
+    return result
+
+
+def _aligned(ops: Ops, weights: Array, value: Array) -> Array:
+    """``[1 + A, *plates]`` in the rank of ``[1 + A, *batch]``; batch dimensions count from the right."""
+    count, *plates = weights.shape
+    plates = plates[max(len(plates) - value.ndim, 0) :]
+    return ops.reshape(weights, (count, *(1,) * (value.ndim - len(plates)), *plates))

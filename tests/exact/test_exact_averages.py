@@ -1,0 +1,197 @@
+"""The gradient of the model's own parameters, averaged over the values that an estimator evaluates: its exact mean and
+variance, integrated over the noise."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pyro
+import pyro.distributions as tdist
+import pytest
+import torch
+from injected import InjectedJax, cells, jax_gradients
+
+from ppl_estimators import (
+    ARMS,
+    Constant,
+    DisARM,
+    Enumerate,
+    EstimatorWarning,
+    Reinforce,
+    SumAndSample,
+    UnorderedSet,
+)
+from ppl_estimators.core.errors import EstimatorError
+from ppl_estimators.numpyro import EstimatorELBO as JaxELBO
+from ppl_estimators.pyro import EstimatorELBO as TorchELBO
+
+pytestmark = pytest.mark.usefixtures("double_precision")
+
+P = 0.3
+LOGIT = float(np.log(P / (1 - P)))
+LOGITS = np.log(np.array([0.2, 0.5, 0.3]))
+
+
+def bit():
+    """The ELBO's gradient in theta is b."""
+    theta = numpyro.param("theta", jnp.asarray(0.4))
+    b = numpyro.sample("z", dist.Bernoulli(logits=0.2))
+    numpyro.factor("f", theta * b)
+
+
+def bit_guide():
+    numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("a", jnp.asarray(LOGIT))))
+
+
+VALUE = np.array([1.0, -2.0, 0.5])
+
+
+def category():
+    theta = numpyro.param("theta", jnp.asarray(0.4))
+    k = numpyro.sample("z", dist.Categorical(logits=jnp.zeros(3)))
+    numpyro.factor("f", theta * jnp.asarray(VALUE)[k])
+
+
+def category_guide():
+    numpyro.sample("z", dist.Categorical(logits=numpyro.param("a", jnp.asarray(LOGITS))))
+
+
+def moments(elbo, model, guide, params, tables, weight):
+    """Exact mean and variance of the gradient in theta."""
+    found = jax_gradients(elbo, model, guide, params, tables)[1][:, -1]
+    return -(weight @ found), weight @ found**2 - (weight @ found) ** 2
+
+
+@pytest.mark.parametrize(("average", "variance"), [(False, P * (1 - P)), (True, P * (1 - 2 * P) / 2)])
+def test_a_pair_of_disarm(average, variance):
+    """b alone has variance p (1 - p); (b + b~)/2 with b~ of the mirrored noise has p (1 - 2p) / 2."""
+    u, weight = cells(P, 1 - P)
+    elbo = InjectedJax({"z": DisARM()}, average_model=average)
+    params = {"a": jnp.asarray(LOGIT), "theta": jnp.asarray(0.4)}
+    mean, found = moments(elbo, bit, bit_guide, params, {"z": {"u": u[:, None]}}, weight)
+    np.testing.assert_allclose(mean, P, atol=1e-10)
+    np.testing.assert_allclose(found, variance, atol=1e-10)
+
+
+@pytest.mark.parametrize(("average", "variance"), [(False, P * (1 - P)), (True, 0.0)])
+def test_an_enumerated_bit(average, variance):
+    elbo = InjectedJax({"z": Enumerate()}, average_model=average)
+    params = {"a": jnp.asarray(LOGIT), "theta": jnp.asarray(0.4)}
+    tables = {"z": {"value": np.array([[0.0], [1.0]])}}
+    mean, found = moments(elbo, bit, bit_guide, params, tables, np.array([1 - P, P]))
+    np.testing.assert_allclose(mean, P, atol=1e-10)
+    np.testing.assert_allclose(found, variance, atol=1e-10)
+
+
+@pytest.mark.parametrize("spec", [Enumerate(), UnorderedSet(3), SumAndSample(2)], ids=repr)
+def test_a_set_of_all_categories_has_no_variance(spec):
+    rng = np.random.default_rng(0)
+    u = rng.uniform(size=(50, 1, 3))
+    tables = {"z": {"u": u, "value": np.argmax(LOGITS - np.log(-np.log(u)), -1)}}
+    params = {"a": jnp.asarray(LOGITS), "theta": jnp.asarray(0.4)}
+    elbo = InjectedJax({"z": spec}, average_model=True)
+    found = jax_gradients(elbo, category, category_guide, params, tables)[1][:, -1]
+    np.testing.assert_allclose(-found, np.exp(LOGITS) @ VALUE, atol=1e-12)
+
+
+@pytest.mark.parametrize(("spec", "pairs"), [(UnorderedSet(2), False), (SumAndSample(1), True)], ids=repr)
+def test_two_of_three_categories(spec, pairs):
+    """Exact over the orders in which Gumbel noise can put the categories: p_i p_j / (1 - p_i) for the first two."""
+    p = np.exp(LOGITS)
+    orders = [(i, j, 3 - i - j) for i in range(3) for j in range(3) if i != j]
+    weight = np.array([p[i] * p[j] / (1 - p[i]) for i, j, _ in orders])
+    perturbed = np.array([[3.0 - order.index(c) for c in range(3)] for order in orders])  # LOGITS - log(-log u)
+    u = np.exp(-np.exp(LOGITS - perturbed))
+    params = {"a": jnp.asarray(LOGITS), "theta": jnp.asarray(0.4)}
+    tables = {"z": {"u": u[:, None]}}
+    alone = moments(InjectedJax({"z": spec}), category, category_guide, params, tables, weight)
+    mean, found = moments(
+        InjectedJax({"z": spec}, average_model=True), category, category_guide, params, tables, weight
+    )
+    np.testing.assert_allclose([mean, alone[0]], p @ VALUE, atol=1e-10)
+    np.testing.assert_allclose(alone[1], p @ VALUE**2 - (p @ VALUE) ** 2, atol=1e-10)
+    top = 1  # the likeliest category
+    if pairs:  # p_top v_top + (1 - p_top) v_r, r from the rest
+        r = [c for c in range(3) if c != top]
+        q = p[r] / (1 - p[top])
+        expected = (1 - p[top]) ** 2 * (q @ VALUE[r] ** 2 - (q @ VALUE[r]) ** 2)
+    else:  # the mean of the first draw given the set {i, j}
+        expected = -((p @ VALUE) ** 2)
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            first, second = p[i] * p[j] / (1 - p[i]), p[i] * p[j] / (1 - p[j])
+            expected += (first * VALUE[i] + second * VALUE[j]) ** 2 / (first + second)
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+
+
+def test_impossible_values_cost_nothing():
+    """A category that guide and model both give probability zero leaves a finite gradient."""
+
+    def model():
+        k = numpyro.sample("z", dist.Categorical(probs=jnp.array([0.5, 0.5, 0.0])))
+        numpyro.sample("x", dist.Normal(numpyro.param("theta", jnp.asarray(0.4)) * k, 1.0), obs=1.0)
+
+    def guide():
+        a = numpyro.param("a", jnp.asarray(0.3))
+        numpyro.sample("z", dist.Categorical(logits=jnp.stack([a, 0.0 * a, -jnp.inf])))
+
+    params = {"a": jnp.asarray(0.3), "theta": jnp.asarray(0.4)}
+    tables = {"z": {"value": np.array([[0], [1]])}}
+    elbo = InjectedJax({"z": Enumerate()}, average_model=True)
+    loss, gradient = jax_gradients(elbo, model, guide, params, tables)
+    assert np.isfinite(loss).all()
+    p = 1 / (1 + np.exp(0.3))  # of category 1
+    np.testing.assert_allclose(gradient[:, 1], -p * (1 - 0.4), atol=1e-12)
+
+
+def torch_model():
+    theta = pyro.param("theta", torch.tensor([0.4, 0.1], dtype=torch.double))
+    with pyro.plate("data", 2):
+        z = pyro.sample("z", tdist.Bernoulli(torch.tensor(0.4)).expand([2]))
+        pyro.sample("x", tdist.Normal(theta * z, 1.0), obs=torch.tensor([1.0, -1.0]))
+
+
+def torch_guide():
+    a = pyro.param("a", torch.tensor([0.3, -0.7], dtype=torch.double))
+    with pyro.plate("data", 2):
+        pyro.sample("z", tdist.Bernoulli(logits=a))
+
+
+def torch_gradient(elbo, seed):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    elbo.loss_and_grads(torch_model, torch_guide)
+    return pyro.get_param_store()["theta"].unconstrained().grad
+
+
+@pytest.mark.parametrize("estimator", [ARMS(5), Enumerate()], ids=repr)
+def test_chunks_and_one_after_another_agree_in_pyro(estimator):
+    options = ({"max_parallel": 1}, {"max_parallel": 3, "vectorize_particles": True, "max_plate_nesting": 1})
+    one, other = (torch_gradient(TorchELBO({"z": estimator}, average_model=True, **o), 3) for o in options)
+    drawn = torch_gradient(TorchELBO({"z": estimator}), 3)
+    np.testing.assert_allclose(one, other, atol=1e-12)
+    assert not np.allclose(one, drawn)
+
+
+def test_nothing_to_average_is_said():
+    with pytest.warns(EstimatorWarning, match=r"average_model=True.*does nothing.*DisARM"):
+        TorchELBO({"z": Reinforce(Constant(1.0))}, average_model=True, num_particles=1).loss(torch_model, torch_guide)
+    with pytest.warns(EstimatorWarning, match=r"average_model=True.*does nothing.*DisARM"):
+        import jax
+
+        JaxELBO({"z": Reinforce(Constant(1.0))}, average_model=True).loss(
+            jax.random.key(0), {"a": jnp.asarray(0.1), "theta": jnp.asarray(0.4)}, bit, bit_guide
+        )
+
+
+def test_a_branch_on_a_drawn_value_is_refused():
+    def model():
+        if pyro.sample("z", tdist.Bernoulli(0.5)):
+            pyro.sample("x", tdist.Normal(0.0, 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        pyro.sample("z", tdist.Bernoulli(logits=pyro.param("a", torch.tensor(0.0))))
+
+    with pytest.raises(EstimatorError, match=r"average_model=True.*decides.*Leave average_model=False"):
+        TorchELBO({"z": DisARM()}, average_model=True).loss_and_grads(model, guide)
