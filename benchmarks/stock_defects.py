@@ -4,9 +4,9 @@
     python benchmarks/stock_defects.py --rows 4 9 # measure and print some rows only
 
 Every row is a model of a few states whose ELBO is an explicit sum, differentiated without any of the two
-libraries (tests/laws/oracle.py); "exact" is that. "Stock" is the mean over many steps of the library's own ELBO,
-or the exception it raises; "ours" is `EstimatorELBO` on the same program. ± is one standard error of the mean. All
-numbers are derivatives of the loss, −ELBO. Takes three minutes on two free cores; the draws are seeded.
+libraries (ppl_estimators/testing/zoo/oracle.py); "exact" is that. "Stock" is the mean over many steps of the
+library's own ELBO, or the exception it raises; "ours" is `EstimatorELBO` on the same program. ± is one standard error
+of the mean. All numbers are derivatives of the loss, −ELBO. Takes three minutes on two free cores; draws are seeded.
 Milliseconds are of this machine: compare them with each other only.
 """
 
@@ -20,7 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,8 @@ import numpyro.infer  # noqa: E402
 import pyro  # noqa: E402
 import pyro.infer  # noqa: E402
 import torch  # noqa: E402
-import zoo  # noqa: E402
-from languages import NumPyroLanguage, PyroLanguage  # noqa: E402
 from measure import Measured, numpyro_measure, pyro_measure  # noqa: E402
 from numpyro import optim  # noqa: E402
-from zoo import CASES, Case  # noqa: E402
 
 from ppl_estimators import (  # noqa: E402
     Enumerate,
@@ -51,6 +48,8 @@ from ppl_estimators import (  # noqa: E402
 )
 from ppl_estimators import numpyro as ours_numpyro  # noqa: E402
 from ppl_estimators import pyro as ours_pyro  # noqa: E402
+from ppl_estimators.testing import zoo  # noqa: E402
+from ppl_estimators.testing.zoo import CASES, Case, NumPyroLanguage, PyroLanguage  # noqa: E402  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "why.md"
 BEGIN, END = "<!-- stock-defects:start -->", "<!-- stock-defects:end -->"
@@ -181,7 +180,7 @@ def indices() -> Iterable[Row]:
     case = CASES["amortised"]
     stock = in_numpyro(
         numpyro.infer.TraceEnum_ELBO(),
-        zoo.replace(case, program=partial(zoo.amortised, infer={"enumerate": "parallel"})),
+        replace(case, program=partial(zoo.minibatches.amortised, infer={"enumerate": "parallel"})),
     )
     mine = in_numpyro(ours_numpyro.EstimatorELBO({"z": Enumerate()}), case)
     yield Row(

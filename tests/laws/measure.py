@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from languages import NumPyroLanguage, PyroLanguage
-from zoo import Case
+
+from ppl_estimators.testing.zoo import Case, NumPyroLanguage, PyroLanguage
 
 Gradient = dict[str, np.ndarray]
 

@@ -1,5 +1,6 @@
 """The law matrix in NumPyro; the same tests for Pyro are in `test_laws_pyro.py`."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -8,8 +9,6 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-import zoo
-from languages import NumPyroLanguage
 from measure import (
     Measured,
     assert_exact,
@@ -36,8 +35,6 @@ from mixes import (
 )
 from numpyro import optim
 from numpyro.infer import SVI
-from oracle import gradient, sigmoid
-from zoo import CASES
 
 from ppl_estimators import (
     REBAR,
@@ -54,6 +51,9 @@ from ppl_estimators import (
 )
 from ppl_estimators.core.errors import EstimatorError, EstimatorWarning
 from ppl_estimators.numpyro import EstimatorELBO, with_estimators
+from ppl_estimators.testing import zoo
+from ppl_estimators.testing.zoo import CASES, NumPyroLanguage
+from ppl_estimators.testing.zoo.oracle import gradient, sigmoid
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*score function without a baseline")
 
@@ -161,7 +161,7 @@ def test_plate_elements_get_their_own_cost() -> None:
     drawn = measure("local", Mix("plain", {"z": Reinforce()}), 1_000)(0).gradients["a"]
     a = case.params["a"]
     for e in range(3):
-        expected = [-zoo.local_costs(np.full(3, z), a)[e] * (z - sigmoid(a[e])) for z in (0, 1)]
+        expected = [-zoo.dimensions.local_costs(np.full(3, z), a)[e] * (z - sigmoid(a[e])) for z in (0, 1)]
         distance = np.abs(drawn[:, e, None] - np.array(expected))
         assert distance.min(-1).max() < 1e-10
         assert set(distance.argmin(-1)) == {0, 1}
@@ -324,8 +324,8 @@ def test_bound_of_the_estimator_that_it_takes_by_itself() -> None:
 
 @pytest.mark.parametrize("objective", [ImportanceWeighted(), Renyi(0.5)], ids=repr)
 def test_bound_with_pathwise_and_score_sites(objective: Any) -> None:
-    grid = zoo.replace(CASES["mixed"], table=zoo.mixed_grid)
-    case = zoo.replace(zoo.bound(grid, 2, objective.alpha), table=None)
+    grid = replace(CASES["mixed"], table=zoo.sites.mixed_grid)
+    case = replace(zoo.bound(grid, 2, objective.alpha), table=None)
     elbo = EstimatorELBO(num_particles=2, objective=objective)
     measured = with_power(numpyro_measure(elbo, case, 100_000), case.exact_gradient())
     assert_unbiased(measured, case.exact_gradient())
@@ -353,15 +353,15 @@ def test_counterfactual_runs_see_the_same_minibatch(where: str, vectorize: bool,
     """Enumerated, the gradient is exact for the minibatch: there are 15 of them."""
     elbo = EstimatorELBO({"z": Enumerate()}, num_particles=particles, vectorize_particles=vectorize)
     measured = numpyro_measure(elbo, CASES[where], 200)(0)
-    assert distance_to(measured.gradients["a"], zoo.minibatch_gradients()).max() < 1e-9
+    assert distance_to(measured.gradients["a"], zoo.minibatches.minibatch_gradients()).max() < 1e-9
     assert len(set(np.round(np.ravel(measured.gradients["a"]), 6))) == 15
 
 
 def test_antithetic_run_sees_the_same_minibatch() -> None:
     measured = numpyro_measure(EstimatorELBO({"z": DisARM()}), CASES["minibatch_global"], 500)(0)
-    p = sigmoid(zoo.BATCH_LOGIT)
+    p = sigmoid(zoo.minibatches.BATCH_LOGIT)
     # ½ Δ σ(|a|) where b ≠ b̃, 0 where they agree; minibatch_gradients() is −p (1 − p) Δ
-    possible = np.append(zoo.minibatch_gradients() / (1 - p) / 2, 0.0)
+    possible = np.append(zoo.minibatches.minibatch_gradients() / (1 - p) / 2, 0.0)
     assert distance_to(measured.gradients["a"], possible).max() < 1e-9
 
 
@@ -372,7 +372,7 @@ def test_particles_see_the_same_minibatch(where: str, vectorize: bool) -> None:
     elbo = EstimatorELBO(num_particles=4, vectorize_particles=vectorize)
     loss = jax.jit(jax.vmap(lambda key: elbo.loss(key, params, model, guide)))
     losses = np.asarray(loss(jax.random.split(jax.random.key(0), 200)))
-    assert distance_to(losses, zoo.minibatch_losses()).max() < 1e-9
+    assert distance_to(losses, zoo.minibatches.minibatch_losses()).max() < 1e-9
     assert len(set(np.round(losses, 6))) == 15
 
 
@@ -380,7 +380,7 @@ def test_particles_see_the_same_minibatch(where: str, vectorize: bool) -> None:
 def test_minibatches_are_drawn_uniformly(where: str) -> None:
     """Law 2 with random subsampling: the mean over minibatches is the full gradient."""
     measured = numpyro_measure(EstimatorELBO({"z": Enumerate()}), CASES[where], 20_000)
-    exact = {"a": np.mean(zoo.minibatch_gradients())}
+    exact = {"a": np.mean(zoo.minibatches.minibatch_gradients())}
     assert_unbiased(with_power(measured, exact), exact)
 
 

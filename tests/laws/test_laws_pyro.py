@@ -1,14 +1,13 @@
 """The law matrix in Pyro; the same tests for NumPyro are in `test_laws_numpyro.py`."""
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyro
 import pytest
 import torch
-import zoo
-from languages import PyroLanguage
 from measure import (
     Measured,
     assert_exact,
@@ -34,9 +33,7 @@ from mixes import (
     kept,
     pairs,
 )
-from oracle import sigmoid
 from pyro.infer import SVI
-from zoo import CASES
 
 from ppl_estimators import (
     REBAR,
@@ -53,6 +50,9 @@ from ppl_estimators import (
 )
 from ppl_estimators.core.errors import EstimatorError, EstimatorWarning
 from ppl_estimators.pyro import EstimatorELBO, with_estimators
+from ppl_estimators.testing import zoo
+from ppl_estimators.testing.zoo import CASES, PyroLanguage
+from ppl_estimators.testing.zoo.oracle import sigmoid
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*score function without a baseline")
 
@@ -261,7 +261,7 @@ def test_plate_elements_get_their_own_cost(estimators: dict[str, Any]) -> None:
     drawn = measure("local", Mix("plain", estimators), 60).gradients["a"]
     a = case.params["a"]
     for e in range(3):
-        expected = [-zoo.local_costs(np.full(3, z), a)[e] * (z - sigmoid(a[e])) for z in (0, 1)]
+        expected = [-zoo.dimensions.local_costs(np.full(3, z), a)[e] * (z - sigmoid(a[e])) for z in (0, 1)]
         distance = np.abs(drawn[:, e, None] - np.array(expected))
         assert distance.min(-1).max() < 1e-10
         assert set(distance.argmin(-1)) == {0, 1}
@@ -417,8 +417,8 @@ def test_bound_is_exact_over_states(name: str, particles: int, objective: Any, v
 @pytest.mark.parametrize("objective", [ImportanceWeighted(), Renyi(0.5)], ids=repr)
 def test_bound_with_pathwise_and_score_sites(objective: Any) -> None:
     """Thousands of copies in a plate around everything: a bound per element."""
-    grid = zoo.replace(CASES["mixed"], table=zoo.mixed_grid)
-    case = zoo.replace(zoo.bound(grid, 2, objective.alpha), table=None)
+    grid = replace(CASES["mixed"], table=zoo.sites.mixed_grid)
+    case = replace(zoo.bound(grid, 2, objective.alpha), table=None)
     copies = zoo.copies(case, 3_000)
     elbo = EstimatorELBO(num_particles=2, vectorize_particles=True, objective=objective)
 
@@ -444,15 +444,15 @@ def test_counterfactual_runs_see_the_same_minibatch(where: str, vectorize: bool,
     """Enumerated, the gradient is exact for the minibatch: there are 15 of them."""
     elbo = EstimatorELBO({"z": Enumerate()}, num_particles=particles, vectorize_particles=vectorize)
     measured = pyro_measure(elbo, CASES[where], 150)
-    assert distance_to(measured.gradients["a"], zoo.minibatch_gradients()).max() < 1e-9
+    assert distance_to(measured.gradients["a"], zoo.minibatches.minibatch_gradients()).max() < 1e-9
     assert len(set(np.round(np.ravel(measured.gradients["a"]), 6))) == 15
 
 
 def test_antithetic_run_sees_the_same_minibatch() -> None:
     measured = pyro_measure(EstimatorELBO({"z": DisARM()}), CASES["minibatch_global"], 200)
-    p = sigmoid(zoo.BATCH_LOGIT)
+    p = sigmoid(zoo.minibatches.BATCH_LOGIT)
     # ½ Δ σ(|a|) where b ≠ b̃, 0 where they agree; minibatch_gradients() is −p (1 − p) Δ
-    possible = np.append(zoo.minibatch_gradients() / (1 - p) / 2, 0.0)
+    possible = np.append(zoo.minibatches.minibatch_gradients() / (1 - p) / 2, 0.0)
     assert distance_to(measured.gradients["a"], possible).max() < 1e-9
 
 
@@ -463,7 +463,7 @@ def test_particles_see_the_same_minibatch(where: str, vectorize: bool) -> None:
     elbo = EstimatorELBO(num_particles=4, vectorize_particles=vectorize)
     pyro.set_rng_seed(0)
     losses = np.array([elbo.loss_and_grads(model, guide) for _ in range(150)])
-    assert distance_to(losses, zoo.minibatch_losses()).max() < 1e-9
+    assert distance_to(losses, zoo.minibatches.minibatch_losses()).max() < 1e-9
     assert len(set(np.round(losses, 6))) == 15
 
 

@@ -128,3 +128,8 @@ class NumPyroLanguage:
             return step(carry, x).astype(float), None
 
         self.numpyro.contrib.control_flow.scan(body, carry, xs)
+
+
+def language(library: str) -> PyroLanguage | NumPyroLanguage:
+    """The vocabulary of "pyro" or "numpyro"."""
+    return {"pyro": PyroLanguage, "numpyro": NumPyroLanguage}[library]()

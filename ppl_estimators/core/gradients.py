@@ -1,0 +1,55 @@
+"""What both `Gradients` share: names, and errors that name the user's mistake."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from .errors import EstimatorError
+
+Array = Any
+
+#: called with the number of draws done so far
+Progress = Callable[[int], None]
+
+#: the part of the gradient that reaches the parameters through no latent site's distribution: the model's own
+EXPLICIT = "(explicit)"
+
+
+def kept_by_estimators(name: str, sites: Iterable[str]) -> bool:
+    """Is a parameter an estimator's own (``"z$network.w1"``), trained on another objective than the ELBO?"""
+    return any(re.match(re.escape(site) + r"\$(?!\$)", name) for site in sites)
+
+
+def check_program(elbo: Any, model: Any, guide: Any) -> None:
+    """Complain of arguments in the wrong order, before the libraries do it in their own words."""
+    if isinstance(elbo, type):
+        raise EstimatorError(f"elbo is the class {elbo.__name__}, not an ELBO. Write {elbo.__name__}().")
+    for role, thing in (("model", model), ("guide", guide)):
+        if not callable(thing):
+            raise EstimatorError(f"the {role} is not callable, got {thing!r}. Pass (elbo, model, guide, *args).")
+
+
+def check_names(given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Every given parameter must be one of the program's."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            there = ", ".join(f"'{k}'" for k in known) or "none"
+            raise EstimatorError(f"params: '{name}' is no parameter of model or guide. Parameters: {there}.")
+
+
+def check_shape(name: str, given: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if tuple(given) != tuple(wanted):
+        raise EstimatorError(f"params: '{name}' has shape {tuple(given)}, the program's has {tuple(wanted)}.")
+
+
+def check_sites(sites: Iterable[str], parameters: Iterable[str]) -> None:
+    """A guide without latent sites, or a program without parameters, has no gradient to look at."""
+    if not list(sites):
+        raise EstimatorError(
+            "the guide has no latent sites: nothing is sampled in it. Is it the model, or is every site observed?"
+        )
+    if not list(parameters):
+        raise EstimatorError("neither model nor guide has a parameter. Declare some with param(...), or a module.")

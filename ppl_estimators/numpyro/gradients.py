@@ -1,0 +1,229 @@
+"""Gradient draws of any ELBO of NumPyro, ours or stock, at a point of the parameters; nothing is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.distributions import Distribution
+from numpyro.infer import SVI
+from numpyro.optim import SGD
+from numpyro.primitives import Messenger
+
+from ..core.gradients import (
+    EXPLICIT,
+    Progress,
+    check_names,
+    check_program,
+    check_shape,
+    check_sites,
+    kept_by_estimators,
+)
+
+Array = Any
+
+#: numbers of all draws of a chunk together: parameters × draws × parts
+CHUNK_NUMBERS = 2**22
+CHUNK_DRAWS = 256
+
+
+class Gradients:
+    """Draws of the gradient of ``elbo``, in the unconstrained space that `SVI` optimises.
+
+    ``params``: values by name, in the parameters' own (constrained) space, as from ``svi.get_params(state)``; those
+    left out are as `SVI.init` with ``seed`` makes them. ``mutable_state``: of the program and of estimators, as in
+    ``svi_state.mutable_state``; by default the initial one. What estimators train ("z$...") is held at its value and
+    left out of the gradients.
+
+    A draw is a function of ``(seed, index)``. Nothing is changed: no parameter, no state, no random state.
+
+    ``sites``: the latent sites of the guide in order; ``names``: the parameters; ``shapes``: theirs.
+
+    Raises `EstimatorError` for unknown parameters, a guide without latent sites, a program without parameters.
+    """
+
+    library = "numpyro"
+
+    def __init__(
+        self,
+        elbo: Any,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        mutable_state: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ):
+        check_program(elbo, model, guide)
+        self.elbo, self.model, self.guide = elbo, model, guide
+        self.args, self.kwargs = tuple(args), dict(kwargs or {})
+        look = _Look()
+        with look:
+            svi = SVI(model, lambda *a, **k: look.guide(guide, a, k), SGD(0.0), elbo)
+            state = svi.init(jax.random.key(seed), *self.args, **self.kwargs)
+        self.sites = look.latents
+        unconstrained = svi.optim.get_params(state.optim_state)
+        check_sites(self.sites, unconstrained)
+        self._constrain = svi.constrain_fn
+        if params:
+            check_names(params, unconstrained)
+            constrained = self._constrain(unconstrained)
+            for name, value in params.items():
+                check_shape(name, np.shape(value), np.shape(constrained[name]))
+            given = {n: jnp.asarray(v, constrained[n].dtype) for n, v in params.items()}
+            inverse = svi.constrain_fn.args[0]
+            unconstrained = {
+                **unconstrained,
+                **{n: inverse[n].inv(v) if n in inverse else v for n, v in given.items()},
+            }
+        self._state = {**(state.mutable_state or {}), **(mutable_state or {})}
+        own = {n: v for n, v in unconstrained.items() if not kept_by_estimators(n, self.sites)}
+        self._kept = {n: v for n, v in unconstrained.items() if n not in own}
+        self._point = own
+        self.names = list(own)
+        self.shapes = {n: tuple(jnp.shape(v)) for n, v in own.items()}
+        self.size = sum(int(np.prod(s)) for s in self.shapes.values())
+        self._compiled: dict[Any, Any] = {}
+
+    # ---- one gradient -------------------------------------------------------------------------------------------
+
+    def _loss(self, params: Mapping[str, Array], key: Array, guide: Callable[..., Any]) -> Array:
+        constrained = self._constrain({**params, **self._kept})
+        given = (self.model, guide, *self.args)
+        if self._state:
+            constrained = {**constrained, **jax.lax.stop_gradient(self._state)}
+            return self.elbo.loss_with_mutable_state(key, constrained, *given, **self.kwargs)["loss"]
+        return self.elbo.loss(key, constrained, *given, **self.kwargs)
+
+    def value_and_gradient(self, params: Mapping[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+        """Traceable: the loss and its gradient at unconstrained ``params``."""
+        return jax.value_and_grad(self._loss)(params, key, self.guide)
+
+    def _with_parts(self, params: Mapping[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+        """The loss, and gradients ``[1 + sites, ...]``: explicit, then one part for each site."""
+
+        def gated(params: Mapping[str, Array], gates: Array) -> Array:
+            open_ = dict(zip(self.sites, gates, strict=True))
+            return self._loss(params, key, lambda *a, **k: _through_gates(open_, self.guide, a, k))
+
+        count = len(self.sites)
+        prefixes = jnp.tril(jnp.ones((count + 1, count)), -1)
+        losses, upto = jax.lax.map(lambda g: jax.value_and_grad(gated)(params, g), prefixes)
+        parts = jax.tree.map(lambda h: jnp.concatenate([h[:1], h[1:] - h[:-1]]), upto)
+        return losses[0], parts
+
+    # ---- draws --------------------------------------------------------------------------------------------------
+
+    def draw(self, seed: int = 0, index: int = 0) -> tuple[float, dict[str, np.ndarray]]:
+        """The loss, and the gradient by parameter."""
+        loss, gradient = self._many(1, "total")(self._point, self._keys(seed, index, 1))
+        return float(loss[0]), {n: np.asarray(g[0]) for n, g in gradient.items()}
+
+    def draws(
+        self, num_draws: int, seed: int = 0, progress: Progress | None = None, start: int = 0
+    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """Chunks of draws: losses ``[chunk]`` and gradients ``{name: [chunk, ...]}``; compiled once."""
+        return self._chunks("total", num_draws, seed, progress, start, 1)
+
+    def parts(
+        self, num_draws: int, seed: int = 0, progress: Progress | None = None, start: int = 0
+    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """The same draws in parts: ``{name: [chunk, 1 + sites, ...]}``, in the order of ``part_names``.
+
+        A site's part is the gradient that reaches the cost by way of its own distribution and no later site's: its
+        surrogate, or the cost's slope in its reparameterised value, followed back to every parameter. The parts sum
+        to the gradient.
+        """
+        return self._chunks("parts", num_draws, seed, progress, start, 2 * len(self.sites) + 2)
+
+    @property
+    def part_names(self) -> list[str]:
+        return [EXPLICIT, *self.sites]
+
+    def chunk(self, copies: int = 1) -> int:
+        """How many draws are held at once."""
+        return int(np.clip(CHUNK_NUMBERS // max(self.size * copies, 1), 1, CHUNK_DRAWS))
+
+    def _chunks(
+        self, kind: str, num_draws: int, seed: int, progress: Progress | None, start: int, copies: int
+    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        chunk = min(self.chunk(copies), num_draws)
+        done = 0
+        while done < num_draws:
+            losses, gradients = self._many(chunk, kind)(self._point, self._keys(seed, start + done, chunk))
+            wanted = min(chunk, num_draws - done)
+            done += wanted
+            yield np.asarray(losses)[:wanted], {n: np.asarray(g)[:wanted] for n, g in gradients.items()}
+            if progress is not None:
+                progress(done)
+
+    @staticmethod
+    def _keys(seed: int, start: int, count: int) -> Array:
+        return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(start, start + count))
+
+    def _many(self, count: int, kind: str) -> Any:
+        """Compiled for ``count`` draws; one draw needs no batching."""
+        if (count, kind) not in self._compiled:
+            one = self.value_and_gradient if kind == "total" else self._with_parts
+
+            def many(params: Mapping[str, Array], keys: Array) -> Any:
+                if count == 1:
+                    return jax.tree.map(lambda x: x[None], one(params, keys[0]))
+                return jax.vmap(one, (None, 0))(params, keys)
+
+            self._compiled[count, kind] = jax.jit(many)
+        return self._compiled[count, kind]
+
+    def step(self) -> Callable[[int], None]:
+        """One step of the gradient, compiled and waited for: what a timer should call."""
+        many = self._many(1, "total")
+        return lambda index: jax.block_until_ready(many(self._point, self._keys(0, index, 1)))
+
+
+class _Look(Messenger):
+    """Notes the latent sites of the guide."""
+
+    def __init__(self) -> None:
+        self.latents: list[str] = []
+        self.inside = False
+        super().__init__()
+
+    def guide(self, guide: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self.inside = True
+        try:
+            return guide(*args, **kwargs)
+        finally:
+            self.inside = False
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if self.inside and msg["type"] == "sample" and not msg["is_observed"] and msg["name"] not in self.latents:
+            self.latents.append(msg["name"])
+
+
+class _Gates(Messenger):
+    """Lets gradients into the distributions of the guide's sites only where their gate is open."""
+
+    def __init__(self, gates: Mapping[str, Array]):
+        self.gates = gates
+        super().__init__()
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "sample" and msg["name"] in self.gates and isinstance(msg["fn"], Distribution):
+            gate = self.gates[msg["name"]]
+            msg["fn"] = jax.tree.map(lambda x: _gated(x, gate), msg["fn"])
+
+
+def _through_gates(gates: Mapping[str, Array], guide: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    with _Gates(gates):
+        return guide(*args, **kwargs)
+
+
+def _gated(x: Any, gate: Array) -> Any:
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        return x
+    return jnp.where(gate > 0, x, jax.lax.stop_gradient(x))

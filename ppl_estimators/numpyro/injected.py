@@ -1,0 +1,61 @@
+"""One loss and gradient with noise that the caller chooses."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.distributions import biject_to
+from numpyro.primitives import Messenger
+
+from ..core.errors import EstimatorError
+from ..testing.twins import NODES, Given, Twin
+from .exact import named_leaves, point, rule_of
+
+Array = Any
+
+
+class _Minibatch(Messenger):
+    """Gives subsampled plates their indices."""
+
+    def __init__(self, fn: Any, given: Given):
+        self.given = given
+        super().__init__(fn)
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] == "plate" and msg["args"][1] not in (None, msg["args"][0]):
+            msg["value"] = jnp.asarray(self.given.minibatch(msg["name"], *msg["args"]))
+
+
+def loss_and_gradient(twin: Twin, params: Mapping[str, Any], given: Given) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and gradient at the constrained ``params``."""
+
+    def sample(name: str, fn: Any, key: Array) -> tuple[Array, list[Any]]:
+        rule = rule_of(name, fn, NODES)
+        return rule.value(fn, jnp.asarray(given.choices(name, tuple(rule.elements), rule.size))), []
+
+    def noise(name: str, label: str, noise: Any, key: Array) -> Array:
+        return jnp.asarray(given.noise(name, label, noise), float)
+
+    elbo = copy.copy(twin.elbo)
+    elbo._sample, elbo._noise = sample, noise  # read from the instance before the class
+    model, guide = _Minibatch(twin.model, given), _Minibatch(twin.guide, given)
+    held, constraint, _ = point(model, guide, twin.args, twin.kwargs)
+    if held.keys() != params.keys():
+        raise EstimatorError(
+            f"the twins have different parameters: {sorted(params.keys() - held.keys())} only in Pyro, "
+            f"{sorted(held.keys() - params.keys())} only in NumPyro."
+        )
+    held, constraint, _ = point(model, guide, twin.args, twin.kwargs, params)
+    transforms = {n: biject_to(c) for n, c in constraint.items()}
+
+    def loss(u: Mapping[str, Any]) -> Array:
+        constrained = {n: jax.tree.map(transforms[n], v) for n, v in u.items()}
+        return elbo.loss(jax.random.key(0), constrained, model, guide, *twin.args, **twin.kwargs)
+
+    value, gradient = jax.value_and_grad(loss)({n: jax.tree.map(transforms[n].inv, v) for n, v in held.items()})
+    return float(value), named_leaves(gradient)

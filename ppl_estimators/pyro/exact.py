@@ -1,0 +1,336 @@
+"""The exact loss and its gradient of a small Pyro program, by running it once for every state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+import torch.distributions as td
+from pyro.poutine.guide import GuideMessenger
+from torch.distributions import transform_to
+
+from ..core import families
+from ..core.errors import EstimatorError, site_error
+from ..testing import quadrature
+from ..testing.states import Count, Exact, Minibatches, check_budget, minibatches_of
+from .distributions import family, log_q, unwrapped
+from .run import Message, Traces, execute, terms_of
+
+Array = torch.Tensor
+
+
+def exact(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    params: Mapping[str, Any] | None,
+    nodes: int,
+    max_states: int,
+    minibatches: Minibatches | None,
+) -> Exact:
+    """Sum over states; the parameter store, ``.grad`` and the random state stay as they are."""
+    program = _Program(model, guide, args, dict(kwargs), dict(params or {}), nodes, max_states, minibatches)
+    with untouched(), torch.enable_grad():
+        try:
+            return program.sum()
+        finally:
+            program.point.restore()
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """The parameter store and all random states are afterwards what they were."""
+    store = pyro.get_param_store()
+    state, rng = store.get_state(), pyro.util.get_rng_state()
+    try:
+        yield
+    finally:
+        store.clear()
+        store.set_state(state)
+        pyro.util.set_rng_state(rng)
+
+
+class Point:
+    """Moves parameters to the constrained values ``params`` as soon as the program has declared them."""
+
+    def __init__(self, params: Mapping[str, Any]):
+        self.params = params
+        self.before: dict[str, tuple[Array, Array]] = {}  # what was moved, and where it was
+
+    def settled(self, run: Callable[[], Any]) -> Any:
+        """What ``run()`` returns, with all of them in place."""
+        while True:
+            result = run()
+            if not self.move():
+                return result
+
+    def move(self) -> bool:
+        store, moved = pyro.get_param_store(), False
+        for name, unconstrained in store.named_parameters():
+            if name not in self.params or name in self.before:
+                continue
+            value = torch.as_tensor(self.params[name]).detach().to(unconstrained)
+            if value.shape != store[name].shape:
+                raise EstimatorError(
+                    f"params: '{name}' has shape {tuple(value.shape)}, the program's is {tuple(store[name].shape)}."
+                )
+            self.before[name] = (unconstrained, unconstrained.detach().clone())
+            with torch.no_grad():
+                unconstrained.copy_(transform_to(store._constraints[name]).inv(value))
+            moved = True
+        return moved
+
+    def check(self) -> None:
+        names = set(pyro.get_param_store().keys())
+        if unknown := sorted(self.params.keys() - names):
+            raise EstimatorError(f"params: the program declares no parameter {unknown}. There are: {sorted(names)}.")
+
+    def values(self) -> dict[str, Array]:
+        store = pyro.get_param_store()
+        return {n: store[n].detach().clone() for n in store.keys() if "$state." not in n}
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for unconstrained, value in self.before.values():
+                unconstrained.copy_(value)
+
+
+class _Program:
+    def __init__(
+        self, model: Any, guide: Any, args: Any, kwargs: Any, params: Any, nodes: int, max_states: int, minibatches: Any
+    ):
+        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.params, self.nodes, self.max_states, self.minibatches = params, nodes, max_states, minibatches
+        self.observes = isinstance(getattr(guide, "guide", guide), GuideMessenger)
+        self.point = Point(self.params)
+
+    # ---- one run --------------------------------------------------------------------------------------------------
+
+    def run(self, path: list[list[int]], nodes: int, subsamples: dict[str, Array]) -> tuple[Traces, Array]:
+        """The run whose i-th latent site takes choice ``path[i][0]`` (0 beyond the end, where the path grows), and
+        the logarithm of its weight."""
+        index, weights, counts = 0, [], []
+
+        def draw(msg: Message) -> Array:
+            nonlocal index
+            rule = rule_of(msg["name"], msg["fn"], nodes)
+            counts.append(Count(msg["name"], rule.size, math.prod(rule.elements)))
+            if index == len(path):
+                path.append([0, counts[-1].states])
+            value, log_weight = rule.take(path[index][0])
+            index += 1
+            weights.append(log_weight)
+            return value
+
+        traces = execute(
+            self.model, self.guide, self.args, self.kwargs, draw=draw, subsamples=subsamples, observes=self.observes
+        )
+        self.counts = counts
+        return traces, sum(weights, torch.zeros(()))
+
+    # ---- all runs -------------------------------------------------------------------------------------------------
+
+    def sum(self) -> Exact:
+        subsamples: dict[str, Array] = {}
+        with torch.no_grad():
+            traces, _ = self.point.settled(lambda: self.run([], self.nodes, subsamples))
+        if not traces.latents():
+            raise EstimatorError(
+                "the guide draws no latent site, so there is nothing to estimate. Give the guide a pyro.sample(...) "
+                "statement, or pass model and guide in this order."
+            )
+        self.point.check()
+        batches = minibatches_of(_subsampled(traces), self.minibatches)
+        check_budget(self.counts, {n: len(b) for n, b in batches.items()}, self.max_states)
+        continuous = any(not _discrete(m["fn"]) for m in traces.latents().values())
+        value, gradient, states = self.enumerate(self.nodes, batches)
+        error = 0.0
+        if continuous:
+            _, other, _ = self.enumerate(quadrature.coarser(self.nodes), batches)
+            error = max((float(np.abs(g - other[n]).max()) for n, g in gradient.items() if g.size), default=0.0)
+        return Exact(value, gradient, self.point.values(), states, error)
+
+    def enumerate(self, nodes: int, batches: Mapping[str, Any]) -> tuple[float, dict[str, np.ndarray], int]:
+        loss, states = 0.0, 0
+        gradient: dict[str, Array] = {}
+        share = 1 / math.prod(len(b) for b in batches.values())
+        for chosen in product(*batches.values()):
+            path: list[list[int]] = []
+            while True:
+                subsamples = {n: torch.as_tensor(b) for n, b in zip(batches, chosen, strict=True)}
+                traces, log_weight = self.point.settled(partial(self.run, path, nodes, subsamples))
+                if log_weight > -math.inf:
+                    loss += self.add(traces, log_weight, share, gradient)
+                states += 1
+                if states > self.max_states:
+                    raise EstimatorError(
+                        f"exact_gradient met more than max_states = {self.max_states:,} states: the program's branches "
+                        "have more than its first run shows. Pass a larger max_states=."
+                    )
+                while path and path[-1][0] == path[-1][1] - 1:
+                    path.pop()
+                if not path:
+                    break
+                path[-1][0] += 1
+        named = dict(pyro.get_param_store().named_parameters())
+        zero = {n: torch.zeros_like(p) for n, p in named.items() if p.requires_grad and "$state." not in n}
+        return loss, {n: gradient.get(n, z).detach().cpu().numpy() for n, z in zero.items()}, states
+
+    def add(self, traces: Traces, log_weight: Array, share: float, gradient: dict[str, Array]) -> float:
+        """−weight · f of one state; its derivatives go into ``gradient``."""
+        terms = terms_of(traces, {})
+        for term in terms:
+            if not bool(torch.isfinite(term.value).all()):
+                values = {n: m["value"].tolist() for n, m in traces.latents().items()}
+                kind = "log p" if term.side == "model" else "-log q"
+                raise site_error(
+                    term.site,
+                    f"its {kind} in the {term.side} is {term.value.sum().item()} where the latents are {values}",
+                    "The ELBO is not finite there: widen the support, or look for a NaN in the parameters and data.",
+                )
+        loss = -share * log_weight.exp() * sum(t.value.sum() for t in terms)
+        named = {n: p for n, p in pyro.get_param_store().named_parameters() if p.requires_grad and "$state." not in n}
+        if loss.requires_grad and named:
+            found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+            for name, g in zip(named, found, strict=True):
+                if g is not None:
+                    gradient[name] = gradient[name] + g if name in gradient else g
+        return float(loss.detach())
+
+
+def _subsampled(traces: Traces) -> dict[str, tuple[int, int]]:
+    """``{plate: (size, subsample size)}`` of the plates that drew their indices."""
+    messages = [*traces.guide.values(), *traces.model.values()]
+    full = {f.name: f.full_size or f.size for m in messages for f in m["cond_indep_stack"]}
+    return {n: (full[n], len(index)) for n, index in traces.subsamples.items() if n in full}
+
+
+# ---- what a site's choices are ---------------------------------------------------------------------------------------
+
+
+class Rule(NamedTuple):
+    """``size`` choices for each of ``elements`` (a shape); ``take`` gives value and log weight of a joint choice."""
+
+    elements: tuple[int, ...]
+    size: int
+    of_digits: Callable[[Array], tuple[Array, Array]]
+
+    def take(self, choice: int) -> tuple[Array, Array]:
+        digits = np.array([choice // self.size**i % self.size for i in range(math.prod(self.elements))], dtype=int)
+        return self.of_digits(torch.as_tensor(digits.reshape(self.elements)))
+
+
+def _discrete(fn: Any) -> bool:
+    return bool(getattr(unwrapped(fn), "has_enumerate_support", False))
+
+
+def rule_of(name: str, fn: Any, nodes: int) -> Rule:
+    base = unwrapped(fn)
+    if isinstance(base, dist.Delta):
+        return Rule((), 1, lambda d: (fn(), torch.zeros(())))
+    shape = (*fn.batch_shape, *fn.event_shape)
+    batch = shape[: len(shape) - len(base.event_shape)]
+    if _discrete(fn):
+        try:
+            support = base.enumerate_support(expand=False)
+        except NotImplementedError as error:
+            raise _refused(name, base, str(error)) from error
+        support = support.reshape(-1, *base.event_shape)
+
+        def discrete(digits: Array) -> tuple[Array, Array]:
+            value = support[digits]
+            return value, log_q(fn, value).sum()
+
+        return Rule(batch, len(support), discrete)
+    noise, size, place = _continuous(name, base, nodes)
+    elements = (*batch, *noise[len(base.batch_shape) :])
+
+    def continuous(digits: Array) -> tuple[Array, Array]:
+        value, log_weight = place(digits)
+        return value.expand(shape), log_weight
+
+    return Rule(elements, size, continuous)
+
+
+def _continuous(name: str, base: Any, nodes: int) -> tuple[tuple[int, ...], int, Callable[[Array], Any]]:
+    """Shape of the noise, choices per element, and the map from choices to value and log weight."""
+    if isinstance(base, td.Normal):
+        x, w = map(torch.as_tensor, quadrature.hermite(nodes))
+        return base.batch_shape, len(x), lambda d: (base.loc + base.scale * x[d].to(base.loc), w[d].sum().to(base.loc))
+    if isinstance(base, td.MultivariateNormal):
+        x, w = map(torch.as_tensor, quadrature.hermite(nodes))
+        shape = (*base.batch_shape, *base.event_shape)
+        return (
+            shape,
+            len(x),
+            lambda d: (
+                base.loc + (base.scale_tril @ x[d].to(base.loc)[..., None])[..., 0],
+                w[d].sum().to(base.loc),
+            ),
+        )
+    if isinstance(base, td.MixtureSameFamily):
+        return _mixture(name, base, nodes)
+    if isinstance(base, td.TransformedDistribution):
+        inner = unwrapped(base.base_dist)
+        noise, size, place = _continuous(name, inner, nodes)
+        prefix = base.base_dist.shape()[: len(base.base_dist.shape()) - len(inner.shape())]
+
+        def transformed(digits: Array) -> tuple[Array, Array]:
+            value, log_weight = place(digits)
+            for transform in base.transforms:
+                value = transform(value)
+            return value, log_weight
+
+        return (*prefix, *noise), size, transformed
+    u, w = map(torch.as_tensor, quadrature.unit(nodes))
+    try:
+        base.icdf(torch.full((), 0.5))
+    except (NotImplementedError, AttributeError) as error:
+        raise _refused(name, base, "no quadrature is known for it") from error
+
+    def quantile(digits: Array) -> tuple[Array, Array]:
+        like = next(v for v in vars(base).values() if torch.is_tensor(v) and v.is_floating_point())
+        info = torch.finfo(like.dtype)
+        return base.icdf(u[digits].to(like).clamp(info.tiny, 1 - info.eps)), w[digits].sum().to(like)
+
+    return base.batch_shape, len(u), quantile
+
+
+def _mixture(name: str, base: Any, nodes: int) -> Any:
+    """A component, then its own node."""
+    part = unwrapped(base.component_distribution)
+    if base.event_shape:
+        raise _refused(name, base, "its components are not one-dimensional")
+    _, size, place = _continuous(name, part, nodes)
+    components = base.mixture_distribution.logits.shape[-1]
+
+    def mixture(digits: Array) -> tuple[Array, Array]:
+        k, node = digits // size, digits % size
+        wide = (*digits.shape, components)
+        log_pi = base.mixture_distribution.logits.log_softmax(-1).expand(wide).gather(-1, k[..., None]).sum()
+        values, _ = place(node[..., None].expand(wide))
+        _, log_weight = place(node[..., None])
+        return values.expand(wide).gather(-1, k[..., None])[..., 0], log_pi + log_weight
+
+    return base.batch_shape, components * size, mixture
+
+
+def _refused(name: str, base: Any, why: str) -> EstimatorError:
+    known = "Normal, MultivariateNormal, mixtures and transforms of them, and what has a quantile function (icdf)"
+    if getattr(base.support, "is_discrete", False) or family(base) in families.COUNTS:
+        known = "distributions with a small finite support"
+    return site_error(
+        name,
+        f"exact_gradient cannot sum over {type(base).__name__} ({why})",
+        f"It sums over {known}. Pass assert_unbiased(..., reference={{...}}) if you know the gradient otherwise.",
+    )

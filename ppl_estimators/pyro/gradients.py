@@ -1,0 +1,294 @@
+"""Gradient draws of any ELBO of Pyro, ours or stock, at a point of the parameters; nothing is changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import TraceGraph_ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch.distributions import Distribution, Transform, constraints
+from torch.distributions.constraint_registry import transform_to
+
+from ..core.errors import EstimatorError
+from ..core.gradients import (
+    EXPLICIT,
+    Progress,
+    check_names,
+    check_program,
+    check_shape,
+    check_sites,
+    kept_by_estimators,
+)
+from .elbo import EstimatorELBO
+
+Array = torch.Tensor
+
+_STATE = ("$state.", "__baseline_avg_downstream_cost_")
+
+
+class Gradients:
+    """Draws of the gradient of ``elbo``, in the unconstrained space that `SVI` optimises.
+
+    ``params``: values by name, in the parameters' own (constrained) space, as from ``pyro.param(name)``; those left
+    out are the parameter store's at the time of each draw, or if the guide has not run yet as ``seed`` makes them.
+    What estimators train ("z$...") is held at its value and left out of the gradients.
+
+    A draw is a function of ``(seed, index)``. Nothing is changed: no parameter, no store, no state, no random state,
+    no ``.grad``.
+
+    ``sites``: the latent sites of the guide in order; ``names``: the parameters; ``shapes``: theirs.
+
+    Raises `EstimatorError` for unknown parameters, a guide without latent sites, a program without parameters.
+    """
+
+    library = "pyro"
+
+    def __init__(
+        self,
+        elbo: Any,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        params: Mapping[str, Any] | None = None,
+        *,
+        seed: int = 0,
+    ):
+        check_program(elbo, model, guide)
+        self.elbo = _own(elbo)
+        self.model, self.guide = model, guide
+        self.args, self.kwargs = tuple(args), dict(kwargs or {})
+        self._extra: dict[str, Any] = {"params": {}, "constraints": {}}  # declared by the program, not in the store
+        self._values: dict[str, Array] = {}
+        look = _Look()
+        with self._apart(seed, 0), look:
+            _, _, parameters = self._run(lambda *a, **k: look.run(guide, a, k))
+            now = pyro.get_param_store().get_state()
+        self.sites = look.latents
+        present = pyro.get_param_store()
+        for part in self._extra:
+            self._extra[part] = {n: v for n, v in now[part].items() if n not in present}
+        self.names = [n for n in parameters if not kept_by_estimators(n, self.sites)]
+        check_sites(self.sites, self.names)
+        self.shapes = {n: tuple(parameters[n].shape) for n in self.names}
+        self.size = sum(int(np.prod(s)) for s in self.shapes.values())
+        if params:
+            self._set(params, now, parameters)
+
+    def _set(self, params: Mapping[str, Any], now: Mapping[str, Any], parameters: Mapping[str, Array]) -> None:
+        check_names(params, self.names)
+        for name, value in params.items():
+            like = parameters[name]
+            transform = transform_to(now["constraints"].get(name, constraints.real))
+            value = torch.as_tensor(value, dtype=like.dtype, device=like.device).detach()
+            check_shape(name, tuple(value.shape), tuple(transform(like.detach()).shape))
+            self._values[name] = transform.inv(value).clone()
+
+    @contextmanager
+    def _apart(self, seed: int, index: int) -> Iterator[None]:
+        """A store of its own with the same tensors, a seeded generator; afterwards all is as before."""
+        store, random = pyro.get_param_store(), pyro.util.get_rng_state()
+        present = store.get_state()
+        mine = {part: {**self._extra[part], **present[part]} for part in ("params", "constraints")}
+        tensors = dict(mine["params"])
+        grads = {n: p.grad for n, p in tensors.items()}
+        changed = {n: p for n, p in tensors.items() if n in self._values or any(s in n for s in _STATE)}
+        before = {n: p.detach().clone() for n, p in changed.items()}
+        try:
+            with store.scope(mine):
+                with torch.no_grad():
+                    for name, value in self._values.items():
+                        tensors[name].copy_(value)
+                pyro.set_rng_seed(int(np.random.SeedSequence([seed, index]).generate_state(1)[0]))
+                yield
+        finally:
+            with torch.no_grad():
+                for name, value in before.items():
+                    changed[name].copy_(value)
+            for name, grad in grads.items():
+                tensors[name].grad = grad
+            for name in list(store.keys()):
+                store[name]  # a store remembers unconstrained tensors on access
+            pyro.util.set_rng_state(random)
+
+    # ---- one gradient -------------------------------------------------------------------------------------------
+
+    def _run(self, guide: Callable[..., Any]) -> tuple[float, Array | None, dict[str, Array]]:
+        """The loss, a tensor whose gradient is the estimate (None where the ELBO has run backward itself), and the
+        unconstrained parameters behind it."""
+        given = (self.model, guide, *self.args)
+        with torch.enable_grad(), poutine.trace(param_only=True) as trace:
+            if isinstance(self.elbo, EstimatorELBO):
+                surrogate = self.elbo._differentiable(self.model, guide, self.args, self.kwargs, standalone=False)
+                loss = surrogate.item()
+            elif isinstance(self.elbo, TraceGraph_ELBO):
+                elbo, surrogate = self.elbo._loss_and_surrogate_loss(self.model, guide, self.args, self.kwargs)
+                loss = -float(elbo)
+            elif getattr(self.elbo, "differentiable_loss", None) is not None:
+                surrogate = self.elbo.differentiable_loss(*given, **self.kwargs)
+                loss = surrogate.item()
+            else:
+                for p in pyro.get_param_store()._params.values():
+                    p.grad = None
+                loss, surrogate = self.elbo.loss_and_grads(*given, **self.kwargs), None
+        parameters = {n: site["value"].unconstrained() for n, site in trace.trace.nodes.items() if "value" in site}
+        return loss, surrogate, {n: p for n, p in parameters.items() if p.requires_grad}
+
+    def _gradient(self, surrogate: Array | None, parameters: Mapping[str, Array], again: bool = False) -> dict:
+        """By name; ``again``: the graph will be asked again."""
+        found: dict[str, Array | None] = {n: p.grad for n, p in parameters.items()}
+        if surrogate is not None:
+            names = [n for n in self.names if n in parameters]
+            found = {}
+            if surrogate.requires_grad:
+                inputs = [parameters[n] for n in names]
+                slopes = torch.autograd.grad(surrogate, inputs, allow_unused=True, retain_graph=again)
+                found = dict(zip(names, slopes, strict=True))
+        missing = {n: torch.zeros(self.shapes[n]) for n in self.names if found.get(n) is None}
+        gradient = {n: missing[n] if n in missing else found[n].detach().cpu() for n in self.names}
+        return {n: g.numpy().copy() for n, g in gradient.items()}
+
+    # ---- draws --------------------------------------------------------------------------------------------------
+
+    def draw(self, seed: int = 0, index: int = 0) -> tuple[float, dict[str, np.ndarray]]:
+        """The loss, and the gradient by parameter."""
+        with self._apart(seed, index):
+            loss, surrogate, parameters = self._run(self.guide)
+            return float(loss), self._gradient(surrogate, parameters)
+
+    def draws(
+        self, num_draws: int, seed: int = 0, progress: Progress | None = None, start: int = 0
+    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """Draws one after another, each a chunk of one: losses ``[1]`` and gradients ``{name: [1, ...]}``."""
+        for done in range(num_draws):
+            loss, gradient = self.draw(seed, start + done)
+            yield np.array([loss]), {n: g[None] for n, g in gradient.items()}
+            if progress is not None:
+                progress(done + 1)
+
+    def parts(
+        self, num_draws: int, seed: int = 0, progress: Progress | None = None, start: int = 0
+    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """The same draws in parts: ``{name: [1, 1 + sites, ...]}``, in the order of ``part_names``.
+
+        A site's part is the gradient that reaches the cost by way of its own distribution and no later site's: its
+        surrogate, or the cost's slope in its reparameterised value, followed back to every parameter. The parts sum
+        to the gradient.
+        """
+        for done in range(num_draws):
+            gates = dict.fromkeys(self.sites, False)
+            with self._apart(seed, start + done):
+                loss, surrogate, parameters = self._run(_through_gates(gates, self.guide))
+                if surrogate is None:
+                    raise EstimatorError(
+                        f"{type(self.elbo).__name__} runs backward itself, so its gradient has no parts. "
+                        "Ask for parameters only, or use EstimatorELBO."
+                    )
+                upto = [self._gradient(surrogate, parameters, again=True)]
+                for site in self.sites:
+                    gates[site] = True
+                    upto.append(self._gradient(surrogate, parameters, again=True))
+            stacked = {n: np.stack([h[n] for h in upto]) for n in self.names}
+            yield (
+                np.array([float(loss)]),
+                {n: np.concatenate([h[:1], np.diff(h, axis=0)])[None] for n, h in stacked.items()},
+            )
+            if progress is not None:
+                progress(done + 1)
+
+    @property
+    def part_names(self) -> list[str]:
+        return [EXPLICIT, *self.sites]
+
+    def step(self) -> Callable[[int], None]:
+        """One step of the gradient: what a timer should call."""
+
+        def step(index: int) -> None:
+            self.draw(0, index)
+
+        return step
+
+
+def _own(elbo: Any) -> Any:
+    """Ours keeps plans and networks by name: a copy, so that the caller's stays as it is."""
+    if not isinstance(elbo, EstimatorELBO):
+        return elbo
+    mine = copy.copy(elbo)
+    mine._plans, mine._chosen, mine._plan = {}, {}, None
+    mine._validated, mine._seen = set(), set()
+    mine.keeper = copy.copy(elbo.keeper)
+    mine.keeper._parameters, mine.keeper._modules = dict(elbo.keeper._parameters), dict(elbo.keeper._modules)
+    return mine
+
+
+class _Look(Messenger):
+    """Notes the latent sites of the guide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents: list[str] = []
+        self.inside = False
+
+    def run(self, guide: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        self.inside = True
+        try:
+            return guide(*args, **kwargs)
+        finally:
+            self.inside = False
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if self.inside and not msg["is_observed"] and not site_is_subsample(msg) and msg["name"] not in self.latents:
+            self.latents.append(msg["name"])
+
+
+class _Gates(Messenger):
+    """Lets gradients into the distributions of the guide's sites only while their gate is open."""
+
+    def __init__(self, gates: Mapping[str, bool]):
+        super().__init__()
+        self.gates = gates
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.gates and not msg["is_observed"]:
+            msg["fn"] = _gated(msg["fn"], self.gates, msg["name"], {})
+
+
+def _through_gates(gates: Mapping[str, bool], guide: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _Gates(gates):
+            return guide(*args, **kwargs)
+
+    return run
+
+
+def _gated(thing: Any, gates: Mapping[str, bool], site: str, done: dict[int, Any]) -> Any:
+    """A copy of a distribution whose tensors ask the site's gate on the way back."""
+    if id(thing) in done:
+        return done[id(thing)]
+    if isinstance(thing, torch.Tensor):
+        if not thing.requires_grad:
+            return thing
+        alias = done[id(thing)] = thing.view_as(thing)
+        alias.register_hook(lambda slope: slope * float(gates[site]))
+        return alias
+    if isinstance(thing, (Distribution, Transform)) and not isinstance(thing, torch.nn.Module):
+        twin = done[id(thing)] = copy.copy(thing)
+        for key, value in vars(thing).items():
+            if key == "_cached_x_y":
+                vars(twin)[key] = (None, None)
+            elif key == "_inv":
+                vars(twin)[key] = None
+            else:
+                vars(twin)[key] = _gated(value, gates, site, done)
+        return twin
+    if isinstance(thing, (list, tuple)) and type(thing) in (list, tuple):
+        return type(thing)(_gated(x, gates, site, done) for x in thing)
+    return thing

@@ -1,0 +1,76 @@
+"""One loss and gradient with noise that the caller chooses."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+
+from ..testing.twins import NODES, Given, Twin
+from .exact import Point, rule_of, untouched
+
+Array = torch.Tensor
+
+
+class _Minibatch(Messenger):
+    """Gives subsampled plates their indices."""
+
+    def __init__(self, given: Given):
+        super().__init__()
+        self.given = given
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is None and msg["fn"].size != msg["fn"].subsample_size:
+            indices = self.given.minibatch(msg["name"], msg["fn"].size, msg["fn"].subsample_size)
+            msg["value"], msg["done"] = torch.as_tensor(indices), True
+
+
+def loss_and_gradient(
+    twin: Twin, params: Mapping[str, Any] | None, given: Given
+) -> tuple[float, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Loss, gradient, and the point as constrained arrays."""
+
+    def sample(name: str, fn: Any, *args: Any, **kwargs: Any) -> Array:
+        rule = rule_of(name, fn, NODES)
+        return rule.of_digits(torch.as_tensor(given.choices(name, tuple(rule.elements), rule.size)))[0]
+
+    def noise(name: str, label: str, noise: Any, like: Array) -> Array:
+        dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
+        concentration = noise.concentration
+        if isinstance(concentration, Array):
+            noise = type(noise)(noise.law, noise.shape, concentration.detach().cpu().numpy())
+        return torch.as_tensor(given.noise(name, label, noise), dtype=dtype, device=like.device)
+
+    elbo = copy.copy(twin.elbo)
+    elbo._sample, elbo._noise, elbo._plan = sample, noise, None
+    store = pyro.get_param_store()
+    grads = {p: p.grad for p in store._params.values()}
+    point = Point(dict(params or {}))
+
+    def step() -> float:
+        for p in store._params.values():
+            p.grad = None
+        with _Minibatch(given):
+            return float(elbo.loss_and_grads(twin.model, twin.guide, *twin.args, **twin.kwargs))
+
+    with untouched():
+        try:
+            pyro.set_rng_seed(0)
+            loss = point.settled(step)
+            point.check()
+            named = {n: p for n, p in store.named_parameters() if "$state." not in n}
+            gradient = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items()}
+            found = {n: g.detach().cpu().numpy().copy() for n, g in gradient.items()}
+            return loss, found, {n: v.cpu().numpy() for n, v in point.values().items()}
+        finally:
+            for p in store._params.values():
+                p.grad = None
+            for p, grad in grads.items():
+                p.grad = grad
+            point.restore()

@@ -1,0 +1,25 @@
+"""Tests of gradients, for your programs and your estimators as well as ours.
+
+`exact_gradient` sums over every state of a small program; `assert_unbiased` holds any ELBO of either library against
+that, with a stated power; `assert_same_gradient` puts one noise through a Pyro program and its NumPyro twin; `zoo` has
+small hard models with their exact ELBOs. Importing this imports neither torch nor jax.
+"""
+
+from . import zoo
+from .exact import exact_gradient
+from .states import Exact
+from .twins import Differ, Twin, assert_same_gradient
+from .unbiased import Biased, TooFewDraws, Unbiased, assert_unbiased
+
+__all__ = [
+    "Biased",
+    "Differ",
+    "Exact",
+    "TooFewDraws",
+    "Twin",
+    "Unbiased",
+    "assert_same_gradient",
+    "assert_unbiased",
+    "exact_gradient",
+    "zoo",
+]

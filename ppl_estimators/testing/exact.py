@@ -1,0 +1,55 @@
+"""`exact_gradient`: what the gradient of a small program is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .library import BACKENDS, backend_of
+from .states import Exact, Minibatches
+
+
+def exact_gradient(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    params: Mapping[str, Any] | None = None,
+    nodes: int = 24,
+    max_states: int = 20_000,
+    minibatches: Minibatches | None = None,
+    backend: str | None = None,
+    **kwargs: Any,
+) -> Exact:
+    """The exact loss −ELBO of a small Pyro or NumPyro program, and its gradient in the unconstrained parameters.
+
+    Discrete latents of finite support are summed out jointly, whatever they depend on: Bernoulli, Categorical,
+    one-hot, Binomial, in plates, batches and events; in Pyro also sites that only some branches have. Continuous ones
+    are integrated with ``nodes`` Gauss nodes per element: Normal and MultivariateNormal (Hermite), mixtures and
+    transforms of them, and whatever has a quantile function (Legendre); others are refused by name. Masks and scales
+    count as in the ELBO.
+
+    ``params``: the point, ``{name: constrained value}`` as the parameter store or ``svi.get_params(state)`` give
+    them. What is not named has its value in Pyro's parameter store, else its initial value.
+    ``minibatches``: ``{plate: [indices, ...]}`` to average over instead of all minibatches of a subsampled plate. One
+    list is the gradient given that minibatch; a partition of the data has the same mean as all of them.
+    ``max_states``: the most states to sum, nodes and minibatches included. Pyro runs the program once for each (about
+    a millisecond); NumPyro compiles one run and maps it over them.
+    ``backend``: "pyro" or "numpyro"; found out by whose sample statements run.
+    Other keyword arguments go to model and guide.
+
+    Changes nothing: parameter store, ``.grad`` and random states stay as they are. (An autoguide that has not run yet
+    sets itself up.) Compute in double precision if the reference is to be better than 1e-6.
+
+    Raises `EstimatorError` for more than ``max_states`` states, for a site it cannot sum over, a latent that the guide
+    forgets, a guide without latents, a cost that is not finite, and parameters that do not exist or have another shape.
+
+    >>> exact_gradient(model, guide, data).gradient["loc"]  # doctest: +SKIP
+    """
+    backend = backend or backend_of(model, guide, args, kwargs)
+    if backend not in BACKENDS:
+        raise ValueError(f'exact_gradient(backend=...) takes "pyro" or "numpyro", got {backend!r}.')
+    if backend == "pyro":
+        from ..pyro.exact import exact
+    else:
+        from ..numpyro.exact import exact
+    return exact(model, guide, args, kwargs, params=params, nodes=nodes, max_states=max_states, minibatches=minibatches)

@@ -1,0 +1,108 @@
+"""What both libraries' enumerations share: the result, the state of one site, the budget, the minibatches."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..core.errors import EstimatorError
+
+Minibatches = Mapping[str, Sequence[Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The exact loss and its gradient at one point.
+
+    ``value``: −ELBO, in nats. ``gradient``: ``{parameter: array}``, the derivative of ``value`` in the unconstrained
+    space that `SVI` optimises, each in the shape of the unconstrained parameter. ``params``: the point, constrained,
+    as the program sees it. ``states``: how many were summed (quadrature nodes and minibatches included).
+    ``quadrature_error``: the largest change of any derivative when two thirds of the nodes are used; 0 where every
+    latent is discrete.
+    """
+
+    value: float
+    gradient: Mapping[str, np.ndarray]
+    params: Mapping[str, Any] = field(repr=False)
+    states: int
+    quadrature_error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Count:
+    """A site has ``size`` choices for each of its ``elements``."""
+
+    site: str
+    size: int
+    elements: int
+
+    @property
+    def states(self) -> int:
+        return int(self.size**self.elements)
+
+
+def check_budget(counts: Sequence[Count], minibatches: Mapping[str, int], max_states: int) -> int:
+    """The number of states; `EstimatorError` names what makes them too many."""
+    total = math.prod([c.states for c in counts]) * math.prod(minibatches.values())
+    if total <= max_states:
+        return int(total)
+    factors = [f"site '{c.site}' {_power(c)}" for c in sorted(counts, key=lambda c: -c.states) if c.states > 1]
+    factors = factors[:8] + [f"and {len(factors) - 8} sites more"] * (len(factors) > 8)
+    factors += [f"plate '{name}' {n:,} minibatches" for name, n in minibatches.items() if n > 1]
+    advice = "Use a smaller program (fewer elements, shorter plates)"
+    if any(n > 1 for n in minibatches.values()):
+        advice += ", minibatches={...} to sum over a few of them"
+    amount = f"{total:,}" if total < 1e15 else f"about 10^{int(math.log10(total))}"
+    raise EstimatorError(
+        f"exact_gradient would sum {amount} states, and max_states is {max_states:,}: {', '.join(factors)}. "
+        f"{advice}, fewer nodes= for continuous sites, or a larger max_states=."
+    )
+
+
+def _power(count: Count) -> str:
+    return f"{count.size}^{count.elements}" if count.elements > 1 else f"{count.size}"
+
+
+def minibatches_of(sizes: Mapping[str, tuple[int, int]], given: Minibatches | None) -> dict[str, Sequence[Any]]:
+    """Index arrays of every subsampled plate; ``sizes`` are ``{plate: (size, subsample size)}``.
+
+    All subsets, or those that were given. The order of elements within a minibatch is taken not to matter.
+    """
+    given = dict(given or {})
+    if unknown := sorted(given.keys() - sizes.keys()):
+        known = ", ".join(f"'{n}'" for n in sizes) or "none"
+        raise EstimatorError(f"minibatches={{...}}: no subsampled plate is called {unknown}. There are: {known}.")
+    found: dict[str, Sequence[Any]] = {}
+    for name, (size, part) in sizes.items():
+        if name not in given:
+            found[name] = _Subsets(size, part)
+            continue
+        batches = [np.asarray(b, dtype=int) for b in given[name]]
+        if not batches or any(b.shape != (part,) or b.min() < 0 or b.max() >= size for b in batches):
+            raise EstimatorError(
+                f"plate '{name}': minibatches={{...}} must list index sequences of length {part} below {size}, "
+                f"got {given[name]!r}."
+            )
+        found[name] = batches
+    return found
+
+
+class _Subsets(Sequence[Any]):
+    """All subsets of a size, listed only when asked for: there may be very many."""
+
+    def __init__(self, size: int, part: int):
+        self.size, self.part = size, part
+
+    def __len__(self) -> int:
+        return min(math.comb(self.size, self.part), 10**18)
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self)[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (np.array(c, dtype=int) for c in itertools.combinations(range(self.size), self.part))
