@@ -360,21 +360,25 @@ class _Step:
         group: Group,
         key: Array,
         values: dict[str, Array],
+        draws: dict[str, Draw],
         kept: dict[str, Kept],
         temperature: Array | None = None,
         stopped: bool = True,
     ) -> list[Term]:
         """Cost terms downstream of the group when its sites take other values: the guide runs again from the same
-        keys, so what is not downstream comes out as before and what is shares its noise; where the values are
-        relaxed, discrete sites downstream do what the group says."""
+        keys, so what is not downstream comes out as before (score sites keep their value) and what is shares its
+        noise; where the values are relaxed, discrete sites downstream do what the group says."""
         members = frozenset(group.sites)
+        down = plan.graph.descendants(members)
         moves = group.relaxations and group.downstream in ("relaxed", "mean")
-        soft = frozenset(n for n in plan.graph.descendants(members) if moves and plan.relaxable(n)) - members
+        soft = frozenset(n for n in down if moves and plan.relaxable(n)) - members
 
         def draw(msg: Message, key: Array) -> tuple[Array, list[Any]]:
             name = msg["name"]
             if name in values:
                 return values[name], []
+            if name in draws and name not in down and not plan.estimators[name].pathwise:
+                return draws[name].value.astype(plan.dtypes[name]), []
             if name in soft:
                 site, u = self._view(plan, msg), None
                 if temperature is not None:
@@ -415,7 +419,7 @@ class _Step:
                 if average:
                     value = averaging.possible(OPS, site, weights[1 + index], value, draw.value)
                 values[site.name] = value.astype(plan.dtypes[site.name])
-            terms = self._rerun(plan, group, key, values, kept, stopped=not average)
+            terms = self._rerun(plan, group, key, values, draws, kept, stopped=not average)
             found = downstream_costs(OPS, plan.graph, terms, members)
             found = {s.name: jnp.zeros(s.plate_shape) if found[s.name] is None else found[s.name] for s in members}
             counted = averaging.counted(plan.shared, group, terms) if average else []
@@ -446,7 +450,7 @@ class _Step:
         members = [sites[n] for n in group.sites]
 
         def total(values: dict[str, Array], temperature: Array | None) -> tuple[Array, dict[str, Array]]:
-            terms = self._rerun(plan, group, key, values, kept, temperature)
+            terms = self._rerun(plan, group, key, values, draws, kept, temperature)
             found = downstream_costs(OPS, plan.graph, terms, members)
             return sum(jnp.sum(t.value) for t in terms), found
 

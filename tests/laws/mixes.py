@@ -46,6 +46,7 @@ from ppl_estimators import (
     StickingTheLanding,
     StochasticTriple,
     SumAndSample,
+    SumAroundMode,
     UnorderedSet,
 )
 
@@ -240,6 +241,10 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         Mix("sum_tree", {"k": SumAndSample(2), "z": DisARMTree()}),
         Mix("sticks_set", {"k": DisARMStickBreaking("ascending"), "z": UnorderedSet(3)}),
     ],
+    "subsampled_counts": [  # samplers of counts are slow
+        Mix("sum_triple", {"z1": SumAroundMode(2), "z2": StochasticTriple()}, draws=12_000),
+        Mix("measure_sum", {"z1": MeasureValued(), "z2": SumAroundMode(4)}, draws=12_000),
+    ],
     "coupled_categories": [ENUMERATE, *CATEGORICALS],
     "masked_by_handler": [DISARM, NVIL, REBARS, RELAXES],
     "masked_by_distribution": [DISARM, REBARS],
@@ -311,6 +316,7 @@ AVERAGED: dict[str, list[Mix]] = {
         Mix("sticks_set", {"k": DisARMStickBreaking(), "z": UnorderedSet(2)}),
         Mix("coupled_enumerate", {"k": CoupledImportance(), "z": Enumerate()}),
     ],
+    "subsampled_counts": [Mix("sum_around_mode", {"*": SumAroundMode(3)}, draws=12_000)],
     "coupled_categories": [Mix("sum_and_sample", {"*": SumAndSample(1)}), Mix("unordered_set", {"*": UnorderedSet(2)})],
     "undeclared": [ENUMERATE],
     "event": [ENUMERATE],

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 
 from .case import case
-from .oracle import bernoulli, bits, categorical, normal, sigmoid
+from .oracle import bernoulli, bits, categorical, normal, sigmoid, softplus
 
 # Subsampling: a global bit, and a local bit for each of four data points, two at a time.
 
@@ -126,6 +126,51 @@ def subsampled_bits_elbo(p):
 SUBSAMPLED_BITS = {"a": 0.9, "b": -0.7, "c": 1.6, "t": 0.5}
 case(
     "subsampled_bits", "L2 L4 L9", subsampled_bits, SUBSAMPLED_BITS, subsampled_bits_elbo, minibatches=((0, 3), (1, 2))
+)
+
+# Two dependent counts; the sum over the Poisson stops where nothing is left.
+
+
+def subsampled_counts(ppl, init):
+    def model():
+        with ppl.plate("data", 4, subsample_size=2) as index:
+            z = ppl.sample("z1", ppl.dist.Poisson(ppl.array(1.4)))
+            k = ppl.sample("z2", ppl.dist.Binomial(3, logits=ppl.param("t", init) - 0.5 * z))
+            ppl.sample("x", ppl.dist.Normal(0.9 * z - k, 1.0), obs=ppl.array(DATA)[index])
+
+    def guide():
+        a, b, c = (ppl.param(name, init) for name in "abc")
+        with ppl.plate("data", 4, subsample_size=2) as index:
+            covariate = ppl.array(COVARIATE)[index]
+            z = ppl.sample("z1", ppl.dist.Poisson(ppl.exp(a + 0.4 * covariate)))
+            ppl.sample("z2", ppl.dist.Binomial(3, logits=b + c * z))
+
+    return model, guide
+
+
+def subsampled_counts_elbo(p):
+    z, k = np.arange(40.0)[:, None], np.arange(4.0)
+    factorials = np.cumsum(np.log(np.maximum(np.arange(40.0), 1)))[:, None]
+    choices = np.log(np.array([1.0, 3.0, 3.0, 1.0]))
+
+    def log_law(log_rate, logits):
+        return z * log_rate - np.exp(log_rate) - factorials + choices + k * logits - 3 * softplus(logits)
+
+    total = 0.0
+    for x, covariate in zip(DATA, COVARIATE, strict=True):
+        log_q = log_law(p["a"] + 0.4 * covariate, p["b"] + p["c"] * z)
+        log_p = log_law(np.log(1.4), p["t"] - 0.5 * z) + normal(x, 0.9 * z - k)
+        total = total + (np.exp(log_q) * (log_p - log_q)).sum()
+    return total
+
+
+case(
+    "subsampled_counts",
+    "L2 L4 L9",
+    subsampled_counts,
+    {"a": 0.3, "b": 0.6, "c": -0.4, "t": 0.8},
+    subsampled_counts_elbo,
+    minibatches=((0, 3), (1, 2)),
 )
 
 PRIOR_K = [0.2, -0.3, 0.4, 0.0]
