@@ -147,6 +147,10 @@ class Gradients:
         return self._chunks("parts", num_draws, seed, progress, start, 2 * len(self.sites) + 2)
 
     @property
+    def has_parts(self) -> bool:
+        return True
+
+    @property
     def part_names(self) -> list[str]:
         return [EXPLICIT, *self.sites]
 

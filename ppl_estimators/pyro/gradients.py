@@ -216,6 +216,12 @@ class Gradients:
         return self.elbo._plan.shared if isinstance(self.elbo, EstimatorELBO) else None
 
     @property
+    def has_parts(self) -> bool:
+        """An ELBO that runs backward itself leaves no graph to ask."""
+        ours = isinstance(self.elbo, (EstimatorELBO, TraceGraph_ELBO))
+        return ours or getattr(self.elbo, "differentiable_loss", None) is not None
+
+    @property
     def part_names(self) -> list[str]:
         return [EXPLICIT, *self.sites]
 
