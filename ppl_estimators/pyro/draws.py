@@ -58,6 +58,8 @@ class Draws:
         point = Point(self.params)
         with untouched():
             try:
+                for p in grads:
+                    p.grad = None
                 pyro.set_rng_seed(self.seed)
                 point.settled(self.call)  # declares what the ELBO keeps, too
                 point.check()

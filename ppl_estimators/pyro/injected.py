@@ -26,8 +26,11 @@ class _Minibatch(Messenger):
         self.given = given
 
     def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["value"] is None and msg["fn"].size != msg["fn"].subsample_size:
-            indices = self.given.minibatch(msg["name"], msg["fn"].size, msg["fn"].subsample_size)
+        if not site_is_subsample(msg) or msg["value"] is not None:
+            return
+        size, part = msg["fn"].size, msg["fn"].subsample_size
+        if part not in (None, size):
+            indices = self.given.minibatch(msg["name"], size, part)
             msg["value"], msg["done"] = torch.as_tensor(indices), True
 
 

@@ -193,8 +193,8 @@ def _judge(outcome: Outcome, target: Mapping[str, np.ndarray], wanted: Wanted, m
     if n < outcome.needed:
         raise TooFewDraws(
             f"{n:,} draws cannot see a bias of {wanted.able_to_see:.0%}: with them it would have to be "
-            f"{outcome.sees:.0%} of the gradient's length. About {outcome.needed:,.0f} draws can, and max_draws is {max_draws:,}. Raise "
-            "max_draws=, give the ELBO more particles, or allow a larger able_to_see=.",
+            f"{outcome.sees:.0%} of the gradient's length. About {outcome.needed:,.0f} draws can, and max_draws is "
+            f"{max_draws:,}. Raise max_draws=, give the ELBO more particles, or allow a larger able_to_see=.",
             outcome.needed,
         )
     return Unbiased(n, float(outcome.sigmas.max()), outcome.sees)
