@@ -29,8 +29,9 @@ import torch
 from ppl_estimators import EstimatorError, ImportanceWeighted
 from ppl_estimators import numpyro as ours_numpyro
 from ppl_estimators import pyro as ours_pyro
-from ppl_estimators.numpyro.draws import Draws
+from ppl_estimators.numpyro.gradients import Gradients
 from ppl_estimators.testing import Biased, TooFewDraws, assert_unbiased, zoo
+from ppl_estimators.testing.draws import Differences
 from ppl_estimators.testing.power import Wanted, measure
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "testing.md"
@@ -59,7 +60,7 @@ class Row:
         pyro.clear_param_store()
         try:
             with pyro.validation_enabled(case.strict):
-                found = assert_unbiased(elbo, model, guide, reference=reference, max_draws=400_000)
+                found = assert_unbiased(elbo, model, guide, reference=reference, max_draws=400_000, nodes=48)
         except Biased as error:
             name, sigmas = max(error.sigmas.items(), key=lambda item: np.max(item[1]))
             far = "without any noise" if np.isinf(np.max(sigmas)) else f"{np.max(sigmas):,.0f} standard errors"
@@ -115,11 +116,11 @@ def rates(repetitions: int = 200) -> Iterable[str]:
     the direction that is hardest to see (along the standard deviations)."""
     case, wanted = zoo.CASES["masked_by_handler"], Wanted()
     model, guide = case.build("numpyro")
-    draws = Draws(ours_numpyro.EstimatorELBO(), model, guide, (), {}, case.params, 0)
     exact = case.exact_gradient()
+    draws = Differences(Gradients(ours_numpyro.EstimatorELBO(), model, guide, params=case.params), exact, 0)
     flat = np.concatenate([np.ravel(g) for g in exact.values()])
     length = float(np.linalg.norm(flat))
-    sums = draws.sums(exact, 10**8, 20_000)
+    sums = draws(10**8, 20_000)
     direction = np.sqrt(sums.squares / sums.draws)
     direction *= wanted.able_to_see * length / np.linalg.norm(direction)
 
@@ -128,12 +129,12 @@ def rates(repetitions: int = 200) -> Iterable[str]:
         for i in range(repetitions):
 
             def source(first: int, n: int, i: int = i) -> Any:
-                s = draws.sums(exact, 500_000 * i + first, n)
+                s = draws(500_000 * i + first, n)
                 return s._replace(
                     total=s.total + s.draws * shift, squares=s.squares + 2 * shift * s.total + s.draws * shift**2
                 )
 
-            raised += measure(source, length, wanted, 200_000, 1e-12).biased
+            raised += measure(source, length, wanted, 200_000).biased
         return raised / repetitions
 
     yield f"| no bias | at most {wanted.false_alarms:.0%} | {found(0 * direction):.1%} |"

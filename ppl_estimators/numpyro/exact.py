@@ -47,7 +47,7 @@ def exact(
         coarse = _Program(model, guide, args, dict(kwargs), params, quadrature.coarser(nodes))
         _, other = coarse.sum(batches)
         error = max((float(np.abs(g - other[n]).max()) for n, g in gradient.items() if g.size), default=0.0)
-    return Exact(value, gradient, program.params, states, error)
+    return Exact(value, gradient, program.params, states, error, tuple(program.rules))
 
 
 def point(
@@ -58,7 +58,7 @@ def point(
     params: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any], Traces]:
     """Parameters, constrained, with those of ``params`` put in, their constraints, and the run that declared them."""
-    given = {n: jax.tree.map(jnp.asarray, v) for n, v in dict(params or {}).items()}
+    given = {n: v if isinstance(v, dict) else jnp.asarray(v) for n, v in dict(params or {}).items()}
     with _Parameters() as recorded:
         traces = execute(jax.random.key(0), jax.random.key(1), given, model, guide, args, kwargs, draw=_own_draw)
     declared = recorded.sites
@@ -66,9 +66,9 @@ def point(
         raise EstimatorError(f"params: the program declares no parameter {unknown}. There are: {sorted(declared)}.")
     for name, site in declared.items():
         initial = site["args"][0] if site["args"] else None
-        if name in given and hasattr(initial, "shape") and jnp.shape(given[name]) != initial.shape:
+        if name in given and hasattr(initial, "shape") and np.shape(given[name]) != initial.shape:
             raise EstimatorError(
-                f"params: '{name}' has shape {jnp.shape(given[name])}, the program's is {initial.shape}."
+                f"params: '{name}' has shape {np.shape(given[name])}, the program's is {initial.shape}."
             )
     found = {n: jax.tree.map(lambda x: jnp.asarray(x, float), s["value"]) for n, s in declared.items()}
     return found, {n: s["kwargs"].get("constraint", constraints.real) for n, s in declared.items()}, traces

@@ -154,7 +154,7 @@ class _Program:
         if continuous:
             _, other, _ = self.enumerate(quadrature.coarser(self.nodes), batches)
             error = max((float(np.abs(g - other[n]).max()) for n, g in gradient.items() if g.size), default=0.0)
-        return Exact(value, gradient, self.point.values(), states, error)
+        return Exact(value, gradient, self.point.values(), states, error, tuple(traces.latents()))
 
     def look_at_guide(self) -> None:
         traces = execute(

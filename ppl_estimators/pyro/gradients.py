@@ -132,14 +132,15 @@ class Gradients:
         """The loss, a tensor whose gradient is the estimate (None where the ELBO has run backward itself), and the
         unconstrained parameters behind it."""
         given = (self.model, guide, *self.args)
+        whose = type(self.elbo).loss_and_grads  # what `SVI` calls: a subclass that changes it is asked in no other way
         with torch.enable_grad(), poutine.trace(param_only=True) as trace:
-            if isinstance(self.elbo, EstimatorELBO):
+            if whose is EstimatorELBO.loss_and_grads:
                 surrogate = self.elbo._differentiable(self.model, guide, self.args, self.kwargs, standalone=False)
                 loss = surrogate.item()
-            elif isinstance(self.elbo, TraceGraph_ELBO):
+            elif whose is TraceGraph_ELBO.loss_and_grads:
                 elbo, surrogate = self.elbo._loss_and_surrogate_loss(self.model, guide, self.args, self.kwargs)
                 loss = -torch_item(elbo)
-            elif getattr(self.elbo, "differentiable_loss", None) is not None:
+            elif whose.__module__.startswith("pyro.") and hasattr(self.elbo, "differentiable_loss"):
                 surrogate = self.elbo.differentiable_loss(*given, **self.kwargs)
                 loss = surrogate.item()
             else:
@@ -218,8 +219,13 @@ class Gradients:
     @property
     def has_parts(self) -> bool:
         """An ELBO that runs backward itself leaves no graph to ask."""
-        ours = isinstance(self.elbo, (EstimatorELBO, TraceGraph_ELBO))
-        return ours or getattr(self.elbo, "differentiable_loss", None) is not None
+        whose = type(self.elbo).loss_and_grads
+        ours = whose in (EstimatorELBO.loss_and_grads, TraceGraph_ELBO.loss_and_grads)
+        return ours or (whose.__module__.startswith("pyro.") and hasattr(self.elbo, "differentiable_loss"))
+
+    def chunk(self, copies: int = 1) -> int:
+        """How many draws are held at once."""
+        return 1
 
     @property
     def part_names(self) -> list[str]:

@@ -55,6 +55,7 @@ def loss_and_gradient(
     store = pyro.get_param_store()
     grads = {p: p.grad for p in store._params.values()}
     point = Point(dict(params or {}))
+    state = {p: p.detach().clone() for n, p in store.named_parameters() if "$state." in n}
 
     def step() -> float:
         for p in store._params.values():
@@ -76,4 +77,7 @@ def loss_and_gradient(
                 p.grad = None
             for p, grad in grads.items():
                 p.grad = grad
+            with torch.no_grad():
+                for p, value in state.items():
+                    p.copy_(value)
             point.restore()
