@@ -70,10 +70,7 @@ IN_PYRO = (
     "crossed reentered summed auxiliary categories subsampled_bits branching switching branching_guide dynamic "
     "over_time local minibatch_global enumerated single_zero"
 )
-IN_NUMPYRO = (
-    "chain scaled mixed delta subsample masked_by_handler masked_by_distribution event crossed auxiliary categories "
-    "switching over_time minibatch_global single_zero"
-)
+IN_NUMPYRO = "scaled mixed delta subsample masked_by_handler event crossed categories switching over_time"
 CASES = [("pyro", n) for n in IN_PYRO.split()] + [("numpyro", n) for n in IN_NUMPYRO.split()]
 
 
@@ -300,14 +297,20 @@ def side(library):
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_ours_passes_the_same_way_each_time(library):
+def test_ours_passes(library):
     model, guide = zoo.CASES["masked_by_handler"].build(library)
     elbo = side(library)[0].EstimatorELBO(num_particles=200, vectorize_particles=True)
     found = assert_unbiased(elbo, model, guide)
     assert found.sees <= 0.05
     assert found.sigmas < 3.5
-    assert assert_unbiased(elbo, model, guide) == found
-    assert assert_unbiased(elbo, model, guide, seed=1) != found
+
+
+def test_the_same_seed_gives_the_same_answer():
+    model, guide = zoo.CASES["single"].build("pyro")
+    elbo = torch_side.EstimatorELBO(num_particles=200, vectorize_particles=True)
+    one, again, other = (assert_unbiased(elbo, model, guide, seed=seed) for seed in (0, 0, 1))
+    assert one == again
+    assert one != other
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -352,27 +355,23 @@ def test_five_percent_are_seen(library):
         assert_unbiased(kind(num_particles=300, vectorize_particles=True), model, guide)
 
 
-UNDECLARED = "ignore:Missing a plate statement"
 DEFECTS = [
-    ("numpyro", "TraceGraph_ELBO", "scaled", {}),
-    ("numpyro", "TraceGraph_ELBO", "over_time", {}),
-    ("numpyro", "TraceGraph_ELBO", "masked_by_handler", {}),
-    ("numpyro", "TraceGraph_ELBO", "single_zero", {}),
-    ("numpyro", "Trace_ELBO", "mixture", {"nodes": 60}),
-    ("numpyro", "TraceGraph_ELBO", "undeclared", {}),
-    ("pyro", "Trace_ELBO", "auxiliary", {}),
-    ("pyro", "TraceGraph_ELBO", "reentered_same_plate", {}),
+    ("numpyro", "TraceGraph_ELBO", "scaled"),
+    ("numpyro", "TraceGraph_ELBO", "over_time"),
+    ("numpyro", "TraceGraph_ELBO", "masked_by_handler"),
+    ("numpyro", "TraceGraph_ELBO", "single_zero"),
+    ("pyro", "Trace_ELBO", "auxiliary"),
+    ("pyro", "TraceGraph_ELBO", "reentered_same_plate"),
 ]
 
 
-@pytest.mark.filterwarnings(UNDECLARED)
-@pytest.mark.parametrize(("library", "name", "case", "options"), DEFECTS)
-def test_defects_of_the_stock_elbos_are_found(library, name, case, options):
+@pytest.mark.parametrize(("library", "name", "case"), DEFECTS)
+def test_defects_of_the_stock_elbos_are_found(library, name, case):
     particles = {"num_particles": 500, "vectorize_particles": True} if library == "pyro" else {"num_particles": 10}
     elbo = getattr(side(library)[1], name)(**particles)
     model, guide = zoo.CASES[case].build(library)
     with pytest.raises(Biased):
-        assert_unbiased(elbo, model, guide, **options)
+        assert_unbiased(elbo, model, guide)
 
 
 @pytest.mark.filterwarnings("ignore:Currently, SVI with RenyiELBO loss")
@@ -470,7 +469,7 @@ def test_false_alarms_and_detections_are_as_promised():
     hardest *= 0.05 * length / np.linalg.norm(hardest)
     alarms, _ = raised(np.zeros(3))
     assert alarms <= beyond(0.01)
-    for direction in (hardest, 0.05 * np.array([1.0, -0.5, 0.2]), np.array([0.05 * length, 0, 0])):
+    for direction in (hardest, np.array([0.05 * length, 0, 0])):
         seen, _ = raised(direction)
         assert 1 - seen <= beyond(0.01)
     half, _ = raised(0.4 * hardest)
