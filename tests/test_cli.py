@@ -88,3 +88,29 @@ def assert_one_line(capsys, message):
     assert shown.err.startswith("ppl-estimators: ")
     assert shown.err.count("\n") == 1
     assert shown.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["report", "nonsense"], 2, "program 'nonsense' is not known"),
+        (["report", "nonsense:program"], 2, "cannot load 'nonsense:program'"),
+        (["report", "bit", "--estimator", "Disarm"], 1, "'Disarm' is not a name of ppl_estimators"),
+        (["report", "bit", "--draws", "1"], 2, "--draws"),
+        (["compare", "counts", "--estimator", "DisARM", "--draws", "2"], 1, "DisARM needs a Bernoulli site"),
+    ],
+)
+def test_report_and_compare_complain_in_one_line(arguments, code, message, capsys):
+    assert cli.main(arguments) == code
+    assert_one_line(capsys, message)
+
+
+def test_report_and_compare_in_both_libraries(capsys, tmp_path, monkeypatch):
+    import json
+
+    assert cli.main(["report", "bit", "--draws", "20", "--json", "--backend", "pyro"]) == 0
+    assert json.loads(capsys.readouterr().out)["sites"][1]["name"] == "b"
+    assert cli.main(["compare", "bit", "--draws", "50", "--estimator", "Enumerate", "--out", str(tmp_path)]) == 0
+    assert "exact, 2 states" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((tmp_path / "comparison.json").read_text())["rows"][0]["label"] == "Enumerate"
+    assert (tmp_path / "comparison.png").stat().st_size > 1000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from ppl_estimators.commands import demo
+from ppl_estimators.commands import demo, measure
 from ppl_estimators.commands import list as list_command
 from ppl_estimators.commands.errors import CommandError
 
@@ -22,3 +22,5 @@ app = typer.Typer(
 
 app.command("demo")(demo.demo)
 app.command("list")(list_command.list_estimators)
+app.command("report")(measure.report)
+app.command("compare")(measure.compare)

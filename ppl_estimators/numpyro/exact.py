@@ -47,7 +47,7 @@ def exact(
         coarse = _Program(model, guide, args, dict(kwargs), params, quadrature.coarser(nodes))
         _, other = coarse.sum(batches)
         error = max((float(np.abs(g - other[n]).max()) for n, g in gradient.items() if g.size), default=0.0)
-    return Exact(value, gradient, program.params, states, error)
+    return Exact(value, gradient, program.params, states, error, tuple(program.rules))
 
 
 def point(
@@ -58,23 +58,34 @@ def point(
     params: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any], Traces]:
     """Parameters, constrained, with those of ``params`` put in, their constraints, and the run that declared them."""
-    given = {n: jax.tree.map(jnp.asarray, v) for n, v in dict(params or {}).items()}
+    given = {n: v if isinstance(v, dict) else jnp.asarray(v) for n, v in dict(params or {}).items()}
     with _Parameters() as recorded:
-        traces = execute(
-            jax.random.key(0), jax.random.key(1), given, model, guide, args, kwargs,
-            draw=lambda msg, key: msg["fn"].sample_with_intermediates(key),
-        )  # fmt: skip
+        traces = execute(jax.random.key(0), jax.random.key(1), given, model, guide, args, kwargs, draw=_own_draw)
     declared = recorded.sites
     if unknown := sorted(n for n in given.keys() - declared.keys() if not n.endswith("$state")):
         raise EstimatorError(f"params: the program declares no parameter {unknown}. There are: {sorted(declared)}.")
     for name, site in declared.items():
         initial = site["args"][0] if site["args"] else None
-        if name in given and hasattr(initial, "shape") and jnp.shape(given[name]) != initial.shape:
+        if name in given and hasattr(initial, "shape") and np.shape(given[name]) != initial.shape:
             raise EstimatorError(
-                f"params: '{name}' has shape {jnp.shape(given[name])}, the program's is {initial.shape}."
+                f"params: '{name}' has shape {np.shape(given[name])}, the program's is {initial.shape}."
             )
     found = {n: jax.tree.map(lambda x: jnp.asarray(x, float), s["value"]) for n, s in declared.items()}
     return found, {n: s["kwargs"].get("constraint", constraints.real) for n, s in declared.items()}, traces
+
+
+def _look_at_guide(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    traces = execute(jax.random.key(0), jax.random.key(1), {}, None, guide, args, kwargs, draw=_own_draw)
+    if not traces.latents():
+        raise EstimatorError(
+            "the guide draws no latent site, so there is nothing to estimate. Give the guide a numpyro.sample(...) "
+            "statement, or pass model and guide in this order."
+        )
+
+
+def _own_draw(msg: Message, key: Array) -> tuple[Array, list[Any]]:
+    value, intermediates = msg["fn"].sample_with_intermediates(key)
+    return value, intermediates
 
 
 class _Parameters(Messenger):
@@ -108,14 +119,10 @@ class _Minibatch(Messenger):
 class _Program:
     def __init__(self, model: Any, guide: Any, args: Any, kwargs: Any, params: Any, nodes: int):
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        _look_at_guide(guide, args, kwargs)
         self.params, constraint, traces = point(model, guide, args, kwargs, params)
         self.transforms = {n: biject_to(c) for n, c in constraint.items()}
         latents = traces.latents()
-        if not latents:
-            raise EstimatorError(
-                "the guide draws no latent site, so there is nothing to estimate. Give the guide a "
-                "numpyro.sample(...) statement, or pass model and guide in this order."
-            )
         self.rules = {n: rule_of(n, m["fn"], nodes) for n, m in latents.items()}
         self.counts = [Count(n, r.size, math.prod(r.elements)) for n, r in self.rules.items()]
         self.continuous = any(not r.discrete for r in self.rules.values())
@@ -290,7 +297,7 @@ def _noise(name: str, base: Any, nodes: int) -> tuple[tuple[int, ...], int]:
         return (*prefix, *noise), size
     try:
         base.icdf(jnp.asarray(0.5))
-    except (NotImplementedError, AttributeError) as error:
+    except (NotImplementedError, AttributeError, ImportError) as error:
         raise _refused(name, base, "no quadrature is known for it") from error
     return base.batch_shape, len(quadrature.unit(nodes)[0])
 

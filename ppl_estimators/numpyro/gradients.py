@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ from numpyro.infer import SVI
 from numpyro.optim import SGD
 from numpyro.primitives import Messenger
 
+from ..core.errors import EstimatorWarning
 from ..core.gradients import (
     EXPLICIT,
     Progress,
@@ -22,6 +25,8 @@ from ..core.gradients import (
     check_sites,
     kept_by_estimators,
 )
+from ..core.plan import Plan
+from .elbo import EstimatorELBO, _Step
 
 Array = Any
 
@@ -142,6 +147,10 @@ class Gradients:
         return self._chunks("parts", num_draws, seed, progress, start, 2 * len(self.sites) + 2)
 
     @property
+    def has_parts(self) -> bool:
+        return True
+
+    @property
     def part_names(self) -> list[str]:
         return [EXPLICIT, *self.sites]
 
@@ -179,10 +188,26 @@ class Gradients:
             self._compiled[count, kind] = jax.jit(many)
         return self._compiled[count, kind]
 
-    def step(self) -> Callable[[int], None]:
-        """One step of the gradient, compiled and waited for: what a timer should call."""
-        many = self._many(1, "total")
-        return lambda index: jax.block_until_ready(many(self._point, self._keys(0, index, 1)))
+    def plan(self) -> Plan | None:
+        """Which estimator runs where; None for a stock ELBO."""
+        if not isinstance(self.elbo, EstimatorELBO):
+            return None
+        key = jax.random.key(0)
+        params = {**self._constrain({**self._point, **self._kept}), **self._state}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EstimatorWarning)
+            step = _Step(self.elbo, key, params, self.model, self.guide, self.args, self.kwargs)
+            return step.plan(key).shared
+
+    def seconds(self, steps: int) -> list[float]:
+        """The time of each of some steps: loss and gradient, no optimiser. The first of a fresh object compiles."""
+        many, times = self._many(1, "total"), []
+        for index in range(steps):
+            keys = jax.block_until_ready(self._keys(0, index, 1))
+            start = time.perf_counter()
+            jax.block_until_ready(many(self._point, keys))
+            times.append(time.perf_counter() - start)
+        return times
 
 
 class _Look(Messenger):

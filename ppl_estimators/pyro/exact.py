@@ -143,12 +143,8 @@ class _Program:
     def sum(self) -> Exact:
         subsamples: dict[str, Array] = {}
         with torch.no_grad():
+            self.look_at_guide()
             traces, _ = self.point.settled(lambda: self.run([], self.nodes, subsamples))
-        if not traces.latents():
-            raise EstimatorError(
-                "the guide draws no latent site, so there is nothing to estimate. Give the guide a pyro.sample(...) "
-                "statement, or pass model and guide in this order."
-            )
         self.point.check()
         batches = minibatches_of(_subsampled(traces), self.minibatches)
         check_budget(self.counts, {n: len(b) for n, b in batches.items()}, self.max_states)
@@ -158,7 +154,17 @@ class _Program:
         if continuous:
             _, other, _ = self.enumerate(quadrature.coarser(self.nodes), batches)
             error = max((float(np.abs(g - other[n]).max()) for n, g in gradient.items() if g.size), default=0.0)
-        return Exact(value, gradient, self.point.values(), states, error)
+        return Exact(value, gradient, self.point.values(), states, error, tuple(traces.latents()))
+
+    def look_at_guide(self) -> None:
+        traces = execute(
+            None, self.guide, self.args, self.kwargs, draw=lambda m: m["fn"](), subsamples={}, observes=self.observes
+        )
+        if not traces.latents():
+            raise EstimatorError(
+                "the guide draws no latent site, so there is nothing to estimate. Give the guide a pyro.sample(...) "
+                "statement, or pass model and guide in this order."
+            )
 
     def enumerate(self, nodes: int, batches: Mapping[str, Any]) -> tuple[float, dict[str, np.ndarray], int]:
         loss, states = 0.0, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import TraceGraph_ELBO
+from pyro.infer.util import torch_item
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import Distribution, Transform, constraints
@@ -27,6 +29,7 @@ from ..core.gradients import (
     check_sites,
     kept_by_estimators,
 )
+from ..core.plan import Plan
 from .elbo import EstimatorELBO
 
 Array = torch.Tensor
@@ -69,10 +72,14 @@ class Gradients:
         self._extra: dict[str, Any] = {"params": {}, "constraints": {}}  # declared by the program, not in the store
         self._values: dict[str, Array] = {}
         look = _Look()
-        with self._apart(seed, 0), look:
-            _, _, parameters = self._run(lambda *a, **k: look.run(guide, a, k))
-            now = pyro.get_param_store().get_state()
+        with self._apart(seed, 0):
+            with look, torch.no_grad():
+                guide(*self.args, **self.kwargs)
         self.sites = look.latents
+        check_sites(self.sites, ["not yet known"])
+        with self._apart(seed, 0):
+            _, _, parameters = self._run(guide)
+            now = pyro.get_param_store().get_state()
         present = pyro.get_param_store()
         for part in self._extra:
             self._extra[part] = {n: v for n, v in now[part].items() if n not in present}
@@ -125,14 +132,15 @@ class Gradients:
         """The loss, a tensor whose gradient is the estimate (None where the ELBO has run backward itself), and the
         unconstrained parameters behind it."""
         given = (self.model, guide, *self.args)
+        whose = type(self.elbo).loss_and_grads  # what `SVI` calls: a subclass that changes it is asked in no other way
         with torch.enable_grad(), poutine.trace(param_only=True) as trace:
-            if isinstance(self.elbo, EstimatorELBO):
+            if whose is EstimatorELBO.loss_and_grads:
                 surrogate = self.elbo._differentiable(self.model, guide, self.args, self.kwargs, standalone=False)
                 loss = surrogate.item()
-            elif isinstance(self.elbo, TraceGraph_ELBO):
+            elif whose is TraceGraph_ELBO.loss_and_grads:
                 elbo, surrogate = self.elbo._loss_and_surrogate_loss(self.model, guide, self.args, self.kwargs)
-                loss = -float(elbo)
-            elif getattr(self.elbo, "differentiable_loss", None) is not None:
+                loss = -torch_item(elbo)
+            elif whose.__module__.startswith("pyro.") and hasattr(self.elbo, "differentiable_loss"):
                 surrogate = self.elbo.differentiable_loss(*given, **self.kwargs)
                 loss = surrogate.item()
             else:
@@ -204,17 +212,35 @@ class Gradients:
             if progress is not None:
                 progress(done + 1)
 
+    def plan(self) -> Plan | None:
+        """Which estimator runs where; None for a stock ELBO."""
+        return self.elbo._plan.shared if isinstance(self.elbo, EstimatorELBO) else None
+
+    @property
+    def has_parts(self) -> bool:
+        """An ELBO that runs backward itself leaves no graph to ask."""
+        whose = type(self.elbo).loss_and_grads
+        ours = whose in (EstimatorELBO.loss_and_grads, TraceGraph_ELBO.loss_and_grads)
+        return ours or (whose.__module__.startswith("pyro.") and hasattr(self.elbo, "differentiable_loss"))
+
+    def chunk(self, copies: int = 1) -> int:
+        """How many draws are held at once."""
+        return 1
+
     @property
     def part_names(self) -> list[str]:
         return [EXPLICIT, *self.sites]
 
-    def step(self) -> Callable[[int], None]:
-        """One step of the gradient: what a timer should call."""
-
-        def step(index: int) -> None:
-            self.draw(0, index)
-
-        return step
+    def seconds(self, steps: int) -> list[float]:
+        """The time of each of some steps: loss and gradient, no optimiser."""
+        times = []
+        with self._apart(0, 0):
+            for _ in range(steps):
+                start = time.perf_counter()
+                _, surrogate, parameters = self._run(self.guide)
+                self._gradient(surrogate, parameters)
+                times.append(time.perf_counter() - start)
+        return times
 
 
 def _own(elbo: Any) -> Any:
@@ -235,17 +261,9 @@ class _Look(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self.latents: list[str] = []
-        self.inside = False
-
-    def run(self, guide: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        self.inside = True
-        try:
-            return guide(*args, **kwargs)
-        finally:
-            self.inside = False
 
     def _pyro_sample(self, msg: Any) -> None:
-        if self.inside and not msg["is_observed"] and not site_is_subsample(msg) and msg["name"] not in self.latents:
+        if not msg["is_observed"] and not site_is_subsample(msg) and msg["name"] not in self.latents:
             self.latents.append(msg["name"])
 
 

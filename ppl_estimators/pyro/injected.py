@@ -26,8 +26,11 @@ class _Minibatch(Messenger):
         self.given = given
 
     def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["value"] is None and msg["fn"].size != msg["fn"].subsample_size:
-            indices = self.given.minibatch(msg["name"], msg["fn"].size, msg["fn"].subsample_size)
+        if not site_is_subsample(msg) or msg["value"] is not None:
+            return
+        size, part = msg["fn"].size, msg["fn"].subsample_size
+        if part not in (None, size):
+            indices = self.given.minibatch(msg["name"], size, part)
             msg["value"], msg["done"] = torch.as_tensor(indices), True
 
 
@@ -52,6 +55,7 @@ def loss_and_gradient(
     store = pyro.get_param_store()
     grads = {p: p.grad for p in store._params.values()}
     point = Point(dict(params or {}))
+    state = {p: p.detach().clone() for n, p in store.named_parameters() if "$state." in n}
 
     def step() -> float:
         for p in store._params.values():
@@ -73,4 +77,7 @@ def loss_and_gradient(
                 p.grad = None
             for p, grad in grads.items():
                 p.grad = grad
+            with torch.no_grad():
+                for p, value in state.items():
+                    p.copy_(value)
             point.restore()

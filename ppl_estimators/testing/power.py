@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -80,12 +80,12 @@ class Outcome:
 
 
 def measure(
-    source: Source, length: float, wanted: Wanted, max_draws: int, rounding: float = 0.0, eps: float = 2.2e-16
+    source: Source, length: float, wanted: Wanted, max_draws: int, slack: Callable[[np.ndarray], Any] = np.zeros_like
 ) -> Outcome:
     """Draw as many as the power needs; the means are looked at once, the number of draws looks at variances only.
 
-    ``length``: ‖g‖. ``rounding``: how far the reference may be off by arithmetic alone, beside 200 ``eps`` of the
-    draws' own size.
+    ``length``: ‖g‖. ``slack``: how far the means may be off by arithmetic alone, given the root mean square of the
+    differences.
     """
     sums = source(0, min(PILOT, max_draws))
     while not sums.broken.any():
@@ -100,8 +100,7 @@ def measure(
     with np.errstate(invalid="ignore"):
         variance = np.maximum(sums.squares - sums.total**2 / n, 0) / (n - 1)
         difference, error = sums.total / n, np.sqrt(variance / n)
-        slack = rounding + 200 * eps * np.sqrt(sums.squares / n)
-        beyond = np.maximum(np.abs(difference) - slack, 0)
+        beyond = np.maximum(np.abs(difference) - slack(np.sqrt(sums.squares / n)), 0)
         sigmas = np.divide(beyond, error, out=np.where(beyond > 0, np.inf, 0.0), where=error > 0)
     c = wanted.threshold(len(difference), n)
     sees = (c + NormalDist().inv_cdf(wanted.detection)) * float(np.sqrt(variance.sum() / n)) / length

@@ -23,7 +23,7 @@ class Exact:
     space that `SVI` optimises, each in the shape of the unconstrained parameter. ``params``: the point, constrained,
     as the program sees it. ``states``: how many were summed (quadrature nodes and minibatches included).
     ``quadrature_error``: the largest change of any derivative when two thirds of the nodes are used; 0 where every
-    latent is discrete.
+    latent is discrete. ``sites``: the latents of the guide, as its first run shows them.
     """
 
     value: float
@@ -31,6 +31,7 @@ class Exact:
     params: Mapping[str, Any] = field(repr=False)
     states: int
     quadrature_error: float = 0.0
+    sites: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

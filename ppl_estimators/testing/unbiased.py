@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import EstimatorError
+from ..core.gradients import kept_by_estimators
+from .draws import Differences
 from .exact import exact_gradient
-from .library import BACKENDS, backend_of, elbo_backend
+from .library import backend_of, elbo_backend
 from .power import Outcome, Wanted, measure
 from .states import Exact, Minibatches
 
@@ -94,38 +96,42 @@ def assert_unbiased(
             model, guide, *args, params=params, nodes=nodes, max_states=max_states, minibatches=minibatches,
             backend=backend, **kwargs,
         )  # fmt: skip
-    slack = 0.0
+    off = 0.0
     if isinstance(reference, Exact):
-        params, slack = {**reference.params, **(params or {})}, reference.quadrature_error
+        off, params = reference.quadrature_error, {**_trained(reference), **(params or {})}
         reference = reference.gradient
-    draws = _draws(backend)(elbo, model, guide, args, kwargs, params, seed)
-    target = _comparable(reference, draws.one())
-    flat = np.concatenate([np.ravel(g) for g in target.values()])
-    length, eps = float(np.linalg.norm(flat)), float(np.finfo(np.result_type(*draws.one().values())).eps)
-    if length < 1e-6 * max(1.0, slack):
+    gradients = _gradients(backend)(elbo, model, guide, args, kwargs, params, seed=seed)
+    target = _comparable(reference, gradients)
+    length = float(np.linalg.norm(np.concatenate([np.ravel(g) for g in target.values()])))
+    if length < 1e-6:
         raise EstimatorError(
             f"the exact gradient is zero (length {length:.1e}), so that no relative bias can be stated. "
             "Move the parameters away from the optimum with params={...}."
         )
-    if slack > 0.1 * able_to_see * length:
+    if off > 0.1 * able_to_see * length:
         raise EstimatorError(
-            f"the reference is off by up to {slack:.1e} itself, by its quadrature, and its length is {length:.2e}. "
+            f"the reference is off by up to {off:.1e} itself, by its quadrature, and its length is {length:.2e}. "
             "Pass more nodes=."
         )
-    outcome = measure(
-        lambda first, n: draws.sums(target, first, n), length, wanted, max_draws, slack + 200 * eps * length, eps
-    )
+    draws = Differences(gradients, target, seed)
+    outcome = measure(draws, length, wanted, max_draws, lambda spread: off + 200 * draws.eps * (length + spread))
     return _judge(outcome, target, wanted, max_draws)
 
 
-def _draws(backend: str) -> Any:
-    if backend not in BACKENDS:
-        raise ValueError(f"no such library: {backend!r}")
+def _gradients(backend: str) -> Any:
     if backend == "pyro":
-        from ..pyro.draws import Draws
+        from ..pyro.gradients import Gradients
+    elif backend == "numpyro":
+        from ..numpyro.gradients import Gradients  # type: ignore[assignment]
     else:
-        from ..numpyro.draws import Draws  # type: ignore[assignment]
-    return Draws
+        raise ValueError(f"no such library: {backend!r}")
+    return Gradients
+
+
+def _trained(exact: Exact) -> dict[str, Any]:
+    """The point, without what estimators keep and what is not trained."""
+    there = {name.partition("[")[0] for name in exact.gradient}
+    return {n: v for n, v in exact.params.items() if n in there and not kept_by_estimators(n, exact.sites)}
 
 
 def _check_objective(elbo: Any) -> None:
@@ -142,23 +148,21 @@ def _check_objective(elbo: Any) -> None:
         )
 
 
-def _comparable(reference: Mapping[str, Any], drawn: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _comparable(reference: Mapping[str, Any], gradients: Any) -> dict[str, np.ndarray]:
     """The reference as arrays, without what belongs to estimators; every parameter there, and in its shape."""
-    target = {n: np.asarray(getattr(g, "detach", lambda g=g: g)(), float) for n, g in reference.items()}
-    target = {n: g for n, g in target.items() if "$" not in n.replace("$$$", "").replace("$params", "")}
+    target = {n: np.asarray(g, float) for n, g in reference.items() if not kept_by_estimators(n, gradients.sites)}
     if not target:
         raise EstimatorError("the reference names no parameter, so there is nothing to compare.")
     for name, g in target.items():
-        there = drawn.get(name)
-        if there is not None and there.shape != g.shape:
+        if name not in gradients.names:
+            raise EstimatorError(f"the reference names '{name}', the program's parameters are {gradients.names}.")
+        if gradients.shapes[name] != g.shape:
             raise EstimatorError(
-                f"parameter '{name}': the reference has shape {g.shape}, the gradient {there.shape} (of the "
+                f"parameter '{name}': the reference has shape {g.shape}, the gradient {gradients.shapes[name]} (of the "
                 "unconstrained parameter)."
             )
         if not np.isfinite(g).all():
             raise EstimatorError(f"parameter '{name}': the reference is not finite: {g}.")
-    if drawn and not target.keys() & drawn.keys():
-        raise EstimatorError(f"the reference names {sorted(target)}, the program's parameters are {sorted(drawn)}.")
     return target
 
 
@@ -193,8 +197,8 @@ def _judge(outcome: Outcome, target: Mapping[str, np.ndarray], wanted: Wanted, m
     if n < outcome.needed:
         raise TooFewDraws(
             f"{n:,} draws cannot see a bias of {wanted.able_to_see:.0%}: with them it would have to be "
-            f"{outcome.sees:.0%} of the gradient's length. About {outcome.needed:,.0f} draws can, and max_draws is {max_draws:,}. Raise "
-            "max_draws=, give the ELBO more particles, or allow a larger able_to_see=.",
+            f"{outcome.sees:.0%} of the gradient's length. About {outcome.needed:,.0f} draws can, and max_draws is "
+            f"{max_draws:,}. Raise max_draws=, give the ELBO more particles, or allow a larger able_to_see=.",
             outcome.needed,
         )
     return Unbiased(n, float(outcome.sigmas.max()), outcome.sees)

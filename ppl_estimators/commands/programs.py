@@ -1,0 +1,93 @@
+"""The programs that `report` and `compare` look at: small ones that come along, or the user's own."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ppl_estimators.commands.errors import CommandError
+
+#: built-in programs, and what is worth seeing in each
+BUILT_IN = {
+    "bit": "one Bernoulli site: every closed form is known",
+    "bits": "ten Bernoulli sites with one shared cost",
+    "mixture": "a component (Categorical) and a location (Normal): two kinds of sites",
+    "counts": "a Poisson site, which has no reparameterised draw",
+}
+Program = tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]
+
+
+def load(name: str, backend: str) -> Program:
+    """``(model, guide, args)`` of a built-in name, or of ``module:function``, which returns that."""
+    if find_spec(backend) is None:
+        raise CommandError(f"--backend {backend} needs {backend}: pip install 'ppl-estimators[{backend}]'")
+    if ":" not in name:
+        if name not in BUILT_IN:
+            raise CommandError(f"program '{name}' is not known. Use {', '.join(BUILT_IN)}, or module:function", code=2)
+        return _built_in(name, backend)
+    module, _, function = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise CommandError(f"cannot load '{name}': {error}", code=2) from None
+    finally:
+        sys.path.pop(0)
+    if not isinstance(found, tuple) or len(found) not in (2, 3) or not all(map(callable, found[:2])):
+        raise CommandError(f"'{name}' must return (model, guide) or (model, guide, args)", code=2)
+    return found[0], found[1], tuple(found[2]) if len(found) == 3 else ()
+
+
+def _built_in(name: str, backend: str) -> Program:
+    if backend == "pyro":
+        import pyro as ppl
+        import pyro.distributions as dist
+        from torch import tensor as array
+    else:
+        import numpyro as ppl
+        import numpyro.distributions as dist
+        from jax.numpy import array
+    sample, param = ppl.sample, ppl.param
+
+    def bit_model() -> None:
+        sample("x", dist.Normal(2.0 * sample("b", dist.Bernoulli(0.4)), 1.0), obs=array(1.3))
+
+    def bit_guide() -> None:
+        sample("b", dist.Bernoulli(logits=param("logit", array(-0.8))))
+
+    def bits_model() -> None:
+        total = sum((1 + i) * sample(f"b{i}", dist.Bernoulli(0.4)) for i in range(10))
+        sample("x", dist.Normal(total, 5.0), obs=array(20.0))
+
+    def bits_guide() -> None:
+        logits = param("logits", array([0.2 * i - 0.9 for i in range(10)]))
+        for i in range(10):
+            sample(f"b{i}", dist.Bernoulli(logits=logits[i]))
+
+    def mixture_model() -> None:
+        k = sample("component", dist.Categorical(array([0.5, 0.3, 0.2])))
+        w = sample("location", dist.Normal(2.0 * k - 2.0, 1.0))
+        sample("x", dist.Normal(w, 0.5), obs=array(1.1))
+
+    def mixture_guide() -> None:
+        sample("component", dist.Categorical(logits=param("logits", array([0.1, 0.4, -0.2]))))
+        sample("location", dist.Normal(param("mean", array(0.3)), 0.8))
+
+    def counts_model() -> None:
+        sample("x", dist.Normal(1.0 * sample("n", dist.Poisson(4.0)), 1.0), obs=array(5.0))
+
+    def counts_guide() -> None:
+        rate = param("rate", array(3.0), constraint=dist.constraints.positive)
+        sample("n", dist.Poisson(rate))
+
+    both = {
+        "bit": (bit_model, bit_guide),
+        "bits": (bits_model, bits_guide),
+        "mixture": (mixture_model, mixture_guide),
+        "counts": (counts_model, counts_guide),
+    }
+    return (*both[name], ())

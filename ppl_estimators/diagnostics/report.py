@@ -1,0 +1,237 @@
+"""`gradient_report`: the noise of one ELBO's gradient, by parameter and by site."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..core.errors import EstimatorError
+from ..core.gradients import EXPLICIT
+from .library import bar, gradients_class, library_of
+from .moments import Moments, signal_to_noise
+from .show import Showable, Shown, axes, number, percent
+
+
+@dataclass(frozen=True)
+class ParameterRow:
+    """One parameter. ``mean_norm``: ‖E g‖ in nats per unit; ``variance``: of one draw, summed over the entries;
+    ``share``: of the total variance."""
+
+    name: str
+    shape: tuple[int, ...]
+    mean_norm: float
+    variance: float
+    signal_to_noise: float
+    share: float
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One site's part of the gradient, over all parameters. ``share``: Cov(part, gradient) / Var(gradient), which sums
+    to one and is negative for a part that cancels others' noise; ``evaluations``: runs of model and guide per step
+    and particle that its estimator adds; ``cost_share``: of all evaluations of a step (the common run is nobody's)."""
+
+    name: str
+    estimator: str | None
+    mean_norm: float
+    variance: float
+    signal_to_noise: float
+    share: float
+    evaluations: float | None
+    cost_share: float | None
+
+
+@dataclass(frozen=True)
+class Report(Showable):
+    """What `gradient_report` found; ``mean`` and ``variance`` by parameter as arrays. Print it, or look at its rows."""
+
+    elbo: str
+    library: str
+    num_draws: int
+    seed: int
+    parameters: tuple[ParameterRow, ...]
+    sites: tuple[SiteRow, ...]
+    why_no_sites: str | None
+    total_variance: float
+    loss: float
+    loss_error: float
+    milliseconds: float
+    compile_seconds: float | None
+    evaluations: int | None
+    mean: Mapping[str, np.ndarray]
+    variance: Mapping[str, np.ndarray]
+
+    def tables(self) -> list[Shown]:
+        compiled = "" if self.compile_seconds is None else f", compiled in {self.compile_seconds:.1f} s"
+        runs = "" if self.evaluations is None else f", {number(self.evaluations)} evaluations a particle"
+        head = f"{self.elbo} ({self.library}): {self.milliseconds:.3g} ms a step{runs}{compiled}"
+        by_parameter = Shown(
+            f"Gradient by parameter, {self.num_draws:,} draws",
+            ("parameter", "shape", "‖mean‖", "variance", "signal/noise", "share of variance"),
+            tuple(
+                (p.name, "×".join(map(str, p.shape)) or "scalar", number(p.mean_norm), number(p.variance),
+                 number(p.signal_to_noise), percent(p.share))
+                for p in self.parameters
+            ),
+            f"{head}. Loss {number(self.loss, 5)} ± {number(self.loss_error)}. Variance is of one draw, summed over "
+            "entries; signal/noise is ‖mean‖ / √variance.",
+        )  # fmt: skip
+        if not self.sites:
+            return [by_parameter]
+        by_site = Shown(
+            "Gradient by site",
+            ("site", "estimator", "‖mean‖", "variance", "signal/noise", "share of variance", "of evaluations"),
+            tuple(
+                (s.name, s.estimator or "–", number(s.mean_norm), number(s.variance), number(s.signal_to_noise),
+                 percent(s.share), percent(s.cost_share))
+                for s in self.sites
+            ),
+            f"{EXPLICIT}: what reaches the parameters with every drawn value held. A share below zero cancels the "
+            "noise of another part.",
+        )  # fmt: skip
+        return [by_parameter, by_site]
+
+    def records(self) -> list[dict[str, Any]]:
+        kinds = (("parameter", self.parameters), ("site", self.sites))
+        return [{"kind": kind, **vars(row)} for kind, rows in kinds for row in rows]
+
+    def facts(self) -> dict[str, Any]:
+        own = {k: v for k, v in vars(self).items() if k not in ("mean", "variance")}
+        return {**own, "parameters": [vars(p) for p in self.parameters], "sites": [vars(s) for s in self.sites]}
+
+    def plot(self) -> Any:
+        """Shares of the variance, as a matplotlib figure."""
+        groups = [("parameter", self.parameters), *([("site", self.sites)] if self.sites else [])]
+        figure, places = axes(max(len(rows) for _, rows in groups), len(groups))
+        for ax, (kind, rows) in zip(places, groups, strict=True):
+            ax.barh([r.name for r in rows], [100 * r.share for r in rows], color="#0072b2")
+            ax.invert_yaxis()
+            ax.set(title=f"by {kind}", xlabel="share of the variance, %")
+            ax.spines[["top", "right"]].set_visible(False)
+        return figure
+
+
+def gradient_report(
+    elbo: Any,
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    num_draws: int = 200,
+    params: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    by_site: bool = True,
+    timing_steps: int = 20,
+    progress: bool | None = None,
+    mutable_state: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Draw ``num_draws`` gradients of ``elbo`` at one point, and say where their noise is and what a step costs.
+
+    ``params``: the point, constrained values by name; by default Pyro's parameter store, or in NumPyro what
+    `SVI.init` makes. ``mutable_state`` (NumPyro): ``svi_state.mutable_state``. ``by_site``: also each site's part,
+    one more backward pass for each site and draw. ``progress``: a bar; by default in a terminal.
+    ``*args, **kwargs`` go to model and guide.
+
+    A site's part is what reaches the cost by way of its distribution and no later site's: the noise of its estimator,
+    wherever it flows. The parts sum to the gradient.
+
+    Raises `EstimatorError` for a program without latent sites or parameters, unknown ``params``, and a gradient that
+    is not finite.
+    """
+    if num_draws < 2:
+        raise EstimatorError(f"gradient_report(num_draws=...) needs 2 or more for a variance, got {num_draws!r}.")
+    library = library_of(elbo)
+    more = {} if mutable_state is None or library == "pyro" else {"mutable_state": mutable_state}
+    g = gradients_class(library)(elbo, model, guide, args, kwargs, params, seed=seed, **more)
+    milliseconds, compiled = timing(g, timing_steps)
+    why = None
+    moments = Moments()
+    with bar("gradients", num_draws, progress) as report:
+        if by_site and not g.has_parts:
+            by_site, why = False, f"{type(elbo).__name__} runs backward itself: parameters only"
+        if by_site:
+            for losses, parts in g.parts(num_draws, seed, report):
+                _check_finite(losses, parts, elbo)
+                moments.add_parts(losses, parts)
+        else:
+            for losses, gradients in g.draws(num_draws, seed, report):
+                _check_finite(losses, gradients, elbo)
+                moments.add(losses, gradients)
+    plan, evaluations = g.plan(), None
+    if plan is not None:
+        extra = evaluations_by_site(plan)
+        evaluations = 1 + sum(group.alternatives + group.relaxations for group in plan.groups)
+    total = moments.total_variance
+    rows = tuple(_parameter(moments, n, total) for n in g.names)
+    sites: tuple[SiteRow, ...] = ()
+    if by_site:
+        sites = tuple(
+            _site(moments, i, n, total, plan, None if plan is None else extra.get(n, 0.0), evaluations)
+            for i, n in enumerate(g.part_names)
+        )
+    return Report(
+        repr(elbo) if plan is not None else type(elbo).__name__, library, num_draws, seed, rows, sites, why, total,
+        float(moments.losses.mean), moments.losses.error, milliseconds, compiled, evaluations,
+        dict(moments.mean), {n: moments.variance(n) for n in g.names},
+    )  # fmt: skip
+
+
+def timing(g: Any, steps: int) -> tuple[float, float | None]:
+    """Milliseconds of a step (median), and seconds to compile it (None in Pyro)."""
+    first = g.seconds(1)[0]
+    median = statistics.median(g.seconds(max(steps, 1)))
+    return 1e3 * median, None if g.library == "pyro" else max(first - median, 0.0)
+
+
+def evaluations_by_site(plan: Any) -> dict[str, float]:
+    """Evaluations that each site adds to a step; those that sites share are divided between them."""
+    extra = dict.fromkeys(plan.sites, 0.0)
+    for group in plan.groups:
+        for name in group.sites:
+            extra[name] += (group.alternatives + group.relaxations) / len(group.sites)
+    return extra
+
+
+def _parameter(m: Moments, name: str, total: float) -> ParameterRow:
+    variance = float(m.variance(name).sum())
+    return ParameterRow(
+        name,
+        m.mean[name].shape,
+        float(np.linalg.norm(m.mean[name])),
+        variance,
+        signal_to_noise(m.mean[name], variance, m.count),
+        variance / total if total > 0 else 0.0,
+    )
+
+
+def _site(
+    m: Moments, i: int, name: str, total: float, plan: Any, extra: float | None, evaluations: int | None
+) -> SiteRow:
+    means = np.concatenate([mean[i].ravel() for mean in m.part_mean.values()])
+    variance = float(sum(s[i] for s in m.part_squares.values())) / (m.count - 1)
+    covariance = float(sum(s[i] for s in m.part_products.values())) / (m.count - 1)
+    known = plan is not None and name in plan.estimators
+    return SiteRow(
+        name,
+        repr(plan.estimators[name]) if known else None,
+        float(np.linalg.norm(means)),
+        variance,
+        signal_to_noise(means, variance, m.count),
+        covariance / total if total > 0 else 0.0,
+        extra if known else None,
+        extra / evaluations if known and extra is not None and evaluations else None,
+    )
+
+
+def _check_finite(losses: np.ndarray, gradients: Mapping[str, np.ndarray], elbo: Any) -> None:
+    bad = [name for name, x in gradients.items() if not np.isfinite(x).all()]
+    if bad or not np.isfinite(losses).all():
+        what = f"the gradient of {', '.join(map(repr, bad))}" if bad else "the loss"
+        raise EstimatorError(
+            f"{what} is not finite in a draw of {type(elbo).__name__}. A value outside a support, a scale of zero or "
+            "an overflow in the guide or the model: look at these parameters' values, and at the warnings above."
+        )

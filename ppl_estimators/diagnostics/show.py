@@ -1,0 +1,123 @@
+"""Tables of numbers: in a terminal, in a notebook, in pandas, in JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One table: headings and cells as text."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str = ""
+
+
+def number(x: float | None, digits: int = 3) -> str:
+    if x is None:
+        return "–"
+    if not math.isfinite(x):
+        return {math.inf: "∞", -math.inf: "−∞"}.get(x, "nan")
+    if x != 0 and not 1e-3 <= abs(x) < 1e6:
+        return f"{x:.{digits - 1}e}"
+    return f"{float(f'{x:.{digits}g}'):,.10g}"
+
+
+def percent(x: float | None) -> str:
+    return "–" if x is None or not math.isfinite(x) else f"{100 * x:.1f}%"
+
+
+class Showable:
+    """A result that shows itself. A subclass gives `tables` and `records`."""
+
+    def tables(self) -> list[Shown]:
+        raise NotImplementedError
+
+    def records(self) -> list[dict[str, Any]]:
+        """One flat dictionary a row."""
+        raise NotImplementedError
+
+    def __rich__(self) -> Any:
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        views = []
+        for shown in self.tables():
+            table = Table(title=shown.title, caption=shown.caption, box=box.SIMPLE_HEAD, pad_edge=False)
+            table.title_style, table.caption_style, table.caption_justify = "bold", "dim", "left"
+            for i, heading in enumerate(shown.headings):
+                table.add_column(heading, justify="right" if i else "left", overflow="fold")
+            for row in shown.rows:
+                table.add_row(*map(Text, row))
+            views.append(table)
+        return Group(*views)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=WIDTH, force_terminal=False, no_color=True)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+    def _repr_html_(self) -> str:
+        out = []
+        for t in self.tables():
+            head = "".join(f"<th>{escape(h)}</th>" for h in t.headings)
+            body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in t.rows)
+            out.append(
+                f"<table><caption>{escape(t.title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+                f"<p><small>{escape(t.caption)}</small></p>"
+            )
+        return "".join(out)
+
+    def to_pandas(self) -> Any:
+        """One row a record, as a `pandas.DataFrame`. Raises ImportError without pandas."""
+        try:
+            import pandas
+        except ImportError:
+            raise ImportError("to_pandas() needs pandas: pip install pandas") from None
+        return pandas.DataFrame(self.records())
+
+    def facts(self) -> dict[str, Any]:
+        assert is_dataclass(self) and not isinstance(self, type)
+        return asdict(self)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Every number as JSON text (numbers that are not finite as null); written to ``path`` if given."""
+        text = json.dumps(_plain(self.facts()), indent=2, ensure_ascii=False, allow_nan=False)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+
+def _plain(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {str(k): _plain(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_plain(v) for v in x]
+    if isinstance(x, float):
+        return x if math.isfinite(x) else None
+    return x
+
+
+def axes(number_of_rows: int, columns: int = 1) -> tuple[Any, Sequence[Any]]:
+    """A figure of matplotlib and its axes. Raises ImportError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("plot() needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(5.5 * columns, 1.5 + 0.3 * number_of_rows), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]

@@ -1,0 +1,249 @@
+"""Reports and comparisons: closed forms, the exact gradient, many sites, many parameters, mistakes."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as nd
+import pyro
+import pyro.distributions as pd
+import pytest
+import torch
+from numpyro import handlers
+from numpyro import infer as numpyro_infer
+from pyro import infer as pyro_infer
+from pyro import poutine
+
+from ppl_estimators import DisARM, Enumerate, EstimatorError, LeaveOneOut, Reinforce, StraightThrough
+from ppl_estimators.diagnostics import compare, gradient_report
+from ppl_estimators.numpyro import EstimatorELBO as NumPyroELBO
+from ppl_estimators.pyro import EstimatorELBO as PyroELBO
+
+P, T = 0.3, 0.45
+LOGIT = float(np.log(P / (1 - P)))
+
+
+def pyro_model(t=T):
+    with poutine.mask(mask=False):
+        b = pyro.sample("b", pd.Bernoulli(0.5))
+    pyro.factor("cost", -((b - t) ** 2))
+
+
+def pyro_guide(t=T):
+    pyro.sample("b", pd.Bernoulli(logits=pyro.param("a", torch.tensor(LOGIT))), infer={"is_auxiliary": False})
+
+
+def masked(guide):
+    def run(*args):
+        with poutine.mask(mask=False):
+            guide(*args)
+
+    return run
+
+
+def numpyro_model(t=T):
+    with handlers.mask(mask=False):
+        b = numpyro.sample("b", nd.Bernoulli(0.5))
+    numpyro.factor("cost", -((b - t) ** 2))
+
+
+def numpyro_guide(t=T):
+    with handlers.mask(mask=False):
+        numpyro.sample("b", nd.Bernoulli(logits=numpyro.param("a", LOGIT)))
+
+
+PYRO = SimpleNamespace(name="pyro", model=pyro_model, guide=masked(pyro_guide), elbo=PyroELBO, infer=pyro_infer)
+NUMPYRO = SimpleNamespace(
+    name="numpyro", model=numpyro_model, guide=numpyro_guide, elbo=NumPyroELBO, infer=numpyro_infer
+)
+BOTH = pytest.mark.parametrize("lib", [PYRO, NUMPYRO], ids=lambda lib: lib.name)
+
+
+def closed_forms():
+    """Variance in the logit of one draw of each estimator, f(b) = (b − t)²."""
+    p, q, f0, f1 = P, 1 - P, T**2, (1 - T) ** 2
+    delta = f1 - f0
+    return {
+        "Reinforce": p * q * (q * f1 + p * f0) ** 2,
+        "DisARM": p * q * delta**2 * (0.5 * max(p, q) - p * q),
+        "Enumerate": 0.0,
+        "LeaveOneOut": p * q * delta**2 * (0.5 - p * q),
+    }
+
+
+SPECS = {
+    "Reinforce": Reinforce(),
+    "DisARM": DisARM(),
+    "Enumerate": Enumerate(),
+    "LeaveOneOut": Reinforce(LeaveOneOut()),
+}
+
+
+@BOTH
+def test_variances_of_a_single_bit_are_the_closed_forms(lib):
+    n = 1500 if lib is PYRO else 20_000
+    found = compare(lib.model, lib.guide, (), SPECS, num_draws=n, timing_steps=3)
+    assert found.reference.startswith("exact, 2 states")
+    assert not found.failed
+    for label, exact in closed_forms().items():
+        row = found[label]
+        assert abs(row.variance - exact) < 5 * row.variance_error + 1e-9, label
+        assert row.variance_error < 0.1 * exact + 1e-9
+        assert not row.biased
+        assert row.num_particles == (2 if label == "LeaveOneOut" else 1)
+    assert found["Enumerate"].variance < 1e-12
+    assert "variance × ms" in str(found)
+    assert "<table>" in found._repr_html_()
+    assert len(json.loads(found.to_json())["rows"]) == 4
+    assert found.plot().axes
+
+
+@BOTH
+def test_a_biased_estimator_is_seen(lib):
+    candidates = [StraightThrough(), DisARM(), "TraceGraph_ELBO", "UnorderedSet", "default"]
+    # the slope at b says nothing of the difference of the costs where the model is cubic
+    factor = pyro.factor if lib is PYRO else numpyro.factor
+    sample, d, param = (
+        (pyro.sample, pd, lambda: pyro.param("a", torch.tensor(LOGIT)))
+        if lib is PYRO
+        else (numpyro.sample, nd, lambda: numpyro.param("a", LOGIT))
+    )
+
+    def model():
+        factor("cost", 3.0 * sample("b", d.Bernoulli(0.4)) ** 4)
+
+    def guide():
+        sample("b", d.Bernoulli(logits=param()))
+
+    found = compare(model, guide, (), candidates, num_draws=400, timing_steps=2)
+    assert found["StraightThrough()"].biased
+    assert not found["DisARM()"].biased
+    assert not found["TraceGraph_ELBO"].biased
+    assert "needs a categorical" in found.failed["UnorderedSet"].lower()
+    given = compare(model, guide, (), ["DisARM"], num_draws=400, timing_steps=2, reference={"a": np.float64(100.0)})
+    assert given["DisARM"].biased
+
+
+@BOTH
+def test_the_report_knows_where_the_noise_is(lib):
+    """b is noisy, w is exact given b: the cost is linear in w and the guide is at w's posterior shape."""
+    sample, d = (pyro.sample, pd) if lib is PYRO else (numpyro.sample, nd)
+    number = torch.tensor if lib is PYRO else jnp.array
+    param = pyro.param if lib is PYRO else numpyro.param
+
+    def model():
+        b, w = sample("b", d.Bernoulli(0.4)), sample("w", d.Normal(0.0, 1.0))
+        sample("x", d.Normal(2.0 * b, 0.5), obs=number(1.2))
+        sample("y", d.Normal(w, 1.0), obs=number(0.3))
+
+    def guide():
+        sample("b", d.Bernoulli(logits=param("a", number(0.3))))
+        sample("w", d.Normal(param("m", number(0.1)), param("s", number(0.7))))
+
+    elbo = lib.elbo({"b": DisARM()})
+    n = 200 if lib is PYRO else 4000
+    report = gradient_report(elbo, model, guide, num_draws=n, timing_steps=3)
+    rows = {p.name: p for p in report.parameters}
+    sites = {s.name: s for s in report.sites}
+    assert set(rows) == {"a", "m", "s"}
+    assert list(sites) == ["(explicit)", "b", "w"]
+    # dL/dm = 2 m - 0.3 + 2 s ε: variance 4 s²
+    m = rows["m"]
+    assert abs(m.variance - 4 * 0.7**2) < 5 * 4 * 0.49 * np.sqrt(2 / n)
+    assert sum(p.share for p in report.parameters) == pytest.approx(1)
+    assert sum(s.share for s in report.sites) == pytest.approx(1)
+    assert sites["b"].variance == pytest.approx(rows["a"].variance, rel=1e-5)  # only b's part reaches a
+    assert sites["w"].variance == pytest.approx(rows["m"].variance + rows["s"].variance, rel=1e-5)
+    assert sites["b"].cost_share == 0.5
+    assert report.evaluations == 2
+    assert report.milliseconds > 0
+    assert "DisARM()" in str(report)
+    assert json.loads(report.to_json())["total_variance"] == report.total_variance
+    assert report.plot().axes
+    stock = gradient_report(lib.infer.Trace_ELBO() if lib is PYRO else lib.infer.TraceGraph_ELBO(), model, guide,
+                            num_draws=20, timing_steps=2)  # fmt: skip
+    assert [s.estimator for s in stock.sites] == [None] * 3
+    assert stock.evaluations is None
+
+
+def test_pandas_is_optional(monkeypatch):
+    import sys
+
+    report = gradient_report(NumPyroELBO(), numpyro_model, numpyro_guide, num_draws=4, timing_steps=1)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match="pip install pandas"):
+        report.to_pandas()
+
+
+def test_fifty_sites():
+    def model():
+        total = sum(pyro.sample(f"z{i}", pd.Bernoulli(0.4)) for i in range(50))
+        pyro.sample("x", pd.Normal(total, 5.0), obs=torch.tensor(18.0))
+
+    def guide():
+        a = pyro.param("a", torch.linspace(-1.0, 1.0, 50))
+        for i in range(50):
+            pyro.sample(f"z{i}", pd.Bernoulli(logits=a[i]))
+
+    report = gradient_report(PyroELBO(), model, guide, num_draws=10, timing_steps=2)
+    assert len(report.sites) == 51
+    assert sum(s.share for s in report.sites) == pytest.approx(1)
+    assert report.evaluations == 2  # shared: one more evaluation for all fifty
+    alone = [s for s in report.sites if s.name == "z7"][0]
+    assert alone.variance == pytest.approx(report.variance["a"][7], rel=1e-4)
+
+
+def test_a_million_parameters_in_bounded_memory():
+    n = 10**6
+    weights = np.linspace(0.1, 1.0, n).astype(np.float32)
+
+    def model():
+        z = numpyro.sample("z", nd.Normal(0.0, 1.0))
+        numpyro.sample("x", nd.Normal(z, 1.0), obs=0.5)
+
+    def guide():
+        w = numpyro.param("w", jnp.zeros(n))
+        numpyro.sample("z", nd.Normal(jnp.dot(w, jnp.asarray(weights)), 1.0))
+
+    tracemalloc.start()
+    report = gradient_report(NumPyroELBO(), model, guide, num_draws=24, timing_steps=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 24 * 8 * n * 2  # far from a store of 24 draws with their parts, in double precision
+    # dL/dw = weights (2 ε - 0.5): every entry has variance 4 weights²
+    total = 4 * float((weights.astype(float) ** 2).sum())
+    assert abs(report.total_variance / total - 1) < 5 * np.sqrt(2 / 23)
+
+
+@BOTH
+def test_mistakes_are_named(lib):
+    with pytest.raises(EstimatorError, match="needs 2 or more"):
+        gradient_report(lib.elbo(), lib.model, lib.guide, num_draws=1)
+    with pytest.raises(EstimatorError, match="ELBO of neither"):
+        gradient_report(object(), lib.model, lib.guide)
+    with pytest.raises(EstimatorError, match="is not a name of ppl_estimators"):
+        compare(lib.model, lib.guide, (), ["Disarm"], num_draws=2)
+    with pytest.raises(EstimatorError, match='takes "auto"'):
+        compare(lib.model, lib.guide, (), ["DisARM"], reference="best")
+    if lib is PYRO:
+        return
+    bad = lambda: numpyro.sample("b", nd.Bernoulli(logits=numpyro.param("a", jnp.nan)))  # noqa: E731
+    plain = lambda: numpyro.sample("b", nd.Bernoulli(0.5))  # noqa: E731
+    with (
+        numpyro.validation_enabled(False),
+        pytest.raises(EstimatorError, match="not finite in a draw of TraceGraph_ELBO"),
+    ):
+        gradient_report(numpyro_infer.TraceGraph_ELBO(), plain, bad, num_draws=4, timing_steps=1)
+
+
+def test_jax_and_torch_stay_away():
+    import subprocess
+    import sys
+
+    code = "import ppl_estimators.diagnostics, sys; assert not {'torch', 'jax'} & set(sys.modules), 'imported'"
+    subprocess.run([sys.executable, "-c", code], check=True)
