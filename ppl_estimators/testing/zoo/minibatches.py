@@ -168,7 +168,7 @@ case(
     "subsampled_counts",
     "L2 L4 L9",
     subsampled_counts,
-    {"a": 0.3, "b": 0.6, "c": -0.4, "t": 0.8},
+    {"a": 0.9, "b": 0.6, "c": -0.4, "t": 0.8},
     subsampled_counts_elbo,
     minibatches=((0, 3), (1, 2)),
 )
