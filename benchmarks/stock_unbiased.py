@@ -5,7 +5,8 @@
 
 Every row asks `assert_unbiased(stock ELBO, model, guide)` about a model of the zoo (the bounds with able_to_see=0.1),
 and the same about `EstimatorELBO`. The second table is how often it raises a false alarm, and how often it finds a bias
-of exactly the size that it promises to see, each over 200 repetitions. All draws are seeded; takes some minutes on one core.
+of exactly the size that it promises to see, each over 200 repetitions. All draws are seeded; it takes some
+minutes.
 """
 
 from __future__ import annotations
