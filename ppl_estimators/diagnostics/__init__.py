@@ -1,11 +1,25 @@
 """How noisy a gradient is, at which site, and at what price.
 
-`gradient_report` looks at one ELBO, `compare` at several. They draw gradients of any ELBO of either library, ours or
-stock, and change nothing: no parameter, no state, no random state. Importing this imports neither torch nor jax.
+`gradient_report` looks at one ELBO, `compare` at several, `recommend` chooses. They draw gradients of any ELBO of
+either library, ours or stock, and change nothing: no parameter, no state, no random state. Importing this imports
+neither torch nor jax.
 """
 
 from .candidates import Candidate
 from .compare import Compared, Comparison, compare
+from .recommend import Choice, Recommendation, recommend
 from .report import ParameterRow, Report, SiteRow, gradient_report
 
-__all__ = ["Candidate", "Compared", "Comparison", "ParameterRow", "Report", "SiteRow", "compare", "gradient_report"]
+__all__ = [
+    "Candidate",
+    "Choice",
+    "Compared",
+    "Comparison",
+    "ParameterRow",
+    "Recommendation",
+    "Report",
+    "SiteRow",
+    "compare",
+    "gradient_report",
+    "recommend",
+]

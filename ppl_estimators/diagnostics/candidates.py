@@ -81,6 +81,8 @@ def particles_for(estimator: Estimator, site: Any, particles: int) -> int:
             raise
         estimator.check(site, max(2, estimator.min_particles))
         return max(2, estimator.min_particles)
+    except AttributeError:  # a question about the distribution itself, which a plan does not hold: the ELBO asks it
+        return particles
     return particles
 
 
