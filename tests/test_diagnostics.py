@@ -251,6 +251,7 @@ def test_jax_and_torch_stay_away():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_recommend_finds_the_known_answer():
     """One bit: enumeration is exact. A Normal in a smooth model: pathwise. A Normal in a model with a jump: no pathwise
     gradient can be right, though the library would draw one without a word."""
