@@ -86,14 +86,14 @@ SPECS = {
 
 @BOTH
 def test_variances_of_a_single_bit_are_the_closed_forms(lib):
-    n = 1500 if lib is PYRO else 20_000
+    n = 800 if lib is PYRO else 20_000
     found = compare(lib.model, lib.guide, (), SPECS, num_draws=n, timing_steps=3)
     assert found.reference.startswith("exact, 2 states")
     assert not found.failed
     for label, exact in closed_forms().items():
         row = found[label]
         assert abs(row.variance - exact) < 5 * row.variance_error + 1e-9, label
-        assert row.variance_error < 0.1 * exact + 1e-9
+        assert row.variance_error < 0.15 * exact + 1e-9
         assert not row.biased
         assert row.num_particles == (2 if label == "LeaveOneOut" else 1)
     assert found["Enumerate"].variance < 1e-12
@@ -251,6 +251,7 @@ def test_jax_and_torch_stay_away():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_recommend_finds_the_known_answer():
     """One bit: enumeration is exact. A Normal in a smooth model: pathwise. A Normal in a model with a jump: no pathwise
     gradient can be right, though the library would draw one without a word."""
@@ -271,10 +272,10 @@ def test_recommend_finds_the_known_answer():
     def normal_guide():
         pyro.sample("z", pd.Normal(pyro.param("m", torch.tensor(0.3)), 0.8))
 
-    found = recommend(bit, bit_guide, budget=120)
+    found = recommend(bit, bit_guide, budget=100)
     assert found.mapping == {"z": Enumerate()}
     assert found.joint["recommended"].variance < 1e-10
-    assert recommend(smooth, normal_guide, budget=120).mapping["z"].pathwise
-    chosen = recommend(jump, normal_guide, budget=400, num_particles=2)
+    assert recommend(smooth, normal_guide, budget=100).mapping["z"].pathwise
+    chosen = recommend(jump, normal_guide, budget=100)
     assert not chosen.mapping["z"].library_draw
     assert "EstimatorELBO({" in str(chosen)

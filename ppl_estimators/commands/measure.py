@@ -91,7 +91,7 @@ def compare(
     **Examples**
 
     - `ppl-estimators compare bit`
-    - `ppl-estimators compare bits --estimator DisARM --estimator "Reinforce(LeaveOneOut())" --estimator TraceGraph_ELBO`
+    - `ppl-estimators compare bits --estimator DisARM --estimator "Reinforce(LeaveOneOut())" --draws 500`
     - `ppl-estimators compare mine:program --backend pyro --out comparison`
     """
     from ppl_estimators import diagnostics

@@ -5,14 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..core.errors import EstimatorError, EstimatorWarning
+from ..core.families import DISCRETE
+from ..estimators.baselines.leave_one_out import LeaveOneOut
+from ..estimators.reinforce import Reinforce
 from ..testing.exact import exact_gradient
 from ..testing.library import backend_of
-from .candidates import Candidate, look, resolve
+from .candidates import Candidate, look, ours, resolve
 from .library import bar, gradients_class
 from .moments import Moments
 from .report import _check_finite, timing
@@ -20,6 +23,14 @@ from .show import Showable, Shown, axes, number
 
 #: draws of the reference, for one of each candidate's
 LONGER = 10
+
+
+class Reference(NamedTuple):
+    """What bias is measured against: in words, the gradient by name, its standard errors (None: exact)."""
+
+    what: str
+    gradient: Mapping[str, Any] | None
+    error: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +136,7 @@ def compare(
     num_particles: int = 1,
     params: Mapping[str, Any] | None = None,
     seed: int = 0,
-    reference: Mapping[str, Any] | str = "auto",
+    reference: Mapping[str, Any] | Reference | str = "auto",
     max_states: int = 2000,
     timing_steps: int = 20,
     backend: str | None = None,
@@ -139,9 +150,10 @@ def compare(
     candidate that needs more particles than ``num_particles`` gets as many as it needs. What estimators keep is at its
     start.
 
-    ``reference``: what bias is measured against. "auto": the exact gradient by enumeration where it has at most
-    ``max_states`` states, else ten times as many draws of the default, which is unbiased; "exact"; "long"; "none"; or
-    a gradient by name. ``params``, ``seed``, ``progress``: as in `gradient_report`.
+    ``reference``: what bias is measured against. "auto": the exact gradient by enumeration where all sites are
+    discrete with at most ``max_states`` states together, else ten times as many draws of score functions, which are
+    unbiased whatever the model; "exact" (continuous sites by quadrature: only for smooth models); "long"; "none"; or a
+    gradient by name. ``params``, ``seed``, ``progress``: as in `gradient_report`.
 
     A candidate that cannot run is in ``failed``, with the reason. Raises `EstimatorError` if none can.
     """
@@ -154,7 +166,9 @@ def compare(
     if isinstance(candidates, str):
         candidates = [candidates]
     given = list(candidates.items()) if isinstance(candidates, Mapping) else [(None, c) for c in candidates]
-    what, target, target_error = _reference(program, guide, reference, max_states, num_draws, num_particles, progress)
+    if not isinstance(reference, Reference):
+        reference = reference_for(program, guide, plan, reference, max_states, num_draws, progress)
+    what, target, target_error = reference
     rows, failed = [], {}
     for label, one in given:
         try:
@@ -229,32 +243,32 @@ def _draw(program: tuple[Any, ...], c: Candidate, num_draws: int, show: Any, off
     return moments, error, g
 
 
-def _reference(
-    program: tuple[Any, ...], guide: Any, reference: Any, max_states: int, num_draws: int, particles: int, show: Any
-) -> tuple[str, Any, Any]:
+def reference_for(
+    program: tuple[Any, ...], guide: Any, plan: Any, reference: Any, max_states: int, num_draws: int, show: Any
+) -> Reference:
+    """See `compare`. Quadrature of a continuous site differentiates the model in it, so by itself it is not trusted:
+    where the model jumps it would share the bias of a pathwise gradient. Score functions would not."""
     library, model, args, kwargs, params, _ = program
     if isinstance(reference, Mapping):
-        return "given", {n: np.asarray(v) for n, v in reference.items()}, None
+        return Reference("given", {n: np.asarray(v) for n, v in reference.items()})
     if reference == "none":
-        return "none", None, None
+        return Reference("none", None)
     if reference not in ("auto", "exact", "long"):
         raise EstimatorError(
             f'compare(reference=...) takes "auto", "exact", "long", "none" or a gradient, got {reference!r}.'
         )
-    if reference != "long":
+    discrete = all(site.family in DISCRETE for site in plan.sites.values())
+    if reference == "exact" or (reference == "auto" and discrete):
         try:
             exact = exact_gradient(model, guide, *args, params=params, max_states=max_states, backend=library, **kwargs)
-            return f"exact, {exact.states:,} states", exact.gradient, None
+            return Reference(f"exact, {exact.states:,} states", exact.gradient)
         except EstimatorError:
             if reference == "exact":
                 raise
-    from .candidates import ours
-
-    elbo = ours(library).EstimatorELBO(num_particles=max(particles, 2))
-    default = Candidate("reference", elbo, guide)
-    m, _, _ = _draw(program, default, LONGER * num_draws, show, offset=num_draws)
+    elbo = ours(library).EstimatorELBO(Reinforce(LeaveOneOut()), num_particles=4)
+    m, _, _ = _draw(program, Candidate("reference", elbo, guide), LONGER * num_draws, show, offset=num_draws)
     errors = {n: np.sqrt(m.variance(n) / m.count) for n in m.mean}
-    return f"{m.count:,} draws of the default with {elbo.num_particles} particles", m.mean, errors
+    return Reference(f"{m.count:,} draws of score functions with four particles", m.mean, errors)
 
 
 def _norm(gradient: Mapping[str, Any]) -> float:

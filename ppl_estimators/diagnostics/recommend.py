@@ -15,7 +15,7 @@ from ..estimators.control_variate import ControlVariate
 from ..estimators.reinforce import Reinforce
 from ..testing.library import backend_of
 from .candidates import admitted, look
-from .compare import Comparison, compare
+from .compare import Comparison, compare, reference_for
 from .show import Showable, Shown, number
 
 
@@ -95,7 +95,16 @@ def recommend(
     kwargs = dict(kwargs or {})
     library = backend or backend_of(model, guide, args, kwargs)
     plan = look(library, model, guide, args, kwargs, params, num_particles)
-    common = {"kwargs": kwargs, "params": params, "seed": seed, "backend": library, "progress": progress}
+    program = (library, model, args, kwargs, params, seed)
+    reference = reference_for(program, guide, plan, "auto", 2000, budget, progress)
+    common = {
+        "reference": reference,
+        "kwargs": kwargs,
+        "params": params,
+        "seed": seed,
+        "backend": library,
+        "progress": progress,
+    }
     choices = []
     for site in plan.sites:
         choices.append(_choose(site, plan, model, guide, args, budget, num_particles, common))
