@@ -157,6 +157,24 @@ def test_other_families_against_closed_forms(library, with_laplace):
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
+def test_a_jump_in_a_continuous_latent_has_its_derivative(library):
+    """log p(x | z) is 3 higher where z > 0.2; the derivative along reparameterised draws would miss that."""
+    ppl = zoo.language(library)
+
+    def model():
+        z = ppl.sample("z", ppl.dist.Normal(ppl.array(0.0), 1.0))
+        ppl.sample("x", ppl.dist.Normal(3.0 * (z > 0.2), 1.0), obs=ppl.array(2.5))
+
+    def guide():
+        ppl.sample("z", ppl.dist.Normal(ppl.param("m", {"m": 0.3}), 0.8))
+
+    exact = exact_gradient(model, guide, nodes=60)
+    density = np.exp(-(0.1**2) / (2 * 0.64)) / (0.8 * np.sqrt(2 * np.pi))
+    assert abs(exact.gradient["m"] - (0.3 - 3 * density)) < 0.05  # the missed one is 1.5 off
+    assert exact.quadrature_error > 1e-3
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_params_move_the_point_and_are_constrained(library):
     model, guide = zoo.CASES["chain"].build(library)
     moved = {k: v + 0.3 for k, v in zoo.CASES["chain"].params.items()}

@@ -24,6 +24,8 @@ from .run import Message, Traces, execute, terms_of
 
 Array = Any
 _CHUNK = 256  # states evaluated side by side
+#: supports that no parameter moves
+_STILL = (constraints.real, constraints.real_vector, constraints.positive, constraints.unit_interval)
 
 
 def exact(
@@ -262,12 +264,21 @@ def rule_of(name: str, fn: Any, nodes: int) -> Rule:
     noise, size = _noise(name, base, nodes)
     elements = (*batch, *noise[len(base.batch_shape) :])
 
+    fixed = base.support in _STILL
+
     def value(fn: Any, digits: Array) -> Array:
         placed, _ = _place(unwrapped(fn), digits, nodes)
-        return jnp.broadcast_to(placed, (*fn.batch_shape, *fn.event_shape))
+        placed = jnp.broadcast_to(placed, (*fn.batch_shape, *fn.event_shape))
+        return jax.lax.stop_gradient(placed) if fixed else placed
 
     def weigh(fn: Any, digits: Array, value: Array) -> Array:
-        return _place(unwrapped(fn), digits, nodes)[1]
+        """The nodes stand still and the density moves, so a cost that jumps has its derivative; where the parameters
+        move the support, the nodes move with it."""
+        log_weight = _place(unwrapped(fn), digits, nodes)[1]
+        if not fixed:
+            return log_weight
+        log_density = jnp.sum(log_q(fn, value))
+        return jax.lax.stop_gradient(log_weight - log_density) + log_density
 
     return Rule(elements, size, value, weigh, False)
 

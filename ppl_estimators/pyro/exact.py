@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import torch
 import torch.distributions as td
 from pyro.poutine.guide import GuideMessenger
-from torch.distributions import transform_to
+from torch.distributions import constraints, transform_to
 
 from ..core import families
 from ..core.errors import EstimatorError, site_error
@@ -25,6 +25,9 @@ from .distributions import family, log_q, unwrapped
 from .run import Message, Traces, execute, terms_of
 
 Array = torch.Tensor
+
+#: supports that no parameter moves
+_STILL = (constraints.real, constraints.real_vector, constraints.positive, constraints.unit_interval)
 
 
 def exact(
@@ -262,8 +265,15 @@ def rule_of(name: str, fn: Any, nodes: int) -> Rule:
     elements = (*batch, *noise[len(base.batch_shape) :])
 
     def continuous(digits: Array) -> tuple[Array, Array]:
+        """The nodes stand still and the density moves, so a cost that jumps has its derivative; where the parameters
+        move the support, the nodes move with it."""
         value, log_weight = place(digits)
-        return value.expand(shape), log_weight
+        value = value.expand(shape)
+        if base.support not in _STILL:
+            return value, log_weight
+        value = value.detach().clone()  # no transform may answer from its cache
+        log_density = log_q(fn, value).sum()
+        return value, (log_weight - log_density).detach() + log_density
 
     return Rule(elements, size, continuous)
 

@@ -26,7 +26,8 @@ def exact_gradient(
     one-hot, Binomial, in plates, batches and events; in Pyro also sites that only some branches have. Continuous ones
     are integrated with ``nodes`` Gauss nodes per element: Normal and MultivariateNormal (Hermite), mixtures and
     transforms of them, and whatever has a quantile function (Legendre); others are refused by name. Masks and scales
-    count as in the ELBO.
+    count as in the ELBO. Nodes stand still while the density moves over them, so a cost that jumps in a continuous
+    latent has its derivative too, to the accuracy that a jump leaves (``quadrature_error`` is an estimate of it).
 
     ``params``: the point, ``{name: constrained value}`` as the parameter store or ``svi.get_params(state)`` give
     them. What is not named has its value in Pyro's parameter store, else its initial value.
@@ -48,6 +49,8 @@ def exact_gradient(
     backend = backend or backend_of(model, guide, args, kwargs)
     if backend not in BACKENDS:
         raise ValueError(f'exact_gradient(backend=...) takes "pyro" or "numpyro", got {backend!r}.')
+    if not 2 <= nodes <= 200:
+        raise ValueError(f"exact_gradient(nodes=...) takes 2 to 200 Gauss nodes per element, got {nodes!r}.")
     if backend == "pyro":
         from ..pyro.exact import exact
     else:
