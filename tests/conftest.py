@@ -18,6 +18,17 @@ def double_precision() -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
+@pytest.fixture
+def quick_compilation() -> Iterator[None]:
+    """For tests in which JAX compiles much and runs little."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(autouse=True)
 def empty_parameter_store() -> Iterator[None]:
     """No test sees another's parameters."""

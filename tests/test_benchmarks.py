@@ -20,7 +20,8 @@ NUMBER = re.compile(r"[-−+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
 def smoke(study: str, out: Path) -> str:
     """The results file of a smoke run; there is a figure beside it."""
     command = [sys.executable, str(BENCHMARKS / f"{study}.py"), "--smoke", "--out", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    quick = {"OMP_NUM_THREADS": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # mostly compilation
+    environment = {**os.environ, **quick, "PYTHONIOENCODING": "utf-8"}
     run = subprocess.run(
         command, capture_output=True, text=True, encoding="utf-8", cwd=out.parent, env=environment, timeout=900
     )

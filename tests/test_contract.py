@@ -71,7 +71,10 @@ from ppl_estimators.numpyro import with_estimators as jax_hook
 from ppl_estimators.pyro import EstimatorELBO as TorchELBO
 from ppl_estimators.pyro import with_estimators as torch_hook
 
-pytestmark = pytest.mark.filterwarnings("ignore::ppl_estimators.EstimatorWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ppl_estimators.EstimatorWarning"),
+    pytest.mark.usefixtures("quick_compilation"),
+]
 
 FAMILIES = ("Bernoulli", "Categorical", "OneHot", "Poisson", "Normal")
 DISCRETE = {"Bernoulli", "Categorical", "OneHot"}

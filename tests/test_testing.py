@@ -49,18 +49,10 @@ from ppl_estimators.testing.power import Sums, Wanted, measure
 from ppl_estimators.testing.zoo.oracle import gradient
 
 pytestmark = [
-    pytest.mark.usefixtures("double_precision"),
+    pytest.mark.usefixtures("double_precision", "quick_compilation"),
     pytest.mark.filterwarnings("ignore::ppl_estimators.EstimatorWarning"),
 ]
 LIBRARIES = ("pyro", "numpyro")
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 # ---- exact_gradient: against sums in NumPy that know neither library -------------------------------------------------
