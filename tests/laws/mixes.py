@@ -241,6 +241,11 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         Mix("sum_tree", {"k": SumAndSample(2), "z": DisARMTree()}),
         Mix("sticks_set", {"k": DisARMStickBreaking("ascending"), "z": UnorderedSet(3)}),
     ],
+    "subsampled_mix": [
+        Mix("delta_method", {"z": DisARM(), "w": DeltaMethod()}, particles=4),
+        Mix("antithetic_landing", {"z": Antithetic(Reinforce(Constant(-4.0))), "w": StickingTheLanding()}),
+        Mix("average_measure", {"z": Average((DisARM(), Enumerate())), "w": MeasureValued()}),
+    ],
     "subsampled_counts": [  # samplers of counts are slow
         Mix("sum_triple", {"z1": SumAroundMode(2), "z2": StochasticTriple()}, draws=12_000),
         Mix("measure_sum", {"z1": MeasureValued(), "z2": SumAroundMode(4)}, draws=12_000),

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 
 from .case import case
-from .oracle import bernoulli, bits, categorical, normal, sigmoid, softplus
+from .oracle import bernoulli, bits, categorical, hermite, normal, sigmoid, softplus
 
 # Subsampling: a global bit, and a local bit for each of four data points, two at a time.
 
@@ -126,6 +126,45 @@ def subsampled_bits_elbo(p):
 SUBSAMPLED_BITS = {"a": 0.9, "b": -0.7, "c": 1.6, "t": 0.5}
 case(
     "subsampled_bits", "L2 L4 L9", subsampled_bits, SUBSAMPLED_BITS, subsampled_bits_elbo, minibatches=((0, 3), (1, 2))
+)
+
+# A bit, and a Normal whose mean it moves.
+
+
+def subsampled_mix(ppl, init):
+    def model():
+        with ppl.plate("data", 4, subsample_size=2) as index:
+            z = ppl.sample("z", ppl.dist.Bernoulli(logits=ppl.param("t", init)))
+            w = ppl.sample("w", ppl.dist.Normal(0.8 * z, 1.0))
+            ppl.sample("x", ppl.dist.Normal(w + 0.5 * z * w, 1.0), obs=ppl.array(DATA)[index])
+
+    def guide():
+        a, m, c = (ppl.param(name, init) for name in "amc")
+        with ppl.plate("data", 4, subsample_size=2) as index:
+            z = ppl.sample("z", ppl.dist.Bernoulli(logits=a + 0.8 * ppl.array(COVARIATE)[index]))
+            ppl.sample("w", ppl.dist.Normal(m + c * z, 0.7))
+
+    return model, guide
+
+
+def subsampled_mix_elbo(p):
+    total = 0.0
+    for x, covariate in zip(DATA, COVARIATE, strict=True):
+        for z in (0, 1):
+            log_q = bernoulli(z, p["a"] + 0.8 * covariate)
+            w, weight = hermite(p["m"] + p["c"] * z, 0.7)
+            log_p = bernoulli(z, p["t"]) + normal(w, 0.8 * z) + normal(x, w + 0.5 * z * w)
+            total = total + np.exp(log_q) * (weight * (log_p - log_q - normal(w, p["m"] + p["c"] * z, 0.7))).sum()
+    return total
+
+
+case(
+    "subsampled_mix",
+    "L2 L4 L9",
+    subsampled_mix,
+    {"a": 0.9, "m": -1.1, "c": 1.6, "t": -0.7},
+    subsampled_mix_elbo,
+    minibatches=((0, 3), (1, 2)),
 )
 
 # Two dependent counts; the sum over the Poisson stops where nothing is left.
