@@ -15,7 +15,7 @@ import torch
 from numpyro import infer as numpyro_infer
 from pyro import infer as pyro_infer
 
-from ppl_estimators import DisARM, EstimatorError, MovingAverage, Reinforce
+from ppl_estimators import DisARM, Enumerate, EstimatorError, MovingAverage, Reinforce
 from ppl_estimators.core.gradients import EXPLICIT
 from ppl_estimators.numpyro import EstimatorELBO as NumPyroELBO
 from ppl_estimators.numpyro import with_estimators as numpyro_with
@@ -149,3 +149,33 @@ def test_errors_name_what_is_wrong(library):
     with pytest.raises(EstimatorError, match="the guide has no latent sites"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries say that the model's sites are missing
         gradients(elbo(), lambda: None, lambda: None)
+
+
+def test_the_arrays_of_a_network_have_names_of_their_own():
+    """A flax module is one parameter in NumPyro, a tree of arrays."""
+    from flax import linen
+    from numpyro.contrib.module import flax_module
+
+    from ppl_estimators.testing import exact_gradient
+
+    def model(x):
+        with numpyro.plate("data", 2):
+            z = numpyro.sample("z", nd.Bernoulli(logits=0.3))
+            numpyro.sample("x", nd.Normal(2.0 * z, 1.0), obs=x)
+
+    def guide(x):
+        network = flax_module("net", linen.Dense(1), input_shape=(1, 1))
+        with numpyro.plate("data", 2):
+            numpyro.sample("z", nd.Bernoulli(logits=network(x[:, None])[:, 0]))
+
+    x = jax.numpy.array([0.4, 1.7])
+    exact = exact_gradient(model, guide, x)
+    found = NumPyroGradients(NumPyroELBO({"z": Enumerate()}), model, guide, (x,), params=exact.params)
+    assert found.names == ["net$params['bias']", "net$params['kernel']"]
+    assert found.shapes == {"net$params['bias']": (1,), "net$params['kernel']": (1, 1)}
+    _, parts = next(found.parts(3))
+    for name, g in exact.gradient.items():  # one bit for each element: no noise
+        np.testing.assert_allclose(parts[name].sum(1), np.broadcast_to(g, (3, *g.shape)), atol=1e-5)
+    wrong = {"net$params": {"bias": np.zeros(2), "kernel": np.zeros((1, 1))}}
+    with pytest.raises(EstimatorError, match=r"\['bias'\]' has shape \(2,\), the program's has \(1,\)"):
+        NumPyroGradients(NumPyroELBO(), model, guide, (x,), params=wrong)

@@ -27,6 +27,7 @@ from ..core.gradients import (
 )
 from ..core.plan import Plan
 from .elbo import EstimatorELBO, _Step
+from .exact import named_leaves
 
 Array = Any
 
@@ -45,7 +46,8 @@ class Gradients:
 
     A draw is a function of ``(seed, index)``. Nothing is changed: no parameter, no state, no random state.
 
-    ``sites``: the latent sites of the guide in order; ``names``: the parameters; ``shapes``: theirs.
+    ``sites``: the latent sites of the guide in order; ``names``: the parameters (the arrays of a network's tree as
+    ``name[...][...]``); ``shapes``: theirs.
 
     Raises `EstimatorError` for unknown parameters, a guide without latent sites, a program without parameters.
     """
@@ -78,9 +80,14 @@ class Gradients:
         if params:
             check_names(params, unconstrained)
             constrained = self._constrain(unconstrained)
-            for name, value in params.items():
-                check_shape(name, np.shape(value), np.shape(constrained[name]))
-            given = {n: jnp.asarray(v, constrained[n].dtype) for n, v in params.items()}
+            params = {n: v if isinstance(v, dict) else jnp.asarray(v) for n, v in params.items()}
+            present, leaves = named_leaves({n: constrained[n] for n in params}), named_leaves(params)
+            check_names(leaves, present)
+            for name, value in leaves.items():
+                check_shape(name, value.shape, present[name].shape)
+            given = {
+                n: jax.tree.map(lambda v, x: jnp.asarray(v, x.dtype), p, constrained[n]) for n, p in params.items()
+            }
             inverse = svi.constrain_fn.args[0]
             unconstrained = {
                 **unconstrained,
@@ -90,8 +97,8 @@ class Gradients:
         own = {n: v for n, v in unconstrained.items() if not kept_by_estimators(n, self.sites)}
         self._kept = {n: v for n, v in unconstrained.items() if n not in own}
         self._point = own
-        self.names = list(own)
-        self.shapes = {n: tuple(jnp.shape(v)) for n, v in own.items()}
+        self.shapes = {n: v.shape for n, v in named_leaves(own).items()}
+        self.names = list(self.shapes)
         self.size = sum(int(np.prod(s)) for s in self.shapes.values())
         self._compiled: dict[Any, Any] = {}
 
@@ -127,7 +134,7 @@ class Gradients:
     def draw(self, seed: int = 0, index: int = 0) -> tuple[float, dict[str, np.ndarray]]:
         """The loss, and the gradient by parameter."""
         loss, gradient = self._many(1, "total")(self._point, self._keys(seed, index, 1))
-        return float(loss[0]), {n: np.asarray(g[0]) for n, g in gradient.items()}
+        return float(loss[0]), {n: g[0] for n, g in named_leaves(gradient).items()}
 
     def draws(
         self, num_draws: int, seed: int = 0, progress: Progress | None = None, start: int = 0
@@ -167,7 +174,7 @@ class Gradients:
             losses, gradients = self._many(chunk, kind)(self._point, self._keys(seed, start + done, chunk))
             wanted = min(chunk, num_draws - done)
             done += wanted
-            yield np.asarray(losses)[:wanted], {n: np.asarray(g)[:wanted] for n, g in gradients.items()}
+            yield np.asarray(losses)[:wanted], {n: g[:wanted] for n, g in named_leaves(gradients).items()}
             if progress is not None:
                 progress(done)
 
