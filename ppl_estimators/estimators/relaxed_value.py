@@ -19,7 +19,7 @@ class RelaxedValue(Estimator):
     """Base of biased estimators at Bernoulli and one-hot sites whose value carries a gradient.
 
     The log probabilities of the site itself, log p and −log q, are taken by their linear extension: right at the
-    corners, and differentiable in the value.
+    corners, and differentiable in the value. Where the value is hard, −log q has no slope in the site's parameters.
     """
 
     unbiased: ClassVar[bool] = False
