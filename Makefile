@@ -4,7 +4,7 @@
 #   make test        the whole test suite, slow tests included
 #   make benchmarks  the speed and variance tables of the docs
 #   make docs        the page of all estimators, and the README's table of them
-#   make lint        ruff, and the types
+#   make lint        ruff: rules and format
 #   make clean       remove what the targets above made, the virtual environment too
 #
 # All paths are relative, so the checkout may lie under a folder with spaces in its name.

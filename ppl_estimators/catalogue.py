@@ -514,7 +514,7 @@ ENTRIES = (
         Kind.counts,
         "2",
         use="counts: Poisson, binomial, geometric",
-        avoid="very many elements: MeasureValued()",
+        avoid="few elements and evaluations to spare: SumAroundMode()",
         papers=("arya2022automatic",),
         common=True,
     ),

@@ -120,7 +120,7 @@ def test_a_biased_estimator_is_seen(lib):
     def guide():
         sample("b", d.Bernoulli(logits=param()))
 
-    found = compare(model, guide, (), candidates, num_draws=1200, timing_steps=2)
+    found = compare(model, guide, (), candidates, num_draws=4000, timing_steps=2)
     assert found["StraightThrough()"].biased
     stock = compare(model, guide, (), ["TraceGraph_ELBO"], num_draws=100, timing_steps=2)
     assert not stock["TraceGraph_ELBO"].biased

@@ -276,3 +276,29 @@ def test_a_cost_that_is_not_finite_is_named_and_poisons_nothing(lib):
 def _expected(broken):
     message = r"site 'x' \(log p\): the cost is not finite"
     return pytest.warns(EstimatorWarning, match=message) if broken else contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("library", ["pyro", "numpyro"])
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (DisARM, "write it with parentheses"),
+        ("DisARM", "write the estimator itself, not its name"),
+        (MovingAverage(), r"a baseline goes inside: Reinforce\(MovingAverage\(\)\)"),
+    ],
+    ids=["class", "name", "baseline"],
+)
+def test_what_a_site_asks_for_must_be_an_estimator(library, wrong, hint):
+    sample, bernoulli = (pyro.sample, tdist.Bernoulli) if library == "pyro" else (numpyro.sample, jdist.Bernoulli)
+
+    def model():
+        sample("z", bernoulli(0.4))
+
+    def guide():
+        sample("z", bernoulli(0.4), infer={"estimator": wrong})
+
+    with pytest.raises(EstimatorError, match=rf"site 'z': infer=.* is not an estimator.*{hint}.*Give one"):
+        if library == "pyro":
+            ours_torch.EstimatorELBO().loss(model, guide)
+        else:
+            ours_jax.EstimatorELBO().loss(jax.random.key(0), {}, model, guide)

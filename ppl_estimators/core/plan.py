@@ -19,6 +19,7 @@ from .errors import EstimatorError, EstimatorWarning, site_error
 from .estimator import Estimator
 from .families import BERNOULLI, DISCRETE, RELAXABLE
 from .site import Site, Term
+from .spec import Spec
 
 #: the default spends at most this many extra evaluations of model and guide per step, all sites together
 DEFAULT_BUDGET = 2
@@ -41,9 +42,30 @@ def check_mapping(mapping: Any, where: str) -> dict[str, Estimator]:
         raise TypeError(f"{where} takes a mapping from site names (or glob patterns) to estimators, got {mapping!r}.")
     for key, value in mapping.items():
         if not isinstance(value, Estimator):
-            hint = " (write it with parentheses)" if isinstance(value, type) else ""
-            raise TypeError(f"{where}: the entry for '{key}' is not an estimator: {value!r}{hint}.")
+            raise TypeError(f"{where}: the entry for '{key}' is not an estimator: {value!r}{_hint(value)}.")
     return dict(mapping)
+
+
+def requested(name: str, infer: Mapping[str, Any]) -> Estimator | None:
+    """What ``infer={"estimator": ...}`` at a site asks for."""
+    asked = infer.get("estimator")
+    if asked is None or isinstance(asked, Estimator):
+        return asked
+    raise site_error(
+        name,
+        f'infer={{"estimator": ...}} is not an estimator: {asked!r}{_hint(asked)}',
+        'Give one, such as infer={"estimator": DisARM()}.',
+    )
+
+
+def _hint(value: Any) -> str:
+    if isinstance(value, type):
+        return " (write it with parentheses)"
+    if isinstance(value, str):
+        return " (write the estimator itself, not its name)"
+    if isinstance(value, Spec):
+        return f" (a baseline goes inside: Reinforce({value!r}))"
+    return ""
 
 
 def check_keys(mapping: Mapping[str, Any], sites: Sequence[str], where: str) -> None:

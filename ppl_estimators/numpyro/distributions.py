@@ -13,6 +13,7 @@ from numpyro.distributions import constraints
 
 from ..core import families
 from ..core.errors import site_error
+from ..core.plan import requested
 from ..core.site import Plate, Site
 from .ops import OPS
 
@@ -117,7 +118,7 @@ def describe(
         named=named(fn) if logits is None else {"logits": logits},
         law=Law(fn),
         value=value,
-        requested=infer.get("estimator"),
+        requested=requested(name, infer),
         declared=infer.get("_with_estimators"),
     )
 

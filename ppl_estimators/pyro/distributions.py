@@ -15,6 +15,7 @@ from torch.distributions import constraints
 
 from ..core import families
 from ..core.errors import site_error
+from ..core.plan import requested
 from ..core.site import Plate, Site
 from .ops import OPS
 
@@ -91,7 +92,7 @@ def describe(
         named={} if logits is None else {"logits": logits},
         law=Law(fn),
         value=value,
-        requested=infer.get("estimator"),
+        requested=requested(name, infer),
         declared=infer.get("_with_estimators"),
     )
 

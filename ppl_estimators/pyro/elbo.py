@@ -28,7 +28,7 @@ from ..core.errors import EstimatorError, EstimatorWarning, site_error
 from ..core.estimator import Estimator, Noise
 from ..core.keep import Kept
 from ..core.objectives import EvidenceLowerBound, Objective
-from ..core.plan import Group, Plan, check_keys, check_mapping, make_plan, match
+from ..core.plan import Group, Plan, check_keys, check_mapping, make_plan, match, requested
 from ..core.site import Costs, Draw, Plate, Site, Term
 from ..estimators.baselines.learned import Given, Learned
 from ..estimators.baselines.leave_one_out import LeaveOneOut
@@ -801,7 +801,7 @@ def _requested(infer: Mapping[str, Any]) -> Estimator | None:
 def _static(msg: Message) -> tuple[Any, ...]:
     """What a plan depends on, of one latent site."""
     fn, infer = msg["fn"], msg["infer"]
-    requested = infer.get("estimator")
+    asked = requested(msg["name"], infer)
     baseline = infer.get("baseline")
     return (
         type(fn),
@@ -809,7 +809,7 @@ def _static(msg: Message) -> tuple[Any, ...]:
         fn.batch_shape,
         fn.event_shape,
         plates_of(msg),
-        None if requested is None else requested.structure(),
+        None if asked is None else asked.structure(),
         tuple((k, baseline[k] if isinstance(baseline[k], (bool, float)) else None) for k in sorted(baseline))
         if baseline
         else None,
