@@ -195,3 +195,36 @@ def test_a_branch_on_a_drawn_value_is_refused():
 
     with pytest.raises(EstimatorError, match=r"average_model=True.*decides.*Leave average_model=False"):
         TorchELBO({"z": DisARM()}, average_model=True).loss_and_grads(model, guide)
+
+
+@pytest.mark.parametrize("event", [True, False])
+def test_two_dependent_elements(event):
+    """Lanes move one at a time: each alternative counts for its lane only, and every lane as much as the others."""
+    a = np.array([[0.4, -0.7, 0.2], [-0.5, 0.3, 1.1]])
+    table = np.array([[1.0, -2.0, 0.5], [0.3, 2.2, -1.0], [1.7, 0.1, 0.9]])
+    p = np.exp(a) / np.exp(a).sum(-1, keepdims=True)
+
+    def sample(logits):
+        law = dist.Categorical(logits=logits)
+        return numpyro.sample("z", law.to_event(1) if event else law)
+
+    def model():
+        theta = numpyro.param("theta", jnp.asarray(0.4))
+        z = sample(jnp.zeros((2, 3)))
+        numpyro.factor("f", theta * jnp.asarray(table)[z[0], z[1]])
+
+    def guide():
+        sample(numpyro.param("a", jnp.asarray(a)))
+
+    states = np.array([(i, j) for i in range(3) for j in range(3)])
+    weight = p[0, states[:, 0]] * p[1, states[:, 1]]
+    tables, params = {"z": {"value": states[:, None]}}, {"a": jnp.asarray(a), "theta": jnp.asarray(0.4)}
+    found = {
+        average: moments(InjectedJax({"z": Enumerate()}, average_model=average), model, guide, params, tables, weight)
+        for average in (False, True)
+    }
+    f = table[states[:, 0], states[:, 1]]
+    by_hand = (p[0] @ table[:, states[:, 1]] + p[1] @ table[states[:, 0]].T) / 2
+    np.testing.assert_allclose([found[False][0], found[True][0]], weight @ f, atol=1e-10)
+    np.testing.assert_allclose(found[True][1], weight @ by_hand**2 - (weight @ f) ** 2, atol=1e-10)
+    assert found[True][1] < 0.7 * found[False][1]

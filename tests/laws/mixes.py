@@ -16,6 +16,7 @@ from ppl_estimators import (
     ARM,
     ARMS,
     ARSM,
+    LAX,
     REBAR,
     RELAX,
     UGC,
@@ -314,8 +315,9 @@ AVERAGED: dict[str, list[Mix]] = {
     "mixed": [
         Mix("disarm_pathwise", {"z*": DisARM(), "w": Pathwise()}),
         Mix("enumerate_landing", {"z*": Enumerate(), "w": StickingTheLanding()}),
+        kept("disarm_lax", {"z*": DisARM(), "w": LAX(hidden=4)}),
     ],
-    "subsampled_bits": [Mix("arms_disarm", {"z1": ARMS(3), "z2": DisARM()})],
+    "subsampled_bits": [Mix("arms_arm", {"z1": ARMS(3), "z2": ARM()})],
     "subsampled_categories": [
         Mix("sum_tree", {"k": SumAndSample(2), "z": DisARMTree()}),
         Mix("sticks_set", {"k": DisARMStickBreaking(), "z": UnorderedSet(2)}),
@@ -325,7 +327,10 @@ AVERAGED: dict[str, list[Mix]] = {
     "coupled_categories": [Mix("sum_and_sample", {"*": SumAndSample(1)}), Mix("unordered_set", {"*": UnorderedSet(2)})],
     "undeclared": [ENUMERATE],
     "event": [ENUMERATE],
-    "crossed": [Mix("two", {"z_row": Enumerate(), "z_column": DisARM()})],
+    "crossed": [
+        Mix("two", {"z_row": Enumerate(), "z_column": DisARM()}),
+        Mix("arms_disarm", {"z_row": ARMS(4), "z_column": DisARM()}),  # one group, unequal numbers of values
+    ],
     "masked_by_handler": [DISARM],
 }
 
