@@ -69,8 +69,6 @@ def weights(
 def possible(ops: Ops, site: Site, weight: Array, value: Array, drawn: Array) -> Array:
     """A counterfactual value, and the drawn one where its weight ``[*plates]`` is zero: it may be one that the model
     has no finite log probability for."""
-    if not weight.ndim:
-        return value
     return ops.where(site.spread(ops, weight, trailing=site.family == ONEHOT) > 0, value, drawn)
 
 

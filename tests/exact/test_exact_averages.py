@@ -228,3 +228,35 @@ def test_two_dependent_elements(event):
     np.testing.assert_allclose([found[False][0], found[True][0]], weight @ f, atol=1e-10)
     np.testing.assert_allclose(found[True][1], weight @ by_hand**2 - (weight @ f) ** 2, atol=1e-10)
     assert found[True][1] < 0.7 * found[False][1]
+
+
+@pytest.mark.parametrize("library", ["numpyro", "pyro"])
+def test_a_value_that_cannot_occur_is_not_evaluated(library):
+    """The cost is infinite at category 2, which has probability zero: 0 times infinity is no gradient."""
+    p = 1 / (1 + np.exp(0.3))  # of category 1
+    expected = -((1 - p) / 2 + p)
+
+    def model(sample, factor, theta, logits, d):
+        factor("f", theta / (2.0 - sample("z", d.Categorical(logits=logits))))
+
+    if library == "numpyro":
+        elbo = InjectedJax({"z": Enumerate()}, average_model=True)
+        possible = jnp.array([0.3, 0.0, -jnp.inf])
+        found = jax_gradients(
+            elbo,
+            lambda: model(numpyro.sample, numpyro.factor, numpyro.param("theta", 0.4), jnp.zeros(3), dist),
+            lambda: numpyro.sample("z", dist.Categorical(logits=possible + 0 * numpyro.param("a", jnp.asarray(0.3)))),
+            {"a": jnp.asarray(0.3), "theta": jnp.asarray(0.4)},
+            {"z": {"value": np.array([[0], [1]])}},
+        )[1][:, 1]
+    else:
+        logits, found = torch.tensor([0.3, 0.0, -torch.inf]), []
+        for seed in range(6):
+            pyro.clear_param_store()
+            pyro.set_rng_seed(seed)
+            TorchELBO({"z": Enumerate()}, average_model=True).loss_and_grads(
+                lambda: model(pyro.sample, pyro.factor, pyro.param("theta", torch.tensor(0.4)), torch.zeros(3), tdist),
+                lambda: pyro.sample("z", tdist.Categorical(logits=logits)),
+            )
+            found.append(pyro.param("theta").grad.item())
+    np.testing.assert_allclose(found, expected, atol=1e-10)
