@@ -276,7 +276,8 @@ class _Gates(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.gates and not msg["is_observed"]:
-            msg["fn"] = _gated(msg["fn"], self.gates, msg["name"], {})
+            site = msg["name"]
+            msg["fn"] = aliased(msg["fn"], lambda x: x.register_hook(lambda slope: slope * float(self.gates[site])))
 
 
 def _through_gates(gates: Mapping[str, bool], guide: Callable[..., Any]) -> Callable[..., Any]:
@@ -287,15 +288,16 @@ def _through_gates(gates: Mapping[str, bool], guide: Callable[..., Any]) -> Call
     return run
 
 
-def _gated(thing: Any, gates: Mapping[str, bool], site: str, done: dict[int, Any]) -> Any:
-    """A copy of a distribution whose tensors ask the site's gate on the way back."""
+def aliased(thing: Any, attach: Callable[[Array], Any], done: dict[int, Any] | None = None) -> Any:
+    """A copy of a distribution with views of its differentiable tensors, each handed to ``attach`` for its hook."""
+    done = {} if done is None else done
     if id(thing) in done:
         return done[id(thing)]
     if isinstance(thing, torch.Tensor):
         if not thing.requires_grad:
             return thing
         alias = done[id(thing)] = thing.view_as(thing)
-        alias.register_hook(lambda slope: slope * float(gates[site]))
+        attach(alias)
         return alias
     if isinstance(thing, (Distribution, Transform)) and not isinstance(thing, torch.nn.Module):
         twin = done[id(thing)] = copy.copy(thing)
@@ -305,8 +307,8 @@ def _gated(thing: Any, gates: Mapping[str, bool], site: str, done: dict[int, Any
             elif key == "_inv":
                 vars(twin)[key] = None
             else:
-                vars(twin)[key] = _gated(value, gates, site, done)
+                vars(twin)[key] = aliased(value, attach, done)
         return twin
     if isinstance(thing, (list, tuple)) and type(thing) in (list, tuple):
-        return type(thing)(_gated(x, gates, site, done) for x in thing)
+        return type(thing)(aliased(x, attach, done) for x in thing)
     return thing
