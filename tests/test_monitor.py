@@ -364,7 +364,7 @@ def test_a_step_that_is_not_finite_in_pyro():
 
 
 def test_a_plain_torch_loop():
-    model, guide = mixed(PYRO)
+    model, _ = mixed(PYRO)
     torch.manual_seed(0)
     monitor = GradientMonitor(every=10)
 
@@ -589,7 +589,7 @@ def test_mistakes_are_named(tmp_path):
         with pytest.raises(EstimatorError, match=message):
             GradientMonitor(**wrong)
     model, guide = mixed(NUMPYRO)
-    with pytest.raises(EstimatorError, match="takes an SVI .or in Pyro a guide., got 3"):
+    with pytest.raises(EstimatorError, match=r"takes an SVI \(or in Pyro a guide\), got 3"):
         GradientMonitor().watch(3)
     monitor = GradientMonitor()
     monitor.watch(numpyro_svi(model, guide, ours_numpyro.EstimatorELBO(), 0.1))

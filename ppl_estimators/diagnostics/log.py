@@ -46,7 +46,7 @@ def _writer(folder: Path) -> Any:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ImportError(
-                f"GradientMonitor(log='{folder}') writes for TensorBoard: pip install tensorboardX, or name a .csv file."
+                f"GradientMonitor(log='{folder}') writes for TensorBoard: pip install tensorboardX. Or name a .csv."
             ) from None
     return SummaryWriter(str(folder))
 

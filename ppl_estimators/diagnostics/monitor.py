@@ -1,4 +1,4 @@
-"""`GradientMonitor`: the noise of the gradient while it trains, from running moments of what the steps compute anyway."""
+"""`GradientMonitor`: the noise of the gradient while it trains, by running moments of what steps compute anyway."""
 
 from __future__ import annotations
 
