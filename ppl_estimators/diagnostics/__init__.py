@@ -7,6 +7,7 @@ neither torch nor jax.
 
 from .candidates import Candidate
 from .compare import Compared, Comparison, compare
+from .monitor import GradientMonitor, MonitorReport, MonitorRow
 from .recommend import Choice, Recommendation, recommend
 from .report import ParameterRow, Report, SiteRow, gradient_report
 
@@ -15,6 +16,9 @@ __all__ = [
     "Choice",
     "Compared",
     "Comparison",
+    "GradientMonitor",
+    "MonitorReport",
+    "MonitorRow",
     "ParameterRow",
     "Recommendation",
     "Report",

@@ -93,3 +93,22 @@ def signal_to_noise(mean: Array, variance: float, count: int) -> float:
     if variance <= 1e-24 * max(square, 1e-300):
         return float("inf") if square > 0 else 0.0
     return float(np.sqrt(square / variance))
+
+
+def concentration(decay: float, count: int) -> float:
+    """Σ w_i² / (Σ w_i)² of exponential weights: one over the number of draws that such an average is worth."""
+    power = decay**count
+    return (1 - decay) * (1 + power) / ((1 + decay) * (1 - power))
+
+
+def running(square_of_mean: float, mean_square: float, decay: float, count: int) -> tuple[float, float]:
+    """‖E g‖² and the total variance of one g, from exponential averages of n ≥ 2 independent draws, both without bias.
+
+    The weights sum to 1 − dⁿ. With averages divided by that, and c their `concentration`,
+
+        E ‖avg g‖² = ‖E g‖² + c V,   E avg ‖g‖² = ‖E g‖² + V.
+    """
+    whole = 1 - decay**count
+    square = mean_square / whole
+    variance = max(square - square_of_mean / whole**2, 0.0) / (1 - concentration(decay, count))
+    return square - variance, variance

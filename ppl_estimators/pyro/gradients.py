@@ -276,7 +276,8 @@ class _Gates(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.gates and not msg["is_observed"]:
-            msg["fn"] = _gated(msg["fn"], self.gates, msg["name"], {})
+            site = msg["name"]
+            msg["fn"] = aliased(msg["fn"], lambda _: lambda slope: slope * float(self.gates[site]))
 
 
 def _through_gates(gates: Mapping[str, bool], guide: Callable[..., Any]) -> Callable[..., Any]:
@@ -287,16 +288,19 @@ def _through_gates(gates: Mapping[str, bool], guide: Callable[..., Any]) -> Call
     return run
 
 
-def _gated(thing: Any, gates: Mapping[str, bool], site: str, done: dict[int, Any]) -> Any:
-    """A copy of a distribution whose tensors ask the site's gate on the way back."""
+def aliased(thing: Any, hook_of: Callable[[Array], Callable[[Array], Any]], done: dict[int, Any] | None = None) -> Any:
+    """A copy of a distribution with views of its differentiable tensors; ``hook_of(view)(slope)`` is asked on the way
+    back."""
+    done = {} if done is None else done
     if id(thing) in done:
         return done[id(thing)]
     if isinstance(thing, torch.Tensor):
         if not thing.requires_grad:
             return thing
         alias = done[id(thing)] = thing.view_as(thing)
-        # an estimator takes slopes of the cost while it runs, to differentiate them again: those pass ungated
-        alias.register_hook(lambda slope: slope if torch.is_grad_enabled() else slope * float(gates[site]))
+        hook = hook_of(alias)
+        # an estimator takes slopes of the cost while it runs, to differentiate them again: those pass
+        alias.register_hook(lambda slope: slope if torch.is_grad_enabled() else hook(slope))
         return alias
     if isinstance(thing, (Distribution, Transform)) and not isinstance(thing, torch.nn.Module):
         twin = done[id(thing)] = copy.copy(thing)
@@ -306,8 +310,8 @@ def _gated(thing: Any, gates: Mapping[str, bool], site: str, done: dict[int, Any
             elif key == "_inv":
                 vars(twin)[key] = None
             else:
-                vars(twin)[key] = _gated(value, gates, site, done)
+                vars(twin)[key] = aliased(value, hook_of, done)
         return twin
     if isinstance(thing, (list, tuple)) and type(thing) in (list, tuple):
-        return type(thing)(_gated(x, gates, site, done) for x in thing)
+        return type(thing)(aliased(x, hook_of, done) for x in thing)
     return thing

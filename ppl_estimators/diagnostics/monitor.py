@@ -1,0 +1,343 @@
+"""`GradientMonitor`: the noise of the gradient while it trains, by running moments of what steps compute anyway."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..core.errors import EstimatorError, EstimatorWarning
+from .log import Log, open_log
+from .moments import concentration, running
+from .show import Showable, Shown, axes, number
+
+#: signal to noise below which a step is nothing but noise, and what counts as a clear signal
+DROWNED, CLEAR = 0.05, 0.2
+#: looks whose mean is judged, and the fewest of them
+LOOKS, FEWEST = 10, 3
+#: a fall of the signal with less noise than so many times that of the clear signal is convergence
+LOUDER = 10.0
+#: a bias of more than this part of the gradient
+LARGE_BIAS = 0.5
+
+
+class Moment(NamedTuple):
+    """Exponential averages of one vector g over ``count`` steps, the weights summing to 1 − decay^count:
+    ``square_of_mean`` is ‖avg g‖², ``mean_square`` avg ‖g‖²."""
+
+    kind: str  # "parameter" or "site"
+    name: str
+    count: int
+    square_of_mean: float
+    mean_square: float
+
+
+class Bias(NamedTuple):
+    """The gradient minus that of an unbiased estimator, and the latter, over ``looks`` looks."""
+
+    difference: Moment
+    reference: Moment
+    decay: float
+
+
+class Snapshot(NamedTuple):
+    """What an adapter hands over at a look. ``skipped``: steps left out because something was not finite."""
+
+    step: int
+    skipped: int
+    loss: float
+    moments: tuple[Moment, ...]
+    bias: Bias | None = None
+
+
+@dataclass(frozen=True)
+class MonitorRow:
+    """One parameter or site at one look. ``mean_norm``: ‖E g‖; ``variance``: of one step, summed over the entries."""
+
+    step: int
+    kind: str
+    name: str
+    mean_norm: float
+    variance: float
+    signal_to_noise: float
+
+
+@dataclass(frozen=True)
+class MonitorReport(Showable):
+    """The looks of a `GradientMonitor`: ``rows`` of all, in order. Printed, it is the last one."""
+
+    library: str
+    every: int
+    decay: float
+    step: int
+    skipped: int
+    loss: float
+    bias: float | None
+    rows: tuple[MonitorRow, ...]
+
+    def last(self, kind: str | None = None) -> list[MonitorRow]:
+        return [r for r in self.rows if r.step == self.step and kind in (None, r.kind)]
+
+    def __getitem__(self, name: str) -> MonitorRow:
+        """The last look at a site or parameter."""
+        for row in self.last():
+            if row.name == name:
+                return row
+        raise KeyError(f"no site or parameter '{name}': {', '.join(r.name for r in self.last())}")
+
+    def tables(self) -> list[Shown]:
+        about = f"Running means over about {round(1 / (1 - self.decay)):,} steps; running loss {number(self.loss, 5)}."
+        if self.skipped:
+            about += f" {self.skipped:,} steps were not finite and are left out."
+        if self.bias is not None:
+            about += f" Bias of the relaxed estimators: {number(self.bias)} of the gradient's length."
+        headings = ("‖mean‖", "variance", "signal/noise")
+        return [
+            Shown(
+                f"Gradient by {kind}, step {self.step:,} ({self.library})",
+                (kind, *headings),
+                tuple(
+                    (r.name, number(r.mean_norm), number(r.variance), number(r.signal_to_noise))
+                    for r in self.last(kind)
+                ),
+                caption,
+            )
+            for kind, caption in (("parameter", about), ("site", "In the parameters of the site's own distribution."))
+            if self.last(kind)
+        ]
+
+    def records(self) -> list[dict[str, Any]]:
+        return [vars(r) for r in self.rows]
+
+    def facts(self) -> dict[str, Any]:
+        return {**vars(self), "rows": self.records()}
+
+    def plot(self) -> Any:
+        """Signal to noise over the steps, as a matplotlib figure."""
+        kinds = [kind for kind in ("parameter", "site") if self.last(kind)]
+        figure, places = axes(8, max(len(kinds), 1))
+        for ax, kind in zip(places, kinds, strict=False):
+            for name in dict.fromkeys(r.name for r in self.rows if r.kind == kind):
+                mine = [r for r in self.rows if r.kind == kind and r.name == name]
+                ax.plot([r.step for r in mine], [max(r.signal_to_noise, 1e-3) for r in mine], label=name)
+            ax.set(title=f"by {kind}", xlabel="step", ylabel="signal / noise of one step", yscale="log")
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.legend(fontsize="small")
+        return figure
+
+
+class GradientMonitor:
+    """Mean, variance and signal-to-noise of the gradient while `SVI` trains, in either library, with any ELBO.
+
+    >>> monitor = GradientMonitor(every=100)  # doctest: +SKIP
+    >>> svi = monitor.watch(SVI(model, guide, optim, loss=EstimatorELBO()))  # doctest: +SKIP
+    >>> svi.run(jax.random.key(0), 2000, data)  # or svi.step(data) in Pyro; as before  # doctest: +SKIP
+    >>> print(monitor.report())  # doctest: +SKIP
+
+    By parameter: of the gradient that the optimiser gets. By site: of the slope of the loss in the parameters of the
+    site's distribution, which the backward pass meets on its way. No further evaluation, no further backward pass;
+    one running mean for each entry is kept (in NumPyro inside the optimiser's state, so that a compiled loop carries
+    it). Steps that are not finite are left out. Elements of a plate are entries: where they are other data at every
+    step, what differs between data counts as noise.
+
+    ``every``: steps from look to look. ``decay``: of the running means, which see about 1 / (1 − decay) steps.
+    ``log``: where the looks go: a ``.csv`` file, a folder for TensorBoard (needs tensorboardX or tensorboard), or
+    a writer with ``add_scalar(tag, value, step)``. ``bias_draws``: gradients at each look by which the bias of an
+    estimator that is declared biased is measured against leave-one-out; 0 does without.
+
+    Warns (`EstimatorWarning`), once for each:
+
+    - a site's signal is lost in noise: not seen in ten looks, or gone while the noise grew tenfold;
+    - a pathwise site moves the model's cost by jumps only, so that its gradient is wrong (checked before the first
+      step);
+    - the bias of relaxed estimators is more than half of the gradient.
+
+    In NumPyro, sites inside a `scan` have no row of their own.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: int = 100,
+        decay: float = 0.99,
+        log: str | Path | Any | None = None,
+        bias_draws: int = 4,
+    ):
+        if every < 1:
+            raise EstimatorError(f"GradientMonitor(every=...) needs 1 or more steps, got {every!r}.")
+        if not 0 < decay < 1:
+            raise EstimatorError(f"GradientMonitor(decay=...) lies between 0 and 1, got {decay!r}.")
+        if bias_draws < 0:
+            raise EstimatorError(f"GradientMonitor(bias_draws=...) needs 0 or more draws, got {bias_draws!r}.")
+        self.every, self.decay, self.bias_draws = every, decay, bias_draws
+        self.rows: list[MonitorRow] = []
+        self.library: str | None = None
+        self._log: Log | None = open_log(log)
+        self._last: Snapshot | None = None
+        self._bias: float | None = None
+        self._first_bias: float | None = None
+        self._watched: Any = None
+        self._memory: dict[str, _Memory] = {}
+        self._said: set[str] = set()
+
+    def watch(self, thing: Any) -> Any:
+        """A watched copy of an `SVI` (of its own class), to be used in its place; ``thing`` itself is not changed.
+
+        In Pyro also of a guide, for a loop without `SVI`: call the monitor after each backward pass.
+        """
+        library = next((b.__module__.split(".")[0] for b in type(thing).__mro__ if b.__name__ == "SVI"), None)
+        if library not in ("pyro", "numpyro"):
+            if not callable(thing):
+                raise EstimatorError(f"GradientMonitor.watch takes an SVI (or in Pyro a guide), got {thing!r}.")
+            library = "pyro"
+        if self._watched is not None:
+            raise EstimatorError("this GradientMonitor watches already. Make one for each SVI.")
+        self.library = library
+        self._watched = import_module(f"ppl_estimators.{library}.monitor").watch(thing, self)
+        return self._watched
+
+    def __call__(self, loss: Any, parameters: Iterable[tuple[str, Any]]) -> None:
+        """In a Pyro loop without `SVI`, after ``loss.backward()``: one step has its gradients in
+        ``module.named_parameters()``."""
+        if self.library != "pyro" or not hasattr(self._watched, "record"):
+            raise EstimatorError("this GradientMonitor watches no guide. Write guide = monitor.watch(guide) first.")
+        self._watched.record.close(loss, dict(parameters))
+
+    def report(self) -> MonitorReport:
+        """All looks so far."""
+        if self.library == "numpyro":
+            import jax
+
+            jax.effects_barrier()
+        if self._last is None:
+            raise EstimatorError(
+                f"this GradientMonitor has seen no step that it looks at: it looks every {self.every} steps. Train on "
+                "with what monitor.watch(svi) returned, or use a smaller every=."
+            )
+        at = self._last
+        return MonitorReport(
+            str(self.library), self.every, self.decay, at.step, at.skipped, at.loss, self._bias, tuple(self.rows)
+        )
+
+    # ---- what the adapters hand over --------------------------------------------------------------------------------
+
+    def receive(self, snapshot: Snapshot) -> None:
+        """One look."""
+        if self._last is not None and snapshot.step <= self._last.step:  # another run begins
+            self.rows, self._memory, self._bias, self._first_bias = [], {}, None, None
+        skipped = snapshot.skipped - (self._last.skipped if self._last and self.rows else 0)
+        self._last = snapshot
+        rows = [self._row(snapshot.step, m) for m in snapshot.moments if m.count > 1]
+        self.rows += rows
+        if self._log is not None:
+            self._log.write(rows, snapshot.loss)
+        if skipped >= self.every:
+            self._warn("finite", f"none of the last {self.every:,} steps was finite; the monitor left them out.")
+        for row, m in zip(rows, (m for m in snapshot.moments if m.count > 1), strict=True):
+            if row.kind == "site":
+                self._judge(row, m)
+        if snapshot.bias is not None:
+            self._judge_bias(snapshot.bias)
+
+    def _row(self, step: int, m: Moment) -> MonitorRow:
+        signal, variance = running(m.square_of_mean, m.mean_square, self.decay, m.count)
+        signal = max(signal, 0.0)
+        if variance > 1e-12 * m.mean_square:
+            ratio = (signal / variance) ** 0.5
+        else:  # as good as none, in single precision
+            ratio = float("inf") if signal > 0 else 0.0
+        return MonitorRow(step, m.kind, m.name, signal**0.5, variance, ratio)
+
+    def _judge(self, row: MonitorRow, m: Moment) -> None:
+        signal, variance = running(m.square_of_mean, m.mean_square, self.decay, m.count)
+        past = self._memory.setdefault(row.name, _Memory())
+        if row.variance <= 0:  # neither signal nor noise
+            return
+        ratio = signal / variance
+        past.ratios.append(ratio)  # may be negative: without bias, so that looks average out
+        mean = sum(past.ratios) / len(past.ratios)
+        if len(past.ratios) < FEWEST:
+            return
+        if min(mean, ratio) > CLEAR**2:
+            past.clear = row.variance
+        if mean > DROWNED**2:
+            return
+        if past.clear is None and len(past.ratios) == LOOKS:
+            how = f"no signal stood out of the noise in {LOOKS} looks"
+        elif past.clear is not None and row.variance > LOUDER * past.clear:
+            how = f"the signal is lost: the variance is {row.variance / past.clear:,.0f} times what it was"
+        else:
+            return
+        self._warn(
+            f"drowned {row.name}",
+            f"site '{row.name}': {how} (signal/noise below {DROWNED:g} at step {row.step:,}). Unless it has converged, "
+            "its steps are noise: use more particles or a quieter estimator there (diagnostics.compare finds one), or "
+            "a lower learning rate.",
+        )
+
+    def _judge_bias(self, bias: Bias) -> None:
+        d, r = bias.difference, bias.reference
+        if d.count < 2:
+            return
+        away, noise = running(d.square_of_mean, d.mean_square, bias.decay, d.count)
+        signal, reference_noise = running(r.square_of_mean, r.mean_square, bias.decay, r.count)
+        chance = 4 * concentration(bias.decay, d.count)  # of a square of entries that move together: three deviations
+        self._bias = (max(away, 0.0) / signal) ** 0.5 if signal > chance * reference_noise else None
+        if self._bias is None or away < chance * noise:
+            return
+        first = self._first_bias = self._first_bias if self._first_bias is not None else self._bias
+        if self._bias > LARGE_BIAS:
+            was = f", {number(first, 2)} when it was first seen" if self._bias > 1.2 * first else ""
+            self._warn(
+                "bias",
+                f"site {d.name}: the bias of the estimator there is {number(self._bias, 2)} times the gradient{was}. "
+                "Lower its temperature, or go on with an unbiased one such as DisARM() or RELAX().",
+            )
+
+    def flat(self, site: str, terms: Iterable[str]) -> None:
+        """A pathwise site in which these cost terms jump."""
+        which = ", ".join(f"'{t}'" for t in terms)
+        self._warn(
+            f"flat {site}",
+            f"site '{site}': the log density at {which} changes with its value, but has derivative 0 in it: a jump, "
+            "which no pathwise gradient sees. Did you mean Reinforce()? Write "
+            f'EstimatorELBO({{"{site}": Reinforce(LeaveOneOut())}}, num_particles=2).',
+        )
+
+    def _warn(self, key: str, message: str) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            warnings.warn(message, EstimatorWarning, stacklevel=2)
+
+
+@dataclass
+class _Memory:
+    """Of one site: signal² / variance of the last looks, and the variance when there was a clear signal last."""
+
+    ratios: deque[float] = field(default_factory=lambda: deque(maxlen=LOOKS))
+    clear: float | None = None
+
+
+def biased_sites(estimators: Mapping[str, Any]) -> list[str]:
+    """Sites whose estimator is declared biased."""
+    return [name for name, e in estimators.items() if not e.unbiased]
+
+
+#: what both adapters call with a change of a site's value: the terms' values and their derivatives along the change
+Probe = Callable[[Any], Mapping[str, tuple[float, float]]]
+
+
+def jumps(probe: Probe, values: Iterable[Any]) -> list[str]:
+    """Terms that change with the value although their derivative was exactly 0 at every value."""
+    seen = [probe(v) for v in values]
+    found = []
+    for term in seen[0]:
+        pairs = [s[term] for s in seen if term in s]
+        heights = [height for height, _ in pairs]
+        if all(slope == 0 for _, slope in pairs) and max(heights) - min(heights) > 1e-6 * (1 + abs(heights[0])):
+            found.append(term)
+    return found

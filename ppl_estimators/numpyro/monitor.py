@@ -1,0 +1,339 @@
+"""What `GradientMonitor` needs of NumPyro: moments of gradients, carried in the optimiser's state."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+from numpyro.distributions import Delta, Distribution
+from numpyro.infer import SVI
+from numpyro.optim import Minimize, _NumPyroOptim
+from numpyro.primitives import Messenger
+
+from ..core import families
+from ..core.errors import EstimatorError, EstimatorWarning
+from ..core.gradients import kept_by_estimators
+from ..diagnostics.monitor import Bias, GradientMonitor, Moment, Snapshot, biased_sites, jumps
+from ..estimators.baselines.leave_one_out import LeaveOneOut
+from ..estimators.reinforce import Reinforce
+from .distributions import unwrapped
+from .elbo import EstimatorELBO, _Step
+from .run import execute, site_key, terms_of
+
+Array = Any
+
+#: of the averages of bias, in looks
+BIAS_DECAY = 0.9
+_PROBE = re.compile(r"(.*)\$monitor\.\d+")
+
+
+def watch(svi: Any, monitor: GradientMonitor) -> Any:
+    """A copy of ``svi`` whose steps are watched."""
+    if not isinstance(svi, SVI):
+        raise EstimatorError(f"GradientMonitor.watch takes an SVI, got {svi!r}.")
+    if isinstance(svi.optim, Minimize):
+        raise EstimatorError(
+            "GradientMonitor: Minimize evaluates the loss many times a step. Use a stochastic optimiser."
+        )
+    watched = copy.copy(svi)
+    watched.__class__ = type(f"Watched{type(svi).__name__}", (_Watched, type(svi)), {})
+    watched.monitor = monitor
+    watched.guide = partial(_probed, svi.guide)
+    watched.optim = _Optim(svi.optim, monitor)
+    return watched
+
+
+class State(NamedTuple):
+    """The optimiser's state, and the running averages beside it."""
+
+    inner: Any
+    step: Array
+    skipped: Array
+    loss: Array  # average
+    means: Any  # {"parameter" | "site": {name: average of g}}
+    squares: Any  # {"parameter" | "site": {name: average of ‖g‖²}}
+    bias: Any  # (looks, (average difference, of its square), the same of the reference), or None
+
+
+class _Watched:
+    """Mixed into the class of the user's `SVI`."""
+
+    monitor: GradientMonitor
+    _difference: Callable[..., Any] | None = None
+
+    def init(self, rng_key: Array, *args: Any, **kwargs: Any) -> Any:
+        state = super().init(rng_key, *args, **kwargs)  # type: ignore[misc]
+        kwargs.pop("init_params", None)
+        kwargs |= self.static_kwargs
+        params = {**self.get_params(state), **(state.mutable_state or {})}
+        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, args, kwargs))):
+            state = state._replace(optim_state=self._without_constants(state, args, kwargs))
+            for site, terms in flat_sites(self.loss, self.model, self.guide, params, args, kwargs).items():
+                self.monitor.flat(site, terms)
+        biased = self._biased(params, args, kwargs) if self.monitor.bias_draws else []
+        if biased:
+            self._difference = partial(self._bias_draws, biased)
+            zeros = jax.tree.map(jnp.zeros_like, self.optim.own(state.optim_state.inner))
+            nothing = jnp.zeros(())
+            bias = (jnp.zeros((), int), (zeros, nothing), (zeros, nothing))
+            state = state._replace(optim_state=state.optim_state._replace(bias=bias))
+            self.optim.biased = ", ".join(f"'{n}'" for n in biased)
+        return state
+
+    def update(self, svi_state: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._compared(svi_state, super().update(svi_state, *args, **kwargs), args, kwargs)  # type: ignore[misc]
+
+    def stable_update(self, svi_state: Any, *args: Any, **kwargs: Any) -> Any:
+        after = super().stable_update(svi_state, *args, **kwargs)  # type: ignore[misc]
+        return self._compared(svi_state, after, args, kwargs)
+
+    def _without_constants(self, state: Any, args: Any, kwargs: Any) -> State:
+        """No probes where a distribution's array is no function of the parameters."""
+        own, key = self.optim.inner.get_params(state.optim_state.inner), jax.random.key(0)
+
+        def arrays(own: Any) -> dict[str, Array]:
+            params = {**self.constrain_fn(own), **(state.mutable_state or {})}
+            traces = execute(key, key, params, None, self.guide, args, kwargs, draw=_plain)
+            return {name: x for n, m in traces.latents().items() for name, x in _arrays(n, m["fn"]).items()}
+
+        along = jax.tree.map(lambda x: jax.random.normal(key, jnp.shape(x), x.dtype), own)
+        _, slopes = jax.jvp(arrays, (own,), (along,))
+        live = {n: v for n, v in self.optim.probes.items() if bool(jnp.any(slopes[n] != 0))}
+        return self.optim.init({**own, **live})
+
+    # ---- bias: at a look, some gradients beside those of an unbiased estimator -----------------------------------
+
+    def _biased(self, params: Mapping[str, Array], args: Any, kwargs: Any) -> list[str]:
+        if not isinstance(self.loss, EstimatorELBO):
+            return []
+        self._plan = _plan(self.loss, params, self.model, self.guide, args, kwargs)
+        return biased_sites(self._plan.estimators)
+
+    def _compared(self, before: Any, after: Any, args: Any, kwargs: Any) -> Any:
+        if self._difference is None:
+            return after
+        new, loss = after
+        kwargs = {k: v for k, v in kwargs.items() if k != "forward_mode_differentiation"} | self.static_kwargs
+        looks = new.optim_state.step % self.monitor.every == 0
+        bias = jax.lax.cond(
+            looks, lambda: self._difference(before, new.optim_state.bias, args, kwargs), lambda: new.optim_state.bias
+        )
+        return new._replace(optim_state=new.optim_state._replace(bias=bias)), loss
+
+    def _bias_draws(self, biased: list[str], svi_state: Any, bias: Any, args: Any, kwargs: Any) -> Any:
+        elbo = copy.copy(self.loss)
+        elbo.estimators = {**self._plan.estimators, **dict.fromkeys(biased, Reinforce(LeaveOneOut()))}
+        elbo.num_particles = max(2, elbo.num_particles)
+        own = self.optim.own(svi_state.optim_state.inner)
+        rest = {n: v for n, v in self.optim.get_params(svi_state.optim_state).items() if n not in own}
+
+        def gradient(loss: EstimatorELBO, key: Array) -> Any:
+            def value(own: Any) -> Array:
+                params = {**self.constrain_fn({**own, **rest}), **(svi_state.mutable_state or {})}
+                given = (key, params, self.model, self.guide, *args)
+                return loss.loss_with_mutable_state(*given, **kwargs)["loss"]
+
+            return jax.grad(value)(own)
+
+        keys = jax.random.split(site_key(svi_state.rng_key, "bias"), self.monitor.bias_draws)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EstimatorWarning)
+            pairs = jax.lax.map(lambda key: (gradient(self.loss, key), gradient(elbo, key)), keys)
+        g, r = jax.tree.map(lambda x: jnp.mean(x, 0), pairs)
+        looks, difference, reference = bias
+        d = jax.tree.map(jnp.subtract, g, r)
+        ok = jnp.isfinite(_square(d) + _square(r))
+        average = partial(_averaged, BIAS_DECAY)
+        new = (looks + 1, _moved(average, difference, d), _moved(average, reference, r))
+        return jax.tree.map(partial(jnp.where, ok), new, (looks, difference, reference))
+
+
+class _Optim(_NumPyroOptim):
+    """The user's optimiser, which keeps moments of what it is given; probes never reach it."""
+
+    def __init__(self, inner: _NumPyroOptim, monitor: GradientMonitor):
+        self.inner, self.monitor, self.biased = inner, monitor, ""
+
+    def init(self, params: Mapping[str, Any]) -> State:
+        own = {n: v for n, v in params.items() if not _PROBE.fullmatch(n)}
+        self.probes = {n: v for n, v in params.items() if n not in own}
+        self.sites = list(dict.fromkeys(_PROBE.fullmatch(n)[1] for n in self.probes))
+        inner = self.inner.init(own)
+        means = jax.tree.map(jnp.zeros_like, self._vectors({**own, **self.probes}))
+        squares = {kind: {n: jnp.zeros(()) for n in named} for kind, named in means.items()}
+        zero = jnp.zeros((), int)
+        return State(inner, zero, zero, jnp.zeros(()), means, squares, None)
+
+    def get_params(self, state: State) -> Any:
+        if not isinstance(state, State):
+            raise EstimatorError(
+                "GradientMonitor: a state of another SVI. Start with the init or run of the watched one."
+            )
+        return self.inner.get_params(state.inner)
+
+    def own(self, inner: Any) -> dict[str, Any]:
+        """Parameters of the program, without those that estimators keep."""
+        return {n: v for n, v in self.inner.get_params(inner).items() if not kept_by_estimators(n, self.sites)}
+
+    def _vectors(self, gradient: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """By kind and name: the gradient of each parameter, the slopes at each site."""
+        sites: dict[str, list[Any]] = {n: [] for n in self.sites}
+        for name in self.probes:
+            sites[_PROBE.fullmatch(name)[1]].append(gradient[name])
+        own = {n: g for n, g in gradient.items() if not kept_by_estimators(n, self.sites)}
+        return {"parameter": own, "site": sites}
+
+    def eval_and_update(self, fn: Callable[..., Any], state: State, forward_mode_differentiation: bool = False) -> Any:
+        out, aux, gradient = self._evaluate(fn, state, forward_mode_differentiation)
+        return (out, aux), self._look(self._step(state, gradient, out, self.inner.update))
+
+    def eval_and_stable_update(
+        self, fn: Callable[..., Any], state: State, forward_mode_differentiation: bool = False
+    ) -> Any:
+        out, aux, gradient = self._evaluate(fn, state, forward_mode_differentiation)
+        ok = jnp.isfinite(out) & jnp.isfinite(_square({n: g for n, g in gradient.items() if n not in self.probes}))
+
+        def update(g: Any, inner: Any, value: Array) -> Any:
+            return jax.lax.cond(ok, lambda: self.inner.update(g, inner, value=value), lambda: inner)
+
+        return (jnp.where(ok, out, jnp.nan), aux), self._look(self._step(state, gradient, out, update))
+
+    def _evaluate(self, fn: Callable[..., Any], state: State, forward: bool) -> Any:
+        params = {**self.get_params(state), **self.probes}
+        if forward:
+            gradient, (out, aux) = jax.jacfwd(lambda x: (lambda y: (y[0], y))(fn(x)), has_aux=True)(params)
+            return out, aux, gradient
+        (out, aux), gradient = jax.value_and_grad(fn, has_aux=True)(params)
+        return out, aux, gradient
+
+    def _step(self, state: State, gradient: Mapping[str, Any], out: Array, update: Callable[..., Any]) -> State:
+        inner = update({n: g for n, g in gradient.items() if n not in self.probes}, state.inner, value=out)
+        average = partial(_averaged, self.monitor.decay)
+        vectors = self._vectors(gradient)
+        totals = {kind: {n: _square(g) for n, g in named.items()} for kind, named in vectors.items()}
+        ok = jnp.isfinite(sum(jax.tree.leaves(totals)) + out)
+        keep = partial(jnp.where, ok)
+        means = jax.tree.map(lambda m, g: keep(average(m, g), m), state.means, vectors)
+        squares = jax.tree.map(lambda s, t: keep(average(s, t), s), state.squares, totals)
+        loss = keep(average(state.loss, out), state.loss)
+        return State(inner, state.step + 1, state.skipped + ~ok, loss, means, squares, state.bias)
+
+    def _look(self, state: State) -> State:
+        def tell() -> None:
+            moments = {kind: {n: _square(m) for n, m in named.items()} for kind, named in state.means.items()}
+            bias = state.bias and (state.bias[0], *((_square(m), s) for m, s in state.bias[1:]))
+            figures = (state.step, state.skipped, state.loss, moments, state.squares, bias)
+            jax.debug.callback(self._receive, figures)
+
+        jax.lax.cond(state.step % self.monitor.every == 0, tell, lambda: None)
+        return state
+
+    def _receive(self, figures: Any) -> None:
+        step, skipped, loss, moments, squares, bias = jax.tree.map(lambda x: np.asarray(x).item(), figures)
+        count = step - skipped
+        found = [Moment(kind, n, count, moments[kind][n], squares[kind][n]) for kind in moments for n in moments[kind]]
+        if bias is not None:
+            looks, difference, reference = bias
+            bias = Bias(
+                Moment("site", self.biased, looks, *difference),
+                Moment("site", self.biased, looks, *reference),
+                BIAS_DECAY,
+            )
+        whole = 1 - self.monitor.decay**count
+        self.monitor.receive(Snapshot(step, skipped, loss / whole if whole else float("nan"), tuple(found), bias))
+
+
+class _Probes(Messenger):
+    """Adds a parameter of zeros to each array of the distributions of latent sites: its gradient is the slope there."""
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] != "sample" or msg["is_observed"] or not isinstance(msg["fn"], Distribution):
+            return
+        leaves, tree = jax.tree.flatten(msg["fn"])
+        for name, x in _arrays(msg["name"], msg["fn"]).items():
+            probe = numpyro.param(name, jnp.zeros(jnp.shape(x), jnp.result_type(x)))
+            leaves[int(name.rpartition(".")[2])] = x + probe
+        msg["fn"] = jax.tree.unflatten(tree, leaves)
+
+
+def _arrays(site: str, fn: Any) -> dict[str, Array]:
+    """The floating arrays of a distribution, by the names of their probes."""
+    leaves = enumerate(jax.tree.leaves(fn))
+    return {f"{site}$monitor.{i}": x for i, x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.floating)}
+
+
+def _probed(guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with _Probes():
+        return guide(*args, **kwargs)
+
+
+def flat_sites(elbo: Any, model: Any, guide: Any, params: Any, args: Any, kwargs: Any) -> dict[str, list[str]]:
+    """Sites whose gradient is taken through their value, and the cost terms that jump in it: three values of each are
+    tried, all other sites held."""
+    pathwise = None
+    if isinstance(elbo, EstimatorELBO):
+        plan = _plan(elbo, params, model, guide, args, kwargs)
+        pathwise = [
+            n for n, e in plan.estimators.items() if e.pathwise and plan.sites[n].family not in families.DISCRETE
+        ]
+    key = jax.random.key(0)
+
+    def run(values: Mapping[str, Array]) -> Any:
+        def draw(msg: Any, key: Array) -> Any:
+            return (values[msg["name"]], []) if msg["name"] in values else _plain(msg, key)
+
+        return execute(key, key, params, model, guide, args, kwargs, draw=draw)
+
+    try:
+        traces = run({})
+    except EstimatorError:  # the loss will say it
+        return {}
+    latents = {n: m for n, m in traces.latents().items() if not isinstance(unwrapped(m["fn"]), Delta)}
+    drawn = {n: m["value"] for n, m in latents.items()}
+    found = {}
+    for name in [n for n, m in latents.items() if m["fn"].has_rsample] if pathwise is None else pathwise:
+
+        def heights(value: Array, name: str = name) -> dict[str, Array]:
+            return {t.site: jnp.sum(t.value) for t in terms_of(run({**drawn, name: value})) if t.site != name}
+
+        def probe(i: int, name: str = name, heights: Any = heights) -> dict[str, tuple[float, float]]:
+            keys = jax.random.split(jax.random.fold_in(key, i))
+            value = latents[name]["fn"].sample(keys[0])
+            height, slope = jax.jvp(heights, (value,), (jax.random.normal(keys[1], value.shape, value.dtype),))
+            return {t: (float(height[t]), float(slope[t])) for t in height}
+
+        if terms := jumps(probe, range(3)):
+            found[name] = terms
+    return found
+
+
+def _plan(elbo: EstimatorELBO, params: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+    key = jax.random.key(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EstimatorWarning)
+        return _Step(elbo, key, dict(params), model, guide, args, kwargs).plan(key).shared
+
+
+def _plain(msg: Any, key: Array) -> Any:
+    return msg["fn"].sample(key), []
+
+
+def _averaged(decay: float, mean: Array, new: Array) -> Array:
+    return decay * mean + (1 - decay) * new
+
+
+def _moved(average: Callable[..., Array], moments: Any, new: Any) -> Any:
+    mean, square = moments
+    return jax.tree.map(average, mean, new), average(square, _square(new))
+
+
+def _square(tree: Any) -> Array:
+    return sum((jnp.sum(x * x) for x in jax.tree.leaves(tree)), jnp.zeros(()))

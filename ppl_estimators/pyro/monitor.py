@@ -1,0 +1,310 @@
+"""What `GradientMonitor` needs of Pyro: moments of gradients, met by hooks on the way back."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro.distributions import Delta
+from pyro.infer import SVI
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch.overrides import _get_current_function_mode
+
+from ..core import families
+from ..core.errors import EstimatorError, EstimatorWarning
+from ..core.gradients import kept_by_estimators
+from ..diagnostics.monitor import Bias, GradientMonitor, Moment, Snapshot, biased_sites, jumps
+from ..estimators.baselines.leave_one_out import LeaveOneOut
+from ..estimators.reinforce import Reinforce
+from .dependencies import StopParameters
+from .distributions import unwrapped
+from .elbo import EstimatorELBO
+from .gradients import Gradients, _own, aliased
+from .run import execute, terms_of
+
+Array = torch.Tensor
+
+#: of the averages of bias, in looks
+BIAS_DECAY = 0.9
+#: shapes of one site whose moments are kept apart
+SHAPES = 4
+
+
+def watch(thing: Any, monitor: GradientMonitor) -> Any:
+    """A copy of an `SVI` whose steps are watched; of a guide, one whose sites are."""
+    record = Record(monitor)
+    if not isinstance(thing, SVI):
+        return WatchedGuide(thing, record)
+    watched = copy.copy(thing)
+    watched.__class__ = type(f"Watched{type(thing).__name__}", (_Watched, type(thing)), {})
+    watched.record, watched.watched = record, thing
+    watched.guide = WatchedGuide(thing.guide, record)
+    watched.optim = _Optim(thing.optim, record)
+    return watched
+
+
+class _Watched:
+    """Mixed into the class of the user's `SVI`."""
+
+    record: Record
+    looked = False
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        record = self.record
+        loss = super().step(*args, **kwargs)  # type: ignore[misc]
+        value = sum(loss) if isinstance(loss, tuple) else loss
+        elbo = getattr(self.loss, "__self__", None)  # an `ELBO` is held by its bound method
+        if not self.looked:
+            self.looked = True
+            for site, terms in flat_sites(elbo, self.model, self.watched.guide, args, kwargs).items():
+                record.monitor.flat(site, terms)
+        if record.monitor.bias_draws and (record.step + 1) % record.monitor.every == 0:
+            self._compare(elbo, args, kwargs)
+        record.close(value, record.taken)
+        return loss
+
+    # ---- bias: at a look, some gradients beside those of an unbiased estimator -----------------------------------
+
+    def _compare(self, elbo: Any, args: Any, kwargs: Any) -> None:
+        if not isinstance(elbo, EstimatorELBO) or elbo._plan is None:
+            return
+        estimators = elbo._plan.estimators
+        biased = biased_sites(estimators)
+        if not biased:
+            return
+        other = _own(elbo)
+        other.estimators = {**estimators, **dict.fromkeys(biased, Reinforce(LeaveOneOut()))}
+        other.num_particles = max(2, elbo.num_particles)
+        draws, seed = self.record.monitor.bias_draws, self.record.step
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EstimatorWarning)
+            g, r = (self._mean(e, args, kwargs, draws, seed) for e in (elbo, other))
+        self.record.compare({n: torch.from_numpy(np.asarray(g[n] - r[n])) for n in g},
+                            {n: torch.from_numpy(np.asarray(r[n])) for n in r}, biased)  # fmt: skip
+
+    def _mean(self, elbo: Any, args: Any, kwargs: Any, draws: int, seed: int) -> dict[str, np.ndarray]:
+        gradients = Gradients(elbo, self.model, self.watched.guide, args, kwargs, seed=seed)
+        found = [g for _, g in gradients.draws(draws, seed)]
+        return {n: np.mean([g[n][0] for g in found], axis=0) for n in gradients.names}
+
+
+class _Optim:
+    """The user's optimiser, which shows what it is given."""
+
+    def __init__(self, inner: Any, record: Record):
+        self.inner, self.record = inner, record
+
+    def __call__(self, params: Iterable[Array], *args: Any, **kwargs: Any) -> Any:
+        store = pyro.get_param_store()
+        self.record.taken = {str(store.param_name(p)): p for p in params}
+        self.record.take()
+        return self.inner(params, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+class Running:
+    """Exponential averages of a vector in parts, and of its square."""
+
+    def __init__(self, parts: list[Array]):
+        self.count, self.square = 0, 0.0
+        self.means = [torch.zeros_like(x) for x in parts]
+
+    def add(self, parts: list[Array], square: float, decay: float) -> None:
+        self.count += 1
+        self.square += (1 - decay) * (square - self.square)
+        for mean, x in zip(self.means, parts, strict=True):
+            mean.lerp_(x, 1 - decay)
+
+    def moment(self, kind: str, name: str) -> Moment:
+        return Moment(kind, name, self.count, _square(self.means), self.square)
+
+
+class Record:
+    """The running averages of one training run."""
+
+    def __init__(self, monitor: GradientMonitor):
+        self.monitor = monitor
+        self.step, self.skipped, self.finite, self.loss = 0, 0, 0, 0.0
+        self.taken: dict[str, Array] = {}
+        self.vectors: dict[str, list[Array]] = {}
+        self.slopes: dict[str, list[Array | None]] = {}
+        self.sites: dict[str, dict[Any, Running]] = {}
+        self.parameters: dict[str, Running] = {}
+        self.bias: tuple[str, Running, Running] | None = None
+
+    def visit(self, site: str, fn: Any) -> Any:
+        """The distribution, its differentiable arrays on watch. Several visits in a step add up."""
+        mine, at = self.slopes.setdefault(site, []), 0
+
+        def hook_of(alias: Array) -> Callable[[Array], None]:
+            nonlocal at
+            index, at = at, at + 1
+            if index == len(mine):
+                mine.append(None)
+            repeated = [d for d, stride in enumerate(alias.stride()) if stride == 0 and alias.shape[d] > 1]
+
+            def met(slope: Array) -> None:
+                slope = slope.sum(repeated, keepdim=True) if repeated else slope
+                before = mine[index]
+                mine[index] = slope.detach() if before is None or before.shape != slope.shape else before + slope
+
+            return met
+
+        return aliased(fn, hook_of)
+
+    def take(self) -> None:
+        """The gradients, before the optimiser sees them."""
+        sites = self.slopes
+        self.vectors = {
+            n: [p.grad.detach().clone()]
+            for n, p in self.taken.items()
+            if p.grad is not None and not kept_by_estimators(n, sites)
+        }
+
+    def close(self, loss: float | Array, parameters: Mapping[str, Array]) -> None:
+        """A step is over."""
+        loss = loss.item() if isinstance(loss, torch.Tensor) else loss
+        if not self.vectors:
+            self.taken = dict(parameters)
+            self.take()
+        monitor = self.monitor
+        self.step += 1
+        slopes = {n: [x for x in parts if x is not None] for n, parts in self.slopes.items()}
+        for parts in self.slopes.values():
+            parts.clear()
+        own = [(n, parts, _square(parts)) for n, parts in self.vectors.items()]
+        local = [(n, parts, _square(parts)) for n, parts in slopes.items() if parts]
+        self.vectors, self.taken = {}, {}
+        if np.isfinite(loss + sum(s for _, _, s in own + local)):
+            self.finite += 1
+            self.loss += (1 - monitor.decay) * (loss - self.loss)
+            for n, parts, square in own:
+                self.parameters.setdefault(n, Running(parts)).add(parts, square, monitor.decay)
+            for n, parts, square in local:
+                self._site(n, parts).add(parts, square, monitor.decay)
+        else:
+            self.skipped += 1
+        if self.step % monitor.every == 0:
+            monitor.receive(self._snapshot())
+
+    def _site(self, name: str, parts: list[Array]) -> Running:
+        """A site whose shape differs from step to step has moments for each shape."""
+        shapes = self.sites.setdefault(name, {})
+        key = tuple(x.shape for x in parts)
+        if key not in shapes:
+            if len(shapes) == SHAPES:
+                del shapes[min(shapes, key=lambda k: shapes[k].count)]
+            shapes[key] = Running(parts)
+        return shapes[key]
+
+    def compare(self, difference: Mapping[str, Array], reference: Mapping[str, Array], biased: list[str]) -> None:
+        d, r = ([x[n] for n in difference] for x in (difference, reference))
+        if not np.isfinite(_square(d) + _square(r)):
+            return
+        if self.bias is None:
+            self.bias = (", ".join(f"'{n}'" for n in biased), Running(d), Running(r))
+        self.bias[1].add(d, _square(d), BIAS_DECAY)
+        self.bias[2].add(r, _square(r), BIAS_DECAY)
+
+    def _snapshot(self) -> Snapshot:
+        found = [r.moment("parameter", n) for n, r in self.parameters.items()]
+        for n, shapes in self.sites.items():
+            found.append(max(shapes.values(), key=lambda r: r.count).moment("site", n))
+        bias = None
+        if self.bias is not None:
+            names, difference, reference = self.bias
+            bias = Bias(difference.moment("site", names), reference.moment("site", names), BIAS_DECAY)
+        whole = 1 - self.monitor.decay**self.finite
+        return Snapshot(self.step, self.skipped, self.loss / whole if whole else float("nan"), tuple(found), bias)
+
+
+class WatchedGuide(torch.nn.Module):
+    """A guide whose sites are on watch. Attributes of the guide remain reachable."""
+
+    def __init__(self, guide: Callable[..., Any], record: Record):
+        super().__init__()
+        self.guide = guide
+        self.record = record
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with _Sites(self.record):
+            return self.guide(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "guide":
+                raise
+            return getattr(self.guide, name)
+
+
+class _Sites(Messenger):
+    """Puts the distributions of latent sites on watch."""
+
+    def __init__(self, record: Record):
+        super().__init__()
+        self.record = record
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or site_is_subsample(msg) or not torch.is_grad_enabled():
+            return
+        if not isinstance(_get_current_function_mode(), StopParameters):  # its slopes train what estimators keep
+            msg["fn"] = self.record.visit(msg["name"], msg["fn"])
+
+
+def flat_sites(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> dict[str, list[str]]:
+    """Sites whose gradient is taken through their value, and the cost terms that jump in it: three values of each are
+    tried, all other sites held."""
+    pathwise = None
+    if isinstance(elbo, EstimatorELBO) and elbo._plan is not None:
+        plan = elbo._plan
+        pathwise = [
+            n for n, e in plan.estimators.items() if e.pathwise and plan.sites[n].family not in families.DISCRETE
+        ]
+    subsamples: dict[str, Array] = {}
+
+    def run(values: Mapping[str, Array]) -> Any:
+        def draw(msg: Any) -> Array:
+            return values[msg["name"]] if msg["name"] in values else msg["fn"](*msg["args"], **msg["kwargs"])
+
+        return execute(model, guide, args, kwargs, draw=draw, subsamples=subsamples)
+
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        try:
+            traces = run({})
+        except EstimatorError:  # a guide that runs the model, or whatever the loss will say itself
+            return {}
+        latents = {n: m for n, m in traces.latents().items() if not isinstance(unwrapped(m["fn"]), Delta)}
+        drawn = {n: m["value"].detach() for n, m in latents.items()}
+        found = {}
+        for name in [n for n, m in latents.items() if m["fn"].has_rsample] if pathwise is None else pathwise:
+
+            def probe(i: int, name: str = name) -> dict[str, tuple[float, float]]:
+                value = latents[name]["fn"].sample().detach().requires_grad_()
+                terms = terms_of(run({**drawn, name: value}), {})
+                heights = {t.site: t.value.sum() for t in terms if t.site != name}
+                return {t: (h.item(), _slope(h, value)) for t, h in heights.items()}
+
+            if name in latents and (terms := jumps(probe, range(3))):
+                found[name] = terms
+    return found
+
+
+def _slope(height: Array, value: Array) -> float:
+    if not height.requires_grad:
+        return 0.0
+    (slope,) = torch.autograd.grad(height, value, retain_graph=True, allow_unused=True)
+    return 0.0 if slope is None else float(slope.abs().max())
+
+
+def _square(parts: Iterable[Array]) -> float:
+    return float(sum(torch.sum(x * x).item() for x in parts))
