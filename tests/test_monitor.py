@@ -85,13 +85,15 @@ def mixed(lib: Any) -> tuple[Any, Any]:
         k = lib.sample("k", lib.d.Bernoulli(0.4))
         with lib.plate("n", 3):
             w = lib.sample("w", lib.d.Normal(2.0 * k, 1.0))
-            lib.sample("x", lib.d.Normal(w, 0.5), obs=lib.array([1.1, -0.3, 0.6]))
+            v = lib.sample("v", lib.d.Normal(0.0, 1.0))
+            lib.sample("x", lib.d.Normal(w + v, 0.5), obs=lib.array([1.1, -0.3, 0.6]))
 
     def guide() -> None:
         k = lib.sample("k", lib.d.Bernoulli(logits=lib.param("a", lib.array(0.4))))
         mean = lib.param("m", lib.array([0.3, 0.1, 0.2]))
         with lib.plate("n", 3):
             lib.sample("w", lib.d.Normal(mean + k, lib.array(0.8)))
+            lib.sample("v", lib.d.Normal(lib.param("c", lib.array(0.1)), 0.9))  # one array for three elements
 
     return model, guide
 
@@ -133,7 +135,7 @@ def expected(history: np.ndarray, decay: float) -> tuple[float, float]:
 @pytest.mark.usefixtures("double_precision")
 def test_the_rows_are_the_moments_of_what_the_optimiser_got(lib):
     model, guide = mixed(lib)
-    history: dict[str, list[np.ndarray]] = {"a": [], "m": []}
+    history: dict[str, list[np.ndarray]] = {"a": [], "m": [], "c": []}
     elbo = lib.ours.EstimatorELBO({"k": DisARM()})
     steps, decay = 60, 0.93
     monitor = GradientMonitor(every=20, decay=decay)
@@ -157,16 +159,16 @@ def test_the_rows_are_the_moments_of_what_the_optimiser_got(lib):
     lib.train(monitor.watch(svi), steps)
     report = monitor.report()
     assert report.step == steps
-    assert {r.name for r in report.last("parameter")} == {"a", "m"}
+    assert {r.name for r in report.last("parameter")} == {"a", "m", "c"}
     for name, gradients in history.items():
         assert len(gradients) == steps
         signal, variance = expected(np.array(gradients), decay)
         row = report[name]
         assert row.variance == pytest.approx(variance, rel=1e-9)
         assert row.mean_norm == pytest.approx(max(signal, 0.0) ** 0.5, rel=1e-8)
-    # a is the logit of k and m + k the mean of w: the site's slopes are the parameters' gradients
-    assert report["k"].variance == pytest.approx(report["a"].variance, rel=1e-9)
-    assert report["w"].variance == pytest.approx(report["m"].variance, rel=1e-9)
+    # a is the logit of k, m + k the mean of w, c that of v: the site's slopes are the parameters' gradients
+    for site, parameter in (("k", "a"), ("w", "m"), ("v", "c")):
+        assert report[site].variance == pytest.approx(report[parameter].variance, rel=1e-9)
     assert [r.step for r in report.rows if r.name == "k"] == [20, 40, 60]
 
 
@@ -224,10 +226,10 @@ def test_training_is_as_before(lib, name):
         losses[watched] = lib.train(monitor.watch(svi) if watched else svi, 12)
         if watched:
             report = monitor.report()
-            assert {r.name for r in report.last()} == {"a", "m", "k", "w"}
-            # one bit whose logit is a: whatever the estimator does inside, the slope there is the gradient
-            assert report["k"].variance == pytest.approx(report["a"].variance, rel=1e-6)
-            assert report["k"].variance > 0
+            assert {r.name for r in report.last()} == {"a", "m", "c", "k", "w", "v"}
+            for site, parameter in (("k", "a"), ("w", "m"), ("v", "c")):  # whatever an estimator does inside
+                assert report[site].variance == pytest.approx(report[parameter].variance, rel=1e-6)
+                assert report[site].variance > 0
     assert losses[True] == pytest.approx(losses[False], rel=1e-12)
 
 
@@ -240,11 +242,11 @@ def test_the_svi_and_what_the_user_reads_are_untouched():
     assert isinstance(watched, numpyro_infer.SVI)
     state = watched.init(jax.random.key(0))
     assert vars(svi) == before
-    assert set(watched.get_params(state)) == {"a", "m"}
+    assert set(watched.get_params(state)) == {"a", "m", "c"}
     state, _ = watched.update(state)
     assert np.isfinite(watched.evaluate(state))
     result = watched.run(jax.random.key(1), 3, init_state=state, progress_bar=True)
-    assert set(result.params) == {"a", "m"}
+    assert set(result.params) == {"a", "m", "c"}
     jax.effects_barrier()
     assert monitor.report().step == 4  # it goes on where the state was
     with pytest.raises(EstimatorError, match="a state of another SVI"):
@@ -377,6 +379,7 @@ def test_a_plain_torch_loop():
             k = pyro.sample("k", pd.Bernoulli(logits=self.a))
             with pyro.plate("n", 3):
                 pyro.sample("w", pd.Normal(k.expand(3), 0.8))
+                pyro.sample("v", pd.Normal(0.1, 0.9))
 
     elbo = ours_pyro.EstimatorELBO({"k": DisARM()})(model, monitor.watch(Guide()))
     optimiser = torch.optim.Adam(elbo.parameters(), lr=0.01)
@@ -516,9 +519,9 @@ def test_csv(lib, tmp_path):
     monitor.report()
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [r["step"] for r in rows] == ["3"] * 4 + ["6"] * 4
+    assert [r["step"] for r in rows] == ["3"] * 6 + ["6"] * 6
     assert float(rows[-1]["variance"]) == monitor.report().rows[-1].variance
-    assert {r["name"] for r in rows if r["kind"] == "site"} == {"k", "w"}
+    assert {r["name"] for r in rows if r["kind"] == "site"} == {"k", "w", "v"}
 
 
 class Writer:
@@ -565,13 +568,13 @@ def test_what_a_report_shows(lib):
     report = monitor.report()
     assert "Gradient by site, step 10" in str(report)
     assert report._repr_html_().count("<table>") == 2
-    assert len(report.records()) == 8
+    assert len(report.records()) == 12
     assert report.plot().axes[1].get_xlabel() == "step"
     assert '"every": 5' in report.to_json()
-    with pytest.raises(KeyError, match="no site or parameter 'zz': a, m, k, w"):
+    with pytest.raises(KeyError, match="no site or parameter 'zz': a, "):
         report["zz"]
     lib.train(svi, 5)  # another run begins, the rows are its own
-    assert [r.step for r in monitor.report().rows] == ([5] * 4 if lib is NUMPYRO else [5] * 4 + [10] * 4 + [15] * 4)
+    assert [r.step for r in monitor.report().rows] == ([5] * 6 if lib is NUMPYRO else [5] * 6 + [10] * 6 + [15] * 6)
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
