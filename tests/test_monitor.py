@@ -274,7 +274,8 @@ def test_every_way_to_step_in_numpyro():
         assert (svi.get_params(state)["m"] == before["m"]) == bad
     report = monitor.report()
     assert (report.step, report.skipped) == (4, 1)
-    assert np.isfinite([r.variance for r in report.last()]).all()
+    for row in report.last():
+        assert 0 < row.variance < 1e3
     assert "1 steps were not finite" in str(report)
     many = jax.vmap(svi.init, (0, None))(jax.random.split(jax.random.key(1), 2), False)
     many, losses = jax.vmap(svi.update, (0, None))(many, False)
@@ -446,9 +447,13 @@ def test_a_run_that_is_never_finite_says_so():
 
 
 def jumping(lib: Any) -> Any:
+    """A guide, and a model that depends on z as ``kind`` says."""
+
     def model(kind: str) -> None:
         k = lib.sample("k", lib.d.Bernoulli(0.5))
         z = lib.sample("z", lib.d.Normal(0.0, 1.0))
+        if kind == "guide":  # the model is smooth, the guide's own dependence is not
+            return
         high = (z > 0.0) * 1.0 if kind == "jump" else z
         if kind == "discrete":  # z acts on x by way of k only: no jump, k's own estimator sees it
             high = k
@@ -457,7 +462,7 @@ def jumping(lib: Any) -> Any:
 
     def guide(kind: str) -> None:
         z = lib.sample("z", lib.d.Normal(lib.param("m", lib.array(0.0)), 1.0))
-        lib.sample("k", lib.d.Bernoulli(logits=z))
+        lib.sample("k", lib.d.Bernoulli(logits=(z > 0.0) * 2.0 - 0.7 if kind == "guide" else z))
 
     return model, guide
 
@@ -469,6 +474,8 @@ def test_a_pathwise_site_of_a_model_that_jumps(lib, ours):
     elbo = lib.ours.EstimatorELBO({"k": DisARM()}) if ours else lib.graph()
     with pytest.warns(EstimatorWarning, match=r"site 'z': the log density at 'x' changes.*Did you mean Reinforce\(\)"):
         lib.train(GradientMonitor().watch(lib.svi(model, guide, elbo, 0.0)), 1, "jump")
+    with pytest.warns(EstimatorWarning, match=r"site 'z': the log density at 'k' in the guide changes"):
+        lib.train(GradientMonitor().watch(lib.svi(model, guide, elbo, 0.0)), 1, "guide")
     for kind in ("smooth", "discrete"):
         lib.train(GradientMonitor().watch(lib.svi(model, guide, elbo, 0.0)), 1, kind)
     if ours:  # a score function does not mind

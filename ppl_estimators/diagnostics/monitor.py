@@ -300,11 +300,10 @@ class GradientMonitor:
 
     def flat(self, site: str, terms: Iterable[str]) -> None:
         """A pathwise site in which these cost terms jump."""
-        which = ", ".join(f"'{t}'" for t in terms)
         self._warn(
             f"flat {site}",
-            f"site '{site}': the log density at {which} changes with its value, but has derivative 0 in it: a jump, "
-            "which no pathwise gradient sees. Did you mean Reinforce()? Write "
+            f"site '{site}': the log density at {', '.join(terms)} changes with its value, but has derivative 0 in it: "
+            "a jump, which no pathwise gradient sees. Did you mean Reinforce()? Write "
             f'EstimatorELBO({{"{site}": Reinforce(LeaveOneOut())}}, num_particles=2).',
         )
 
@@ -325,6 +324,11 @@ class _Memory:
 def biased_sites(estimators: Mapping[str, Any]) -> list[str]:
     """Sites whose estimator is declared biased."""
     return [name for name, e in estimators.items() if not e.unbiased]
+
+
+def place(term: Any) -> str:
+    """A cost term, in words."""
+    return f"'{term.site}'" + (" in the guide" if term.side == "guide" else "")
 
 
 #: what both adapters call with a change of a site's value: the terms' values and their derivatives along the change

@@ -21,7 +21,7 @@ from numpyro.primitives import Messenger
 from ..core import families
 from ..core.errors import EstimatorError, EstimatorWarning
 from ..core.gradients import kept_by_estimators
-from ..diagnostics.monitor import Bias, GradientMonitor, Moment, Snapshot, biased_sites, jumps
+from ..diagnostics.monitor import Bias, GradientMonitor, Moment, Snapshot, biased_sites, jumps, place
 from ..estimators.baselines.leave_one_out import LeaveOneOut
 from ..estimators.reinforce import Reinforce
 from .distributions import unwrapped
@@ -302,7 +302,7 @@ def flat_sites(elbo: Any, model: Any, guide: Any, params: Any, args: Any, kwargs
     for name in [n for n, m in latents.items() if m["fn"].has_rsample] if pathwise is None else pathwise:
 
         def heights(value: Array, name: str = name) -> dict[str, Array]:
-            return {t.site: jnp.sum(t.value) for t in terms_of(run({**drawn, name: value})) if t.site != name}
+            return {place(t): jnp.sum(t.value) for t in terms_of(run({**drawn, name: value}))}
 
         def probe(i: int, name: str = name, heights: Any = heights) -> dict[str, tuple[float, float]]:
             keys = jax.random.split(jax.random.fold_in(key, i))

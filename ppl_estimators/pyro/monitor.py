@@ -19,7 +19,7 @@ from torch.overrides import _get_current_function_mode
 from ..core import families
 from ..core.errors import EstimatorError, EstimatorWarning
 from ..core.gradients import kept_by_estimators
-from ..diagnostics.monitor import Bias, GradientMonitor, Moment, Snapshot, biased_sites, jumps
+from ..diagnostics.monitor import Bias, GradientMonitor, Moment, Snapshot, biased_sites, jumps, place
 from ..estimators.baselines.leave_one_out import LeaveOneOut
 from ..estimators.reinforce import Reinforce
 from .dependencies import StopParameters
@@ -291,7 +291,7 @@ def flat_sites(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> dic
             def probe(i: int, name: str = name) -> dict[str, tuple[float, float]]:
                 value = latents[name]["fn"].sample().detach().requires_grad_()
                 terms = terms_of(run({**drawn, name: value}), {})
-                heights = {t.site: t.value.sum() for t in terms if t.site != name}
+                heights = {place(t): t.value.sum() for t in terms}
                 return {t: (h.item(), _slope(h, value)) for t, h in heights.items()}
 
             if name in latents and (terms := jumps(probe, range(3))):
