@@ -68,6 +68,11 @@ class Site:
         site.__dict__.update(self.__dict__, **arrays)
         return site
 
+    @property
+    def subsampling(self) -> float:
+        """N/B: how much more than its own cost an element of the site's minibatch counts for."""
+        return math.prod(p.scale for p in self.plates)
+
     # ---- shapes -------------------------------------------------------------------------------------------------
 
     @property

@@ -57,7 +57,7 @@ class NVIL(WithBaseline):
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         rest, auxiliary, state = self.subtract(ops, site, costs.value, kept)
         old = kept.state["variance"]
-        now = ops.like(ops.mean((rest / site.scale) ** 2), old)
+        now = ops.like(ops.mean((rest / site.subsampling) ** 2), old)
         new = guarded(ops, {"variance": old}, {"variance": self.decay * old + (1 - self.decay) * now})
         norm = ops.like(ops.where(old > 1, old, ops.ones_like(old)), rest) ** 0.5
         return Local(rest / norm * site.log_q, auxiliary, {**state, **new})

@@ -24,7 +24,7 @@ class Learned(Baseline):
     ``network``: None for one tanh layer of ``hidden`` units that starts at 0; else a `torch.nn.Module` (Pyro), or a
     flax, nnx or equinox module (NumPyro), from ``[..., F]`` to ``[..., 1]``.
 
-    The target is the cost divided by the site's scale (the N/B of subsampling), so that the network does not see the
+    The target is the cost without the N/B of subsampling, so that the network does not see the
     batch size; the prediction is multiplied by it. Its parameters are trained by your optimiser.
 
     >>> Learned(hidden=64)
@@ -56,10 +56,10 @@ class Learned(Baseline):
         return {"baseline": Network(width, self.hidden, self.network)}
 
     def predict(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Array:
-        return ops.stop_gradient(self._forward(ops, site, kept)) * site.scale
+        return ops.stop_gradient(self._forward(ops, site, kept)) * site.subsampling
 
     def fit(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> tuple[Array | None, Mapping[str, Array]]:
-        target = ops.stop_gradient(cost / site.scale)
+        target = ops.stop_gradient(cost / site.subsampling)
         return (target - self._forward(ops, site, kept)) ** 2, {}
 
     def _forward(self, ops: Ops, site: Site, kept: Kept) -> Array:

@@ -16,7 +16,8 @@ from .base import Baseline
 class MovingAverage(Baseline):
     """Running mean of past downstream costs: m ← decay · m + (1 − decay) · mean(f), started at the first cost.
 
-    One number per site, whatever the batch: the mean over particles and plate elements. The baseline of a step is the
+    One number per site, whatever the batch: the mean over particles and plate elements, of the cost of one element (the
+    N/B of a minibatch is taken out, and put back where the average is subtracted). The baseline of a step is the
     average *before* that step; the first step has none. A step whose cost is not finite leaves the average alone.
 
     >>> MovingAverage(decay=0.95)
@@ -37,10 +38,10 @@ class MovingAverage(Baseline):
         return {"mean": Initial(), "started": Initial()}
 
     def predict(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Array:
-        return ops.zeros_like(cost) + ops.like(kept.state["mean"], cost)
+        return ops.zeros_like(cost) + ops.like(kept.state["mean"], cost) * site.subsampling
 
     def fit(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> tuple[Array | None, Mapping[str, Array]]:
         old, started = kept.state["mean"], kept.state["started"]
-        now = ops.like(ops.mean(cost), old)
+        now = ops.like(ops.mean(cost) / site.subsampling, old)
         mean = ops.where(started > 0, self.decay * old + (1 - self.decay) * now, now)
         return None, guarded(ops, kept.state, {"mean": mean, "started": ops.ones_like(started) + 0 * now})

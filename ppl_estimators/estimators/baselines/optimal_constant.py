@@ -21,7 +21,8 @@ class OptimalConstant(Baseline):
 
     - ``OptimalConstant()``: from the other particles, per plate element; needs two particles or more, and earns its
       place from about eight. With few particles `LeaveOneOut` has the lower variance.
-    - ``OptimalConstant(decay=0.99)``: from past steps, as moving averages, one pair of numbers per site.
+    - ``OptimalConstant(decay=0.99)``: from past steps, as moving averages, one pair of numbers per site, of the cost of
+      one element (without the N/B of a minibatch).
 
     >>> OptimalConstant(decay=0.99)
     OptimalConstant(0.99)
@@ -59,7 +60,7 @@ class OptimalConstant(Baseline):
             weight = kept.state["weight"]
             safe = ops.where(weight > 0, weight, ops.ones_like(weight))
             ratio = ops.where(weight > 0, kept.state["weighted"] / safe, ops.zeros_like(weight))
-            return ops.zeros_like(cost) + ops.like(ratio, cost)
+            return ops.zeros_like(cost) + ops.like(ratio, cost) * site.subsampling
         s2 = site.score_norm + ops.zeros_like(cost)
         weighted = _others(ops, cost * s2)  # Σ_{j ≠ k} f_j s_j²
         weight = _others(ops, s2)
@@ -71,7 +72,7 @@ class OptimalConstant(Baseline):
         if self.decay is None:
             return None, {}
         s2 = site.score_norm + ops.zeros_like(cost)
-        now = {"weighted": ops.mean(cost * s2), "weight": ops.mean(s2)}
+        now = {"weighted": ops.mean(cost * s2) / site.subsampling, "weight": ops.mean(s2)}
         old = kept.state
         # Both moments decay alike, so their ratio needs no correction for the start at zero.
         new = {k: self.decay * old[k] + (1 - self.decay) * ops.like(now[k], old[k]) for k in now}
