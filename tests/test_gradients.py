@@ -15,7 +15,7 @@ import torch
 from numpyro import infer as numpyro_infer
 from pyro import infer as pyro_infer
 
-from ppl_estimators import DisARM, Enumerate, EstimatorError, MovingAverage, Reinforce
+from ppl_estimators import REBAR, RELAX, DisARM, Enumerate, EstimatorError, MovingAverage, MuProp, Reinforce, Stein
 from ppl_estimators.core.gradients import EXPLICIT
 from ppl_estimators.numpyro import EstimatorELBO as NumPyroELBO
 from ppl_estimators.numpyro import with_estimators as numpyro_with
@@ -102,6 +102,47 @@ def test_parts_sum_to_the_gradient_and_a_draw_repeats(gradients, model, make):
 def _stacked(chunks):
     losses, gradients = zip(*chunks, strict=True)
     return np.concatenate(losses), {n: np.concatenate([g[n] for g in gradients]) for n in gradients[0]}
+
+
+def pyro_pair_model():
+    z = pyro.sample("z", pd.Bernoulli(0.4))
+    w = pyro.sample("w", pd.Normal(z, 1.0))
+    pyro.sample("x", pd.Normal(w + z, 1.0), obs=torch.tensor(1.0))
+
+
+def pyro_pair_guide():
+    z = pyro.sample("z", pd.Bernoulli(logits=pyro.param("a", torch.tensor(0.3))))
+    pyro.sample("w", pd.Normal(pyro.param("m", torch.tensor(0.1)) + 2 * z, 0.7))
+
+
+def numpyro_pair_model():
+    z = numpyro.sample("z", nd.Bernoulli(0.4))
+    w = numpyro.sample("w", nd.Normal(z, 1.0))
+    numpyro.sample("x", nd.Normal(w + z, 1.0), obs=1.0)
+
+
+def numpyro_pair_guide():
+    z = numpyro.sample("z", nd.Bernoulli(logits=numpyro.param("a", 0.3)))
+    numpyro.sample("w", nd.Normal(numpyro.param("m", 0.1) + 2 * z, 0.7))
+
+
+@pytest.mark.parametrize("estimator", [REBAR(), RELAX(model_term=True), MuProp(), Stein()], ids=repr)
+@pytest.mark.parametrize("library", ["pyro", "numpyro"])
+def test_slopes_that_an_estimator_takes_itself_are_its_own_part(library, estimator):
+    """They pass the distribution of w on their way to z: that is no gradient of w's."""
+    gradients, elbo, hook, model, guide = {
+        "pyro": (PyroGradients, PyroELBO, pyro_with, pyro_pair_model, pyro_pair_guide),
+        "numpyro": (NumPyroGradients, NumPyroELBO, numpyro_with, numpyro_pair_model, numpyro_pair_guide),
+    }[library]
+    chosen = {"z": estimator}
+    elbo = elbo(chosen, num_particles=estimator.min_particles)
+    g = gradients(elbo, model, hook(guide, chosen), seed=1)
+    _, totals = _stacked(g.draws(6, seed=3))
+    _, parts = _stacked(g.parts(6, seed=3))
+    for name in ("a", "m"):
+        assert np.any(totals[name] != 0)
+        np.testing.assert_allclose(parts[name].sum(1), totals[name], atol=1e-5)
+    np.testing.assert_allclose(parts["a"], np.stack([0 * totals["a"], totals["a"], 0 * totals["a"]], 1), atol=1e-6)
 
 
 def test_pyro_draws_change_nothing():

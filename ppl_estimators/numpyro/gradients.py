@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from numpyro.distributions import Distribution
 from numpyro.infer import SVI
 from numpyro.optim import SGD
@@ -119,13 +121,15 @@ class Gradients:
     def _with_parts(self, params: Mapping[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
         """The loss, and gradients ``[1 + sites, ...]``: explicit, then one part for each site."""
 
-        def gated(params: Mapping[str, Array], gates: Array) -> Array:
+        def gated(moving: tuple[Mapping[str, Array], Array], gates: Array) -> Array:
+            params, witness = moving
             open_ = dict(zip(self.sites, gates, strict=True))
-            return self._loss(params, key, lambda *a, **k: _through_gates(open_, self.guide, a, k))
+            return self._loss(params, key, lambda *a, **k: _through_gates(open_, witness, self.guide, a, k))
 
         count = len(self.sites)
         prefixes = jnp.tril(jnp.ones((count + 1, count)), -1)
-        losses, upto = jax.lax.map(lambda g: jax.value_and_grad(gated)(params, g), prefixes)
+        moving = (params, jnp.zeros(()))
+        losses, (upto, _) = jax.lax.map(lambda g: jax.value_and_grad(gated)(moving, g), prefixes)
         parts = jax.tree.map(lambda h: jnp.concatenate([h[:1], h[1:] - h[:-1]]), upto)
         return losses[0], parts
 
@@ -240,22 +244,42 @@ class _Look(Messenger):
 class _Gates(Messenger):
     """Lets gradients into the distributions of the guide's sites only where their gate is open."""
 
-    def __init__(self, gates: Mapping[str, Array]):
-        self.gates = gates
+    def __init__(self, gates: Mapping[str, Array], witness: Array):
+        self.gates, self.witness = gates, witness
         super().__init__()
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "sample" and msg["name"] in self.gates and isinstance(msg["fn"], Distribution):
             gate = self.gates[msg["name"]]
-            msg["fn"] = jax.tree.map(lambda x: _gated(x, gate), msg["fn"])
+            msg["fn"] = jax.tree.map(lambda x: _gated(x, gate, self.witness), msg["fn"])
 
 
-def _through_gates(gates: Mapping[str, Array], guide: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    with _Gates(gates):
+def _through_gates(
+    gates: Mapping[str, Array], witness: Array, guide: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    with _Gates(gates, witness):
         return guide(*args, **kwargs)
 
 
-def _gated(x: Any, gate: Array) -> Any:
+def _gated(x: Any, gate: Array, witness: Array) -> Any:
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
         return x
-    return jnp.where(gate > 0, x, jax.lax.stop_gradient(x))
+    return _gate(x, gate, witness)
+
+
+@jax.custom_jvp
+def _gate(x: Array, gate: Array, witness: Array) -> Array:
+    """``x``, whose slope passes if the gate is open, or if the witness stands still: an estimator takes slopes of the
+    cost while it runs, in values of its own, and those pass ungated. The whole gradient moves the witness too."""
+    return x
+
+
+@partial(_gate.defjvp, symbolic_zeros=True)
+def _gate_slope(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    x, gate, witness = primals
+    moved, _, whole = tangents
+    if isinstance(moved, SymbolicZero):
+        moved = jnp.zeros(moved.aval.shape, moved.aval.dtype)
+    elif not isinstance(whole, SymbolicZero):
+        moved = jnp.where(gate > 0, moved, jnp.zeros_like(moved))
+    return _gate(x, gate, witness), moved

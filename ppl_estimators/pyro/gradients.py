@@ -295,7 +295,8 @@ def _gated(thing: Any, gates: Mapping[str, bool], site: str, done: dict[int, Any
         if not thing.requires_grad:
             return thing
         alias = done[id(thing)] = thing.view_as(thing)
-        alias.register_hook(lambda slope: slope * float(gates[site]))
+        # an estimator takes slopes of the cost while it runs, to differentiate them again: those pass ungated
+        alias.register_hook(lambda slope: slope if torch.is_grad_enabled() else slope * float(gates[site]))
         return alias
     if isinstance(thing, (Distribution, Transform)) and not isinstance(thing, torch.nn.Module):
         twin = done[id(thing)] = copy.copy(thing)
