@@ -20,7 +20,7 @@ from pyro import infer as pyro_infer
 from pyro import poutine
 
 from ppl_estimators import DisARM, Enumerate, EstimatorError, LeaveOneOut, Reinforce, StraightThrough
-from ppl_estimators.diagnostics import compare, gradient_report, recommend
+from ppl_estimators.diagnostics import compare, gradient_report
 from ppl_estimators.numpyro import EstimatorELBO as NumPyroELBO
 from ppl_estimators.pyro import EstimatorELBO as PyroELBO
 
@@ -249,33 +249,3 @@ def test_jax_and_torch_stay_away():
 
     code = "import ppl_estimators.diagnostics, sys; assert not {'torch', 'jax'} & set(sys.modules), 'imported'"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.slow
-def test_recommend_finds_the_known_answer():
-    """One bit: enumeration is exact. A Normal in a smooth model: pathwise. A Normal in a model with a jump: no pathwise
-    gradient can be right, though the library would draw one without a word."""
-
-    def bit():
-        pyro.sample("x", pd.Normal(2.0 * pyro.sample("z", pd.Bernoulli(0.4)), 1.0), obs=torch.tensor(1.3))
-
-    def bit_guide():
-        pyro.sample("z", pd.Bernoulli(logits=pyro.param("a", torch.tensor(-0.8))))
-
-    def smooth():
-        pyro.sample("x", pd.Normal(pyro.sample("z", pd.Normal(0.0, 1.0)), 1.0), obs=torch.tensor(1.3))
-
-    def jump():
-        z = pyro.sample("z", pd.Normal(0.0, 1.0))
-        pyro.sample("x", pd.Normal(3.0 * (z > 0.2), 1.0), obs=torch.tensor(2.5))
-
-    def normal_guide():
-        pyro.sample("z", pd.Normal(pyro.param("m", torch.tensor(0.3)), 0.8))
-
-    found = recommend(bit, bit_guide, budget=100)
-    assert found.mapping == {"z": Enumerate()}
-    assert found.joint["recommended"].variance < 1e-10
-    assert recommend(smooth, normal_guide, budget=100).mapping["z"].pathwise
-    chosen = recommend(jump, normal_guide, budget=100)
-    assert not chosen.mapping["z"].library_draw
-    assert "EstimatorELBO({" in str(chosen)

@@ -14,8 +14,21 @@ import ppl_estimators
 
 from ..core.errors import EstimatorError, EstimatorWarning
 from ..core.estimator import Estimator
-from ..core.plan import match
+from ..core.plan import Plan, match
 from .library import gradients_class, library_of
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is measured, and where: a point of the parameters, a seed."""
+
+    library: str
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    params: Mapping[str, Any] | None
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -34,12 +47,12 @@ def ours(library: str) -> Any:
     return import_module(f"ppl_estimators.{library}")
 
 
-def look(library: str, model: Any, guide: Any, args: Any, kwargs: Any, params: Any, particles: int) -> Any:
+def look(program: Program, particles: int) -> Plan:
     """The plan of the default: the guide's sites as our engine sees them."""
-    elbo = ours(library).EstimatorELBO(num_particles=particles)
+    p, elbo = program, ours(program.library).EstimatorELBO(num_particles=particles)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EstimatorWarning)
-        return gradients_class(library)(elbo, model, guide, args, kwargs, params).plan()
+        return gradients_class(p.library)(elbo, p.model, p.guide, p.args, p.kwargs, p.params).plan()
 
 
 def resolve(
