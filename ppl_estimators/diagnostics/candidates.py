@@ -78,7 +78,18 @@ def resolve(
     mapping = getattr(given, "estimators", None)
     name = text or (type(given).__name__ if mapping is None else repr(given))
     unbiased = all(e.unbiased for e in mapping.values()) if mapping is not None else None
+    if text == "TraceEnum_ELBO":  # without marked sites it would sum nothing
+        guide = _marked(library, guide)
     return Candidate(label or name, given, guide, None, unbiased)
+
+
+def _marked(library: str, guide: Callable[..., Any]) -> Callable[..., Any]:
+    """The guide with its sites of finite support marked to be summed out."""
+    if library == "pyro":
+        from pyro.infer import config_enumerate
+    else:
+        from numpyro.contrib.funsor import config_enumerate
+    return config_enumerate(guide)
 
 
 def _short(mapping: Mapping[str, Estimator]) -> str:
@@ -140,7 +151,7 @@ def parse(text: str, library: str) -> Any:
     """
     if text == "default":
         return ours(library).EstimatorELBO()
-    if text.endswith("_ELBO"):
+    if text.endswith("ELBO"):
         found = getattr(import_module(f"{library}.infer"), text, None)
         if found is None:
             raise EstimatorError(f"'{text}' is not in {library}.infer.")

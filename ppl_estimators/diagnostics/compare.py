@@ -74,7 +74,7 @@ class Comparison(Showable):
                     )
                     for r in self.rows
                 ),
-                " ".join([caption, *lines]),
+                "\n".join([caption, *lines]),
             )
         ]  # fmt: skip
 
@@ -134,20 +134,26 @@ def compare(
     backend: str | None = None,
     progress: bool | None = None,
 ) -> Comparison:
-    """Measure several estimators of one gradient at one point, on the same seeds.
+    """Measure several estimators of one gradient at one point.
 
     ``candidates``: ELBOs (ours or stock), mappings ``{site: estimator}``, specs such as ``DisARM()``, or names:
     "default", "DisARM", "Reinforce(LeaveOneOut())", "TraceGraph_ELBO". A mapping gives them labels. A spec stands at
     every site that admits it (not at reparameterisable ones, if there are others); the rest keep the default. A
-    candidate that needs more particles than ``num_particles`` gets as many as it needs. What estimators keep is at its
-    start.
+    candidate that needs more particles than ``num_particles`` gets as many as it needs. "TraceEnum_ELBO" by name also
+    marks the guide's sites of finite support for enumeration; an object takes the guide as it is. What estimators keep
+    is at its start.
+
+    What is paired: draw number i of every candidate starts at the random state of ``(seed, i)``, and all are timed in
+    turns. Estimators use randomness in their own ways, so values agree only where they ask for the same: our ELBOs
+    see one minibatch at draw i (in Pyro if the plate comes before the first site), stock ones of NumPyro another.
 
     ``reference``: what bias is measured against. "auto": the exact gradient by enumeration where all sites are
     discrete with at most ``max_states`` states together, else ten times as many draws of score functions, which are
     unbiased whatever the model; "exact" (continuous sites by quadrature: only for smooth models); "long"; "none"; or a
     gradient by name. ``params``, ``seed``, ``progress``: as in `gradient_report`.
 
-    A candidate that cannot run is in ``failed``, with the reason. Raises `EstimatorError` if none can.
+    A candidate that cannot run is in ``failed``, with the reason. Raises `EstimatorError` if none can, and names a
+    mistake in model or guide.
     """
     if num_draws < 2:
         raise EstimatorError(f"compare(num_draws=...) needs 2 or more for a variance, got {num_draws!r}.")

@@ -5,6 +5,7 @@ Deep inside a gradient, or under `jit`, the libraries' own words name neither gu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -157,7 +158,7 @@ def _run_pyro(model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str
             if site["type"] != "sample":
                 continue
             if site_is_subsample(site):
-                ran.plates[name] = (site["fn"].size, site["fn"].subsample_size)
+                ran.plates[name] = (site["fn"].size, site["fn"].subsample_size or site["fn"].size)
                 continue
             _note(ran, name, site, site["is_observed"], site["log_prob"].sum().item())
         found.append(ran)
@@ -180,7 +181,8 @@ def _run_numpyro(model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[
                 size, drawn = site["args"]
                 ran.plates[name] = (size, drawn or size)
             elif site["type"] == "sample":
-                with _raised_by(role):
+                with _raised_by(f"{role}'s log probability at site '{name}'"), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # a value outside the support is said in our own words
                     log_p = float(site["fn"].log_prob(site["value"]).sum())
                 _note(ran, name, site, site["is_observed"], log_p)
         found.append(ran)

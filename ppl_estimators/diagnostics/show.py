@@ -58,7 +58,8 @@ class Showable:
 
         views = []
         for shown in self.tables():
-            table = Table(title=shown.title, caption=shown.caption, box=box.SIMPLE_HEAD, pad_edge=False)
+            title, caption = Text(shown.title), Text(shown.caption)  # not markup: brackets are brackets
+            table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
             table.title_style, table.caption_style, table.caption_justify = "bold", "dim", "left"
             names = max((len(r[0]) for r in shown.rows), default=0)
             for i, heading in enumerate(shown.headings):
