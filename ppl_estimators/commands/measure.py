@@ -58,11 +58,14 @@ def report(
     """
     from ppl_estimators import diagnostics
     from ppl_estimators.diagnostics import candidates
+    from ppl_estimators.diagnostics.program import check_program
 
     model, guide, args = programs.load(program, backend)
 
     def run() -> Any:
-        plan = candidates.look(backend, model, guide, args, {}, None, particles)
+        check_program(model, guide, args, {}, backend=backend)
+        measured = candidates.Program(str(backend), model, guide, args, {}, None, seed)
+        plan = candidates.look(measured, particles)
         name: Any = {} if estimator == "default" else estimator
         chosen = candidates.resolve(name, None, backend, guide, plan, particles)
         return diagnostics.gradient_report(chosen.elbo, model, chosen.guide, *args, num_draws=draws, seed=seed)

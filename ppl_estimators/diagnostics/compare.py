@@ -61,22 +61,26 @@ class Comparison(Showable):
         caption = (
             f"Reference: {self.reference}{norm}. Bias is ‖mean − reference‖, in brackets what noise alone makes of it."
         )
+        if self.chosen is not None:
+            lines.append("▸ is what was chosen.")
+        rows = []
+        for r in self.rows:
+            bias = "–" if r.bias is None else f"{number(r.bias, 2)} ({number(r.bias_expected, 2)})"
+            rows.append(
+                (
+                    f"▸ {r.label}" if r.label == self.chosen else r.label, str(r.num_particles),
+                    f"{number(r.variance)} ± {number(r.variance_error, 1)}", number(r.milliseconds),
+                    number(r.variance_times_milliseconds), f"{bias} biased" if r.biased else bias,
+                )
+            )  # fmt: skip
         return [
             Shown(
                 f"Estimators compared ({self.library}), {self.num_draws:,} draws",
-                ("estimator", "particles", "variance", "ms", "variance × ms", "bias\n(noise)", ""),
-                tuple(
-                    (
-                        r.label, str(r.num_particles), f"{number(r.variance)} ± {number(r.variance_error, 1)}",
-                        number(r.milliseconds), number(r.variance_times_milliseconds),
-                        "–" if r.bias is None else f"{number(r.bias, 2)} ({number(r.bias_expected, 2)})",
-                        "biased" if r.biased else "chosen" if r.label == self.chosen else "",
-                    )
-                    for r in self.rows
-                ),
+                ("estimator", "particles", "variance", "ms", "variance × ms", "bias (noise)"),
+                tuple(rows),
                 "\n".join([caption, *lines]),
             )
-        ]  # fmt: skip
+        ]
 
     def records(self) -> list[dict[str, Any]]:
         return [vars(r) for r in self.rows]
@@ -166,7 +170,6 @@ def compare(
     program = Program(library, model, guide, args, kwargs, params, seed)
     with within("EstimatorELBO"):
         plan = look(program, num_particles)
-        against = reference_for(program, plan, reference, max_states, num_draws, progress)
     running, failed = [], {}
     for label, one in given:
         try:
@@ -176,14 +179,18 @@ def compare(
             running.append(measured)
         except Exception as error:  # a stock ELBO complains in whatever way; the program itself has run above
             failed[label or (one if isinstance(one, str) else repr(one))] = reason(error)
-    time_together(running, timing_steps)
     rows = []
-    for measured in running:
-        try:
-            measured.draw(num_draws, progress)
-            rows.append(row(measured, against))
-        except EstimatorError as error:
-            failed[measured.candidate.label] = reason(error)
+    if running:
+        with within("the reference"):
+            against = reference_for(program, plan, reference, max_states, num_draws, progress)
+        time_together(running, timing_steps)
+        for measured in running:
+            try:
+                measured.draw(num_draws, progress)
+            except Exception as error:
+                failed[measured.candidate.label] = reason(error)
+            else:
+                rows.append(row(measured, against))
     if not rows:
         raise EstimatorError("compare: no candidate could run. " + " ".join(f"{n}: {w}" for n, w in failed.items()))
     rows.sort(key=lambda r: r.variance_times_milliseconds)

@@ -182,7 +182,8 @@ def recommend(
 
 
 class _Search:
-    """``held``: the estimator of each site so far; ``known``: what has been measured and may be asked again."""
+    """``held``: the estimator of each site so far; ``known``: what has been measured and may be asked again;
+    ``loudest``: the largest variance that was seen."""
 
     def __init__(
         self, program: Program, plan: Plan, reference: Reference, budget: int, particles: int, progress: bool | None
@@ -192,6 +193,7 @@ class _Search:
         self.groups = alike(plan, candidates(), particles)
         self.held: dict[str, Estimator] = dict(plan.estimators)
         self.known: dict[Any, Measured] = {}
+        self.loudest = 1e-6
 
     def run(self) -> Recommendation:
         found = []
@@ -219,7 +221,7 @@ class _Search:
             for e, why in self._go_on(left, draws, min(20, draws // 10)).items():
                 failed[repr(e)] = why
                 del left[e]
-            rows.update({e: row(m, self.reference, repr(e)) for e, m in left.items()})
+            rows.update({e: self._row(m, repr(e)) for e, m in left.items()})
             sound = self._sorted([e for e in left if not rows[e].biased], rows)
             if not sound:
                 raise EstimatorError(
@@ -288,7 +290,7 @@ class _Search:
             except Exception as error:
                 failed[label] = reason(error)
         failed |= self._go_on(left, self.budget, 20)
-        return {label: row(m, self.reference, label) for label, m in left.items() if label not in failed}, failed
+        return {label: self._row(m, label) for label, m in left.items() if label not in failed}, failed
 
     # ---- measuring --------------------------------------------------------------------------------------------------
 
@@ -321,9 +323,15 @@ class _Search:
         time_together([m for n, m in left.items() if n not in failed], steps)
         return failed
 
+    def _row(self, m: Measured, label: str) -> Compared:
+        found = row(m, self.reference, label)
+        self.loudest = max(self.loudest, found.variance)
+        return found
+
     def _score(self, r: Compared) -> float:
-        """Variance × ms, where all variances below rounding are alike."""
-        return (r.variance + 1e-12 * (self.reference.norm**2 + 1e-6)) * r.milliseconds
+        """Variance × ms, where all variances below rounding are alike: the gradient's length and the noise that others
+        have there say what rounding is."""
+        return (r.variance + 1e-12 * (self.reference.norm**2 + self.loudest)) * r.milliseconds
 
     def _sorted(self, names: Any, rows: Mapping[Any, Compared]) -> list[Any]:
         return sorted(names, key=lambda n: self._score(rows[n]))

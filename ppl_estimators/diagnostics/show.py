@@ -12,7 +12,7 @@ from typing import Any
 
 WIDTH = 100
 #: of the first column, before a name is broken
-NAME = 34
+NAME = 26
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Showable:
         views = []
         for shown in self.tables():
             title, caption = Text(shown.title), Text(shown.caption)  # not markup: brackets are brackets
-            table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+            table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
             table.title_style, table.caption_style, table.caption_justify = "bold", "dim", "left"
             names = max((len(r[0]) for r in shown.rows), default=0)
             for i, heading in enumerate(shown.headings):
