@@ -21,8 +21,7 @@ class Alike:
 
 
 def alike(plan: Plan, candidates: Sequence[Estimator], particles: int) -> list[Alike]:
-    """Every site of the plan in one group. Groups without a reparameterised draw come first: theirs is the noise that
-    hides the others'."""
+    """Every site of the plan in one group."""
     reasons = [(e, admitted(e, plan, particles)) for e in candidates]
     found: dict[Any, list[str]] = {}
     for name, site in plan.sites.items():
@@ -30,8 +29,7 @@ def alike(plan: Plan, candidates: Sequence[Estimator], particles: int) -> list[A
         shape = (site.distribution, site.batch_shape, site.event_shape, plan.graph.plates[name], site.time)
         support = None if site.logits is None else site.categories
         found.setdefault((fitting, shape, support, site.reparameterised, site.requested), []).append(name)
-    groups = [Alike(tuple(names), key[0]) for key, names in found.items()]
-    return sorted(groups, key=lambda g: plan.sites[g.sites[0]].reparameterised)
+    return [Alike(tuple(names), key[0]) for key, names in found.items()]
 
 
 def keys(names: Sequence[str], sites: Iterable[str]) -> tuple[str, ...]:

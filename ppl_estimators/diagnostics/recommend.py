@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import ppl_estimators
 
 from ..catalogue import ENTRIES, Kind
-from ..core.errors import EstimatorError
+from ..core.errors import EstimatorError, EstimatorWarning
 from ..core.estimator import Estimator
 from ..core.plan import Plan
 from ..estimators.baselines.leave_one_out import LeaveOneOut
@@ -21,6 +22,7 @@ from .candidates import Program, look, resolve
 from .compare import Compared, Comparison, draw_frontier, reason, row
 from .groups import Alike, alike, mapping_of
 from .measured import Measured, time_together
+from .moments import Moments
 from .program import check_call, check_program, within
 from .reference import Reference, reference_for
 from .show import Showable, Shown, axes, number
@@ -155,11 +157,11 @@ def recommend(
 ) -> Recommendation:
     """Choose an unbiased estimator for each site by measuring variance × ms at one point of the parameters.
 
-    First site by site, the others at the default or at what has been chosen for them: every unbiased estimator of the
-    catalogue that the site admits, that keeps nothing (what is learned shows only after training), that adds at most
-    32 evaluations to a step, and that has no measurable bias here (so that a pathwise gradient through a model with
-    jumps falls out); the better half goes on to twice the draws. Sites of one family and shape, in the same plates,
-    share one search and one choice.
+    First site by site, the noisiest first, the others at the default or at what has been chosen for them: every
+    unbiased estimator of the catalogue that the site admits, that keeps nothing (what is learned shows only after
+    training), that adds at most 32 evaluations to a step, and that has no measurable bias here (so that a pathwise
+    gradient through a model with jumps falls out); the better half goes on to twice the draws. Sites of one family and
+    shape, in the same plates, share one search and one choice.
 
     Then all sites together: these choices, the default, and the choices with one runner-up in its place. The best of
     those rows is what is recommended.
@@ -197,11 +199,24 @@ class _Search:
 
     def run(self) -> Recommendation:
         found = []
-        for group in self.groups:
+        for group in self._noisiest_first():
             best, second, evidence = self._choose(group)
             self.held.update(dict.fromkeys(group.sites, best))
             found.append((group, best, second, evidence))
         return self._jointly(found)
+
+    def _noisiest_first(self) -> list[Alike]:
+        """What is chosen for the loud quietens what the others are judged in."""
+        if len(self.groups) == 1:
+            return self.groups
+        gradients, moments = self._measured(self.held).gradients, Moments()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EstimatorWarning)
+            for losses, parts in gradients.parts(FEWEST, self.program.seed):
+                moments.add_parts(losses, parts)
+        squares = sum(moments.part_squares.values())
+        noise = dict(zip(gradients.part_names, squares, strict=True))
+        return sorted(self.groups, key=lambda group: -sum(noise[site] for site in group.sites))
 
     # ---- one group of sites -------------------------------------------------------------------------------------
 
