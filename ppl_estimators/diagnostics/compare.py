@@ -101,7 +101,8 @@ def draw_frontier(ax: Any, rows: Sequence[Compared], chosen: str | None = None) 
     x = [r.milliseconds for r in rows]
     y = [max(r.variance, floor) for r in rows]
     colour = [0.0 if r.bias is None else max(r.bias - (r.bias_expected or 0.0), 0.0) for r in rows]
-    points = ax.scatter(x, y, c=colour, cmap="viridis_r", zorder=3)
+    points = ax.scatter(x, y, c=colour, cmap="viridis_r", vmin=0, vmax=max([*colour, 1e-6]), zorder=3)
+    ax.margins(x=0.3, y=0.1)  # room for the names
     for r, px, py in zip(rows, x, y, strict=True):
         weight = "bold" if r.label == chosen else "normal"
         ax.annotate(r.label, (px, py), textcoords="offset points", xytext=(5, 3), fontsize="small", weight=weight)
