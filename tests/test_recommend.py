@@ -238,7 +238,9 @@ def two_candidates(monkeypatch):
 
 @pytest.mark.slow
 @BOTH
-def test_fifty_sites_share_one_choice(lib, quick_compilation, two_candidates):
+def test_fifty_sites_share_one_choice(lib, quick_compilation, two_candidates, monkeypatch):
+    monkeypatch.setattr("ppl_estimators.diagnostics.reference.LONGER", 2)  # two thousand dear draws for little
+
     def model():
         total = sum(lib.sample(f"z{i}", lib.d.Bernoulli(0.4)) for i in range(50))
         lib.sample("x", lib.d.Normal(total, 5.0), obs=lib.array(18.0))
