@@ -13,7 +13,7 @@ import typer
 from ppl_estimators.commands import programs
 from ppl_estimators.commands.errors import CommandError
 
-PROGRAM = "bit, bits, mixture, counts, or module:function of your own, which returns (model, guide) or with args."
+PROGRAM = f"{', '.join(programs.BUILT_IN)}, or module:function of your own, which returns (model, guide) or with args."
 
 
 class Library(StrEnum):
@@ -25,7 +25,7 @@ class Library(StrEnum):
 
 Backend = Annotated[Library, typer.Option(help="The library of the program.")]
 Draws = Annotated[int, typer.Option(min=2, help="Gradients to draw, of each estimator.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of all draws.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of all draws, and of the parameters' starting point.")]
 Particles = Annotated[int, typer.Option(min=1, help="Particles a step, unless an estimator needs more.")]
 Json = Annotated[bool, typer.Option("--json", help="Print every number as JSON instead of the table.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the numbers (JSON) and a figure (PNG).", file_okay=False)]
@@ -58,11 +58,14 @@ def report(
     """
     from ppl_estimators import diagnostics
     from ppl_estimators.diagnostics import candidates
+    from ppl_estimators.diagnostics.program import check_program
 
     model, guide, args = programs.load(program, backend)
 
     def run() -> Any:
-        plan = candidates.look(backend, model, guide, args, {}, None, particles)
+        check_program(model, guide, args, {}, backend=backend)
+        measured = candidates.Program(str(backend), model, guide, args, {}, None, seed)
+        plan = candidates.look(measured, particles)
         name: Any = {} if estimator == "default" else estimator
         chosen = candidates.resolve(name, None, backend, guide, plan, particles)
         return diagnostics.gradient_report(chosen.elbo, model, chosen.guide, *args, num_draws=draws, seed=seed)
@@ -114,16 +117,23 @@ def recommend(
     particles: Particles = 1,
     seed: Seed = 0,
     json: Json = False,
+    out: Out = None,
 ) -> None:
     """Choose an estimator for each site by measuring those that it admits.
 
     Only unbiased estimators that need no training take part; at each site the better half goes on with twice the
-    draws. The line that starts with *EstimatorELBO* is the answer; the runner-up says what it costs to be wrong.
+    draws, and sites that are alike share one choice. Then the choices are measured together, against the default and
+    against each runner-up.
+
+    **The first table** is the answer, and what it would cost to take the runner-up instead; below it stand the lines
+    to paste. **The second** is the joint measurement. `--json` and `--out` also give every estimator that was tried.
+
     NumPyro compiles every candidate, so there it takes longer.
 
-    **Example**
+    **Examples**
 
     - `ppl-estimators recommend mixture --draws 300`
+    - `ppl-estimators recommend mine:program --out recommendation`
     """
     from ppl_estimators import diagnostics
 
@@ -134,7 +144,7 @@ def recommend(
             model, guide, args, budget=draws, num_particles=particles, seed=seed, backend=backend
         )
 
-    _show(_attempt(run), json, None, "recommendation")
+    _show(_attempt(run), json, out, "recommendation")
 
 
 def _attempt(run: Callable[[], Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The programs that `report` and `compare` look at: small ones that come along, or the user's own."""
+"""The programs that `report`, `compare` and `recommend` look at: small ones, those of the examples, or your own."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ BUILT_IN = {
     "bits": "ten Bernoulli sites with one shared cost",
     "mixture": "a component (Categorical) and a location (Normal): two kinds of sites",
     "counts": "a Poisson site, which has no reparameterised draw",
+    "toy": "examples/bernoulli_toy.py: (b - 0.45)² under a fair coin",
+    "square": "examples/gaussian_square.py: z² under a Normal of mean 2",
+    "fit": "examples/categorical_fit.py: three categories, and an evidence that shifts every cost",
+    "fairness": "examples/beta_bernoulli.py: a Beta guide, ten tosses",
 }
 Program = tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]
 
@@ -51,7 +55,8 @@ def _built_in(name: str, backend: str) -> Program:
         import numpyro as ppl
         import numpyro.distributions as dist
         from jax.numpy import array
-    sample, param = ppl.sample, ppl.param
+    sample, param, factor, positive = ppl.sample, ppl.param, ppl.factor, dist.constraints.positive
+    handlers = ppl.poutine if backend == "pyro" else ppl.handlers
 
     def bit_model() -> None:
         sample("x", dist.Normal(2.0 * sample("b", dist.Bernoulli(0.4)), 1.0), obs=array(1.3))
@@ -81,13 +86,50 @@ def _built_in(name: str, backend: str) -> Program:
         sample("x", dist.Normal(1.0 * sample("n", dist.Poisson(4.0)), 1.0), obs=array(5.0))
 
     def counts_guide() -> None:
-        rate = param("rate", array(3.0), constraint=dist.constraints.positive)
-        sample("n", dist.Poisson(rate))
+        sample("n", dist.Poisson(param("rate", array(3.0), constraint=positive)))
+
+    def toy_model() -> None:
+        with handlers.mask(mask=False):
+            b = sample("b", dist.Bernoulli(0.5))
+        factor("cost", -((b - 0.45) ** 2))
+
+    def toy_guide() -> None:
+        with handlers.mask(mask=False):
+            sample("b", dist.Bernoulli(logits=param("logit", array(0.0))))
+
+    def square_model() -> None:
+        with handlers.mask(mask=False):
+            z = sample("z", dist.Normal(0.0, 1.0))
+        factor("square", z**2)
+
+    def square_guide() -> None:
+        with handlers.mask(mask=False):
+            sample("z", dist.Normal(param("loc", array(2.0)), 1.0))
+
+    def fit_model() -> None:
+        z = sample("z", dist.Categorical(array([0.1, 0.6, 0.3])))
+        factor("likelihood", array([-20.0, -20.0, -20.0])[z])
+
+    def fit_guide() -> None:
+        sample("z", dist.Categorical(logits=param("theta", array([0.0, 0.0, 0.0]))))
+
+    def fairness_model() -> None:
+        fairness = sample("fairness", dist.Beta(10.0, 10.0))
+        with ppl.plate("tosses", 10):
+            sample("heads", dist.Bernoulli(fairness), obs=array([1.0] * 6 + [0.0] * 4))
+
+    def fairness_guide() -> None:
+        alpha, beta = (param(n, array(15.0), constraint=positive) for n in ("alpha", "beta"))
+        sample("fairness", dist.Beta(alpha, beta))
 
     both = {
         "bit": (bit_model, bit_guide),
         "bits": (bits_model, bits_guide),
         "mixture": (mixture_model, mixture_guide),
         "counts": (counts_model, counts_guide),
+        "toy": (toy_model, toy_guide),
+        "square": (square_model, square_guide),
+        "fit": (fit_model, fit_guide),
+        "fairness": (fairness_model, fairness_guide),
     }
     return (*both[name], ())

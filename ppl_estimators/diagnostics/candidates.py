@@ -14,8 +14,21 @@ import ppl_estimators
 
 from ..core.errors import EstimatorError, EstimatorWarning
 from ..core.estimator import Estimator
-from ..core.plan import match
+from ..core.plan import Plan, match
 from .library import gradients_class, library_of
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is measured, and where: a point of the parameters, a seed."""
+
+    library: str
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    params: Mapping[str, Any] | None
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -34,12 +47,12 @@ def ours(library: str) -> Any:
     return import_module(f"ppl_estimators.{library}")
 
 
-def look(library: str, model: Any, guide: Any, args: Any, kwargs: Any, params: Any, particles: int) -> Any:
+def look(program: Program, particles: int) -> Plan:
     """The plan of the default: the guide's sites as our engine sees them."""
-    elbo = ours(library).EstimatorELBO(num_particles=particles)
+    p, elbo = program, ours(program.library).EstimatorELBO(num_particles=particles)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EstimatorWarning)
-        return gradients_class(library)(elbo, model, guide, args, kwargs, params).plan()
+        return gradients_class(p.library)(elbo, p.model, p.guide, p.args, p.kwargs, p.params).plan()
 
 
 def resolve(
@@ -65,7 +78,18 @@ def resolve(
     mapping = getattr(given, "estimators", None)
     name = text or (type(given).__name__ if mapping is None else repr(given))
     unbiased = all(e.unbiased for e in mapping.values()) if mapping is not None else None
+    if text == "TraceEnum_ELBO":  # without marked sites it would sum nothing
+        guide = _marked(library, guide)
     return Candidate(label or name, given, guide, None, unbiased)
+
+
+def _marked(library: str, guide: Callable[..., Any]) -> Callable[..., Any]:
+    """The guide with its sites of finite support marked to be summed out."""
+    if library == "pyro":
+        from pyro.infer import config_enumerate
+    else:
+        from numpyro.contrib.funsor import config_enumerate
+    return config_enumerate(guide)
 
 
 def _short(mapping: Mapping[str, Estimator]) -> str:
@@ -127,7 +151,7 @@ def parse(text: str, library: str) -> Any:
     """
     if text == "default":
         return ours(library).EstimatorELBO()
-    if text.endswith("_ELBO"):
+    if text.endswith("ELBO"):
         found = getattr(import_module(f"{library}.infer"), text, None)
         if found is None:
             raise EstimatorError(f"'{text}' is not in {library}.infer.")

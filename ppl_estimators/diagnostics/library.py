@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
+
 from ..core.errors import EstimatorError
+from ..testing.library import elbo_backend
 
 
-def library_of(elbo: Any) -> str:
+def library_of(elbo: Any, call: str = "") -> str:
     """ "pyro" or "numpyro", by the class of the ELBO."""
-    for base in type(elbo).__mro__:
-        root = base.__module__.split(".")[0]
-        if root in ("pyro", "numpyro"):
-            return root
-    raise EstimatorError(
-        f"{elbo!r} is an ELBO of neither Pyro nor NumPyro. Pass an object such as EstimatorELBO() or Trace_ELBO()."
-    )
+    if isinstance(elbo, type):
+        raise EstimatorError(f"elbo is the class {elbo.__name__}, not an ELBO. Write {elbo.__name__}().")
+    library = elbo_backend(elbo)
+    if library is None:
+        order = f" The order is {call}." if call else ""
+        raise EstimatorError(
+            f"{elbo!r} is an ELBO of neither Pyro nor NumPyro. Pass an object such as EstimatorELBO() or "
+            f"Trace_ELBO().{order}"
+        )
+    return library
 
 
 def gradients_class(library: str) -> Any:
@@ -28,6 +34,16 @@ def gradients_class(library: str) -> Any:
     else:
         from ..numpyro.gradients import Gradients
     return Gradients
+
+
+def check_finite(losses: np.ndarray, gradients: Mapping[str, np.ndarray], elbo: Any) -> None:
+    bad = [name for name, x in gradients.items() if not np.isfinite(x).all()]
+    if bad or not np.isfinite(losses).all():
+        what = f"the gradient of {', '.join(map(repr, bad))}" if bad else "the loss"
+        raise EstimatorError(
+            f"{what} is not finite in a draw of {type(elbo).__name__}. A value outside a support, a scale of zero or "
+            "an overflow in the guide or the model: look at these parameters' values, and at the warnings above."
+        )
 
 
 def bar(description: str, total: int, show: bool | None) -> Any:

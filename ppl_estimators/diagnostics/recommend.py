@@ -2,72 +2,144 @@
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ppl_estimators
+
 from ..catalogue import ENTRIES, Kind
 from ..core.errors import EstimatorError, EstimatorWarning
 from ..core.estimator import Estimator
+from ..core.plan import Plan
 from ..estimators.baselines.leave_one_out import LeaveOneOut
 from ..estimators.control_variate import ControlVariate
 from ..estimators.reinforce import Reinforce
-from ..testing.library import backend_of
-from .candidates import admitted, look
-from .compare import Comparison, compare, reference_for
-from .show import Showable, Shown, number
+from .candidates import Program, look, resolve
+from .compare import Compared, Comparison, draw_frontier, reason, row
+from .groups import Alike, alike, mapping_of
+from .measured import Measured, time_together
+from .moments import Moments
+from .program import check_call, check_program, within
+from .reference import Reference, reference_for
+from .show import Showable, Shown, axes, number
+
+#: an estimator that adds more evaluations to a step is not tried
+MOST_EVALUATIONS = 32
+#: fewest draws that a variance is judged by
+FEWEST = 50
+#: the joint stage: the winner of every group's own search, all together
+TOGETHER = "the best of each"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """For one site: the estimator, the runner-up, how many times its variance × ms would be (the price of taking that
-    instead), and the last round of measurements."""
+    """For sites that are alike: the estimator; the runner-up and how many times its variance × ms would be, the price
+    of taking that instead, all sites measured together; ``evidence``: every estimator tried here, the others' held,
+    each at the last round that it reached."""
 
-    site: str
+    sites: tuple[str, ...]
     estimator: Estimator
     runner_up: str | None
     price: float | None
-    considered: int
     evidence: Comparison
+
+    @property
+    def considered(self) -> int:
+        return len(self.evidence.rows) + len(self.evidence.failed)
 
 
 @dataclass(frozen=True)
 class Recommendation(Showable):
-    """What `recommend` found. ``mapping`` goes into ``EstimatorELBO(mapping, num_particles=num_particles)``; ``joint``
-    compares it with the default, all sites together."""
+    """What `recommend` found. ``mapping`` goes into ``EstimatorELBO(mapping, num_particles=num_particles)``, and
+    ``code`` is that line to paste. ``joint`` compares it, all sites together, with the default and with each
+    runner-up in its place."""
 
     library: str
     num_particles: int
+    mapping: Mapping[str, Estimator]
     choices: tuple[Choice, ...]
     joint: Comparison
 
+    def __getitem__(self, site: str) -> Choice:
+        """The choice for a site."""
+        for choice in self.choices:
+            if site in choice.sites:
+                return choice
+        raise KeyError(f"no site '{site}': {', '.join(n for c in self.choices for n in c.sites)}")
+
     @property
-    def mapping(self) -> dict[str, Estimator]:
-        return {c.site: c.estimator for c in self.choices}
+    def code(self) -> str:
+        """Python that makes the ELBO, imports included."""
+        entries = [f"{json.dumps(k, ensure_ascii=False)}: {e!r}" for k, e in self.mapping.items()]
+        call = f"{{{', '.join(entries)}}}, num_particles={self.num_particles}"
+        if len(call) > 70:
+            lines = "".join(f"        {entry},\n" for entry in entries)
+            call = f"\n    {{\n{lines}    }},\n    num_particles={self.num_particles},\n"
+        used = set(re.findall(r"\w+", " ".join(map(repr, self.mapping.values()))))
+        names = sorted(used & set(ppl_estimators.__all__))
+        return (
+            f"from ppl_estimators import {', '.join(names)}\n"
+            f"from ppl_estimators.{self.library} import EstimatorELBO\n\n"
+            f"elbo = EstimatorELBO({call})"
+        )
 
     def tables(self) -> list[Shown]:
         rows = tuple(
             (
-                c.site, repr(c.estimator), number(c.evidence[repr(c.estimator)].variance_times_milliseconds),
-                str(c.considered), c.runner_up or "–", "–" if c.price is None else f"{number(c.price)}×",
+                _listed(c.sites), repr(c.estimator), str(c.considered), c.runner_up or "–",
+                "–" if c.price is None else f"{number(c.price)}×" if c.price < 1e6 else "> 10⁶×",
             )
             for c in self.choices
         )  # fmt: skip
-        shown = "{" + ", ".join(f'"{s}": {e!r}' for s, e in self.mapping.items()) + "}"
-        caption = f"EstimatorELBO({shown}, num_particles={self.num_particles})"
-        headings = ("site", "estimator", "variance × ms", "considered", "runner-up", "which costs")
-        return [Shown(f"Recommended ({self.library})", headings, rows, caption), *self.joint.tables()]
+        headings = ("site", "estimator", "considered", "runner-up", "which costs")
+        caption = (
+            "What the runner-up costs: its variance × ms over that of the recommendation, measured with all sites "
+            "together. Of this machine and this point; two that are within a few percent may change places."
+        )
+        (joint,) = self.joint.tables()
+        together = Shown("All sites together", joint.headings, joint.rows, joint.caption)
+        return [Shown(f"Recommended ({self.library})", headings, rows, caption, self.code), together]
 
     def records(self) -> list[dict[str, Any]]:
         return [
-            {"site": c.site, "estimator": repr(c.estimator), "runner_up": c.runner_up, "price": c.price}
+            {
+                "sites": list(c.sites), "estimator": repr(c.estimator), "runner_up": c.runner_up, "price": c.price,
+                "considered": c.considered,
+            }
             for c in self.choices
-        ]
+        ]  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
-        evidence = {c.site: c.evidence.facts() for c in self.choices}
-        return {"choices": self.records(), "evidence": evidence, "joint": self.joint.facts()}
+        return {
+            "library": self.library,
+            "num_particles": self.num_particles,
+            "mapping": {k: repr(e) for k, e in self.mapping.items()},
+            "code": self.code,
+            "choices": [
+                {**record, "evidence": c.evidence.facts()}
+                for record, c in zip(self.records(), self.choices, strict=True)
+            ],
+            "joint": self.joint.facts(),
+        }
+
+    def plot(self) -> Any:
+        """Variance against milliseconds: all sites together, then the estimators tried at each."""
+        panels = [("all sites together", self.joint), *((_listed(c.sites), c.evidence) for c in self.choices)]
+        figure, places = axes(10, len(panels))
+        for ax, (title, comparison) in zip(places, panels, strict=True):
+            draw_frontier(ax, comparison.rows, comparison.chosen)
+            ax.set_title(title, loc="left")
+        return figure
+
+
+def _listed(sites: tuple[str, ...]) -> str:
+    if len(sites) <= 3:
+        return ", ".join(sites)
+    return f"{sites[0]} … {sites[-1]} ({len(sites)})"
 
 
 def recommend(
@@ -85,70 +157,208 @@ def recommend(
 ) -> Recommendation:
     """Choose an unbiased estimator for each site by measuring variance × ms at one point of the parameters.
 
-    For each site in turn, the others at the default: every unbiased estimator of the catalogue that the site admits,
-    that keeps nothing (what is learned shows only after training) and that has no measurable bias here (so that a
-    pathwise gradient through a model with jumps falls out); the better half goes on with twice the draws, until one
-    is left. ``budget``: draws of each candidate in the last round. Milliseconds are those of this machine and moment.
+    First site by site, the noisiest first, the others at the default or at what has been chosen for them: every
+    unbiased estimator of the catalogue that the site admits, that keeps nothing (what is learned shows only after
+    training), that adds at most 32 evaluations to a step, and that has no measurable bias here (so that a pathwise
+    gradient through a model with jumps falls out); the better half goes on to twice the draws. Sites of one family and
+    shape, in the same plates, share one search and one choice.
 
-    Raises `EstimatorError` where no estimator works at a site.
+    Then all sites together: these choices, the default, and the choices with one runner-up in its place. The best of
+    those rows is what is recommended.
+
+    ``budget``: draws of each candidate in the last round. ``num_particles``: where an estimator needs no more.
+    ``params``, ``seed``, ``backend``, ``progress``: as in `compare`. Milliseconds are those of this machine and moment.
+
+    Raises `EstimatorError` where no estimator works at a site, and names a mistake in model or guide.
     """
+    if budget < 2:
+        raise EstimatorError(f"recommend(budget=...) needs 2 or more draws, got {budget!r}.")
+    check_call("recommend(model, guide, args)", model, guide, args, backend)
     kwargs = dict(kwargs or {})
-    library = backend or backend_of(model, guide, args, kwargs)
-    plan = look(library, model, guide, args, kwargs, params, num_particles)
-    program = (library, model, args, kwargs, params, seed)
-    reference = reference_for(program, guide, plan, "auto", 2000, budget, progress)
-    common = {
-        "reference": reference,
-        "kwargs": kwargs,
-        "params": params,
-        "seed": seed,
-        "backend": library,
-        "progress": progress,
-    }
-    choices = []
-    for site in plan.sites:
-        choices.append(_choose(site, plan, model, guide, args, budget, num_particles, common))
-    mapping = {c.site: c.estimator for c in choices}
-    joint = compare(
-        model, guide, args, {"recommended": mapping, "default": {}}, num_draws=budget, num_particles=num_particles,
-        **common,
-    )  # fmt: skip
-    return Recommendation(library, joint["recommended"].num_particles, tuple(choices), joint)
+    library = check_program(model, guide, args, kwargs, backend=backend, anywhere=not params)
+    program = Program(library, model, guide, args, kwargs, params, seed)
+    with within("EstimatorELBO"):
+        plan = look(program, num_particles)
+        reference = reference_for(program, plan, "auto", 2000, budget, progress)
+    return _Search(program, plan, reference, budget, num_particles, progress).run()
 
 
-def _choose(
-    site: str, plan: Any, model: Any, guide: Any, args: Any, budget: int, particles: int, common: dict[str, Any]
-) -> Choice:
-    left = [e for e in candidates(particles) if admitted(e, plan, particles)[site] is None]
-    considered = len(left)
-    rounds = max(considered - 1, 1).bit_length()
-    while True:
-        draws = max(50, budget >> rounds)
+class _Search:
+    """``held``: the estimator of each site so far; ``known``: what has been measured and may be asked again;
+    ``loudest``: the largest variance that was seen."""
+
+    def __init__(
+        self, program: Program, plan: Plan, reference: Reference, budget: int, particles: int, progress: bool | None
+    ):
+        self.program, self.plan, self.reference = program, plan, reference
+        self.budget, self.particles, self.progress = budget, particles, progress
+        self.groups = alike(plan, candidates(), particles)
+        self.held: dict[str, Estimator] = dict(plan.estimators)
+        self.known: dict[Any, Measured] = {}
+        self.loudest = 1e-6
+
+    def run(self) -> Recommendation:
+        found = []
+        for group in self._noisiest_first():
+            best, second, evidence = self._choose(group)
+            self.held.update(dict.fromkeys(group.sites, best))
+            found.append((group, best, second, evidence))
+        return self._jointly(found)
+
+    def _noisiest_first(self) -> list[Alike]:
+        """What is chosen for the loud quietens what the others are judged in."""
+        if len(self.groups) == 1:
+            return self.groups
+        gradients, moments = self._measured(self.held).gradients, Moments()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EstimatorWarning)
-            found = compare(
-                model, guide, args, {repr(e): {site: e} for e in left},
-                num_draws=draws, num_particles=particles, timing_steps=5 if rounds else 20, **common,
-            )  # fmt: skip
-        sound = [row for row in found.rows if not row.biased]
+            for losses, parts in gradients.parts(FEWEST, self.program.seed):
+                moments.add_parts(losses, parts)
+        squares = sum(moments.part_squares.values())
+        noise = dict(zip(gradients.part_names, squares, strict=True))
+        return sorted(self.groups, key=lambda group: -sum(noise[site] for site in group.sites))
+
+    # ---- one group of sites -------------------------------------------------------------------------------------
+
+    def _choose(self, group: Alike) -> tuple[Estimator, Estimator | None, Comparison]:
+        """Successive halving: the best and the second, and every candidate's last row."""
+        left: dict[Estimator, Measured] = {}
+        failed: dict[str, str] = {}
+        for e in group.candidates:
+            try:
+                left[e] = self._measured({**self.held, **dict.fromkeys(group.sites, e)})
+            except Exception as error:  # the program itself runs
+                failed[repr(e)] = reason(error)
+        rounds = max(len(left) - 1, 1).bit_length()
+        draws, rows = max(FEWEST, self.budget >> rounds), {}
+        while True:
+            draws = min(draws, self.budget)
+            for e, why in self._go_on(left, draws, min(20, draws // 10)).items():
+                failed[repr(e)] = why
+                del left[e]
+            rows.update({e: self._row(m, repr(e)) for e, m in left.items()})
+            sound = self._sorted([e for e in left if not rows[e].biased], rows)
+            if not sound:
+                raise EstimatorError(
+                    f"site '{group.sites[0]}': no estimator that it admits works here. "
+                    + " ".join(f"{n}: {why}" for n, why in failed.items())
+                    + (f" Biased: {', '.join(repr(e) for e in rows)}." if rows else "")
+                )
+            if draws >= self.budget or len(sound) == 1:
+                break
+            left = {e: left[e] for e in sound[: max(2, (len(sound) + 1) // 2)]}
+            draws *= 2
+        best, second = sound[0], sound[1] if len(sound) > 1 else None
+        self.known = {k: m for k, m in self.known.items() if m in (left[best], left.get(second))}
+        order = self._sorted(rows, rows)
+        evidence = self._comparison([rows[e] for e in order], failed, repr(best))
+        return best, second, evidence
+
+    # ---- all sites together ---------------------------------------------------------------------------------------
+
+    def _jointly(self, found: list[tuple[Alike, Estimator, Estimator | None, Comparison]]) -> Recommendation:
+        default = dict(self.plan.estimators)
+        together = TOGETHER if self.held != default else f"{TOGETHER}, which is the default"
+        whole = {together: dict(self.held)} if self.held == default else {together: dict(self.held), "default": default}
+        swapped = {}
+        for group, _, second, _ in found:
+            if second is not None:
+                label = f"{_listed(group.sites)}: {second!r}"
+                swapped[label] = group
+                whole[label] = {**self.held, **dict.fromkeys(group.sites, second)}
+        rows, failed = self._measure_whole(whole)
+        bar = self._score(rows[together]) if together in rows else float("inf")
+        better = [n for n in swapped if n in rows and not rows[n].biased and self._score(rows[n]) < bar]
+        if len(better) > 1:
+            label = "the runners-up that were better"
+            whole[label] = {**self.held, **{s: whole[n][s] for n in better for s in swapped[n].sites}}
+            more, why = self._measure_whole({label: whole[label]})
+            rows, failed = {**rows, **more}, {**failed, **why}
+        order = self._sorted(rows, rows)
+        sound = [n for n in order if not rows[n].biased]
         if not sound:
-            raise EstimatorError(f"site '{site}': every estimator that it admits shows a bias here.")
-        if rounds <= 0 or len(sound) == 1:
-            break
-        rounds -= 1
-        going_on = {row.label for row in sound[: max(2, (len(sound) + 1) // 2)]}
-        left = [e for e in left if repr(e) in going_on]
-        if len(left) == 2:
-            rounds = 0 if draws < budget and rounds > 0 else rounds
-    best, second = sound[0], sound[1] if len(sound) > 1 else None
-    price = None
-    if second is not None and best.variance_times_milliseconds > 0:
-        price = second.variance_times_milliseconds / best.variance_times_milliseconds
-    chosen = next(e for e in left if repr(e) == best.label)
-    return Choice(site, chosen, None if second is None else second.label, price, considered, found)
+            raise EstimatorError(
+                "every combination of estimators shows a bias or fails here. "
+                + " ".join(f"{n}: {w}" for n, w in failed.items())
+            )
+        chosen = sound[0]
+        joint = self._comparison([rows[n] for n in order], failed, chosen)
+        final, choices = whole[chosen], []
+        for group, best, second, evidence in found:
+            taken, swap = final[group.sites[0]], f"{_listed(group.sites)}: {second!r}"
+            # of the two that were measured jointly, the one that is not recommended over the one that is
+            other, above, below = (second, swap, together) if taken == best else (best, together, chosen)
+            price = self._score(rows[above]) / self._score(rows[below]) if {above, below} <= set(rows) else None
+            choices.append(Choice(group.sites, taken, None if other is None else repr(other), price, evidence))
+        mapping = mapping_of(final, [g.sites for g in self.groups])
+        ordered = sorted(choices, key=lambda c: list(self.plan.sites).index(c.sites[0]))
+        return Recommendation(self.program.library, rows[chosen].num_particles, mapping, tuple(ordered), joint)
+
+    def _measure_whole(
+        self, whole: Mapping[str, Mapping[str, Estimator]]
+    ) -> tuple[dict[str, Compared], dict[str, str]]:
+        left: dict[str, Measured] = {}
+        failed: dict[str, str] = {}
+        for label, chosen in whole.items():
+            try:
+                left[label] = self._measured(chosen)
+            except Exception as error:
+                failed[label] = reason(error)
+        failed |= self._go_on(left, self.budget, 20)
+        return {label: self._row(m, label) for label, m in left.items() if label not in failed}, failed
+
+    # ---- measuring --------------------------------------------------------------------------------------------------
+
+    def _measured(self, chosen: Mapping[str, Estimator]) -> Measured:
+        key = tuple(chosen.items())
+        if key not in self.known:
+            p = self.program
+            candidate = resolve(dict(chosen), None, p.library, p.guide, self.plan, self.particles)
+            measured = Measured(p, candidate, FEWEST // 10)
+            added = sum(g.alternatives + g.relaxations for g in measured.gradients.plan().groups)
+            usual = sum(g.alternatives + g.relaxations for g in self.plan.groups)
+            if added > max(MOST_EVALUATIONS, usual):
+                raise EstimatorError(
+                    f"it adds {added} evaluations to a step, and up to {MOST_EVALUATIONS} are tried. "
+                    "`compare` measures it, if you ask for it."
+                )
+            self.known[key] = measured
+        return self.known[key]
+
+    def _go_on(self, left: Mapping[Any, Measured], draws: int, steps: int) -> dict[Any, str]:
+        """Time and draw; which failed, and why."""
+        failed = {}
+        for name, m in left.items():
+            try:
+                if m.moments.count == 0:
+                    m.time(1)
+                m.draw(draws, self.progress)
+            except Exception as error:
+                failed[name] = reason(error)
+        time_together([m for n, m in left.items() if n not in failed], steps)
+        return failed
+
+    def _row(self, m: Measured, label: str) -> Compared:
+        found = row(m, self.reference, label)
+        self.loudest = max(self.loudest, found.variance)
+        return found
+
+    def _score(self, r: Compared) -> float:
+        """Variance × ms, where all variances below rounding are alike: the gradient's length and the noise that others
+        have there say what rounding is."""
+        return (r.variance + 1e-12 * (self.reference.norm**2 + self.loudest)) * r.milliseconds
+
+    def _sorted(self, names: Any, rows: Mapping[Any, Compared]) -> list[Any]:
+        return sorted(names, key=lambda n: self._score(rows[n]))
+
+    def _comparison(self, rows: list[Compared], failed: Mapping[str, str], chosen: str) -> Comparison:
+        r = self.reference
+        return Comparison(
+            self.program.library, self.budget, self.program.seed, r.what, r.norm, tuple(rows), failed, chosen
+        )
 
 
-def candidates(particles: int) -> list[Estimator]:
+def candidates() -> list[Estimator]:
     """The unbiased estimators of the catalogue that keep nothing and need no function of the user's; plain score
     function only beside leave-one-out."""
     found = [

@@ -11,8 +11,9 @@ import numpy as np
 
 from ..core.errors import EstimatorError
 from ..core.gradients import EXPLICIT
-from .library import bar, gradients_class, library_of
+from .library import bar, check_finite, gradients_class, library_of
 from .moments import Moments, signal_to_noise
+from .program import check_call, check_program, within
 from .show import Showable, Shown, axes, number, percent
 
 
@@ -144,27 +145,30 @@ def gradient_report(
     """
     if num_draws < 2:
         raise EstimatorError(f"gradient_report(num_draws=...) needs 2 or more for a variance, got {num_draws!r}.")
-    library = library_of(elbo)
+    call = "gradient_report(elbo, model, guide, *args)"
+    library = library_of(elbo, call)
+    check_call(call, model, guide, args)
+    check_program(model, guide, args, kwargs, backend=library, anywhere=not params)
     more = {} if mutable_state is None or library == "pyro" else {"mutable_state": mutable_state}
-    g = gradients_class(library)(elbo, model, guide, args, kwargs, params, seed=seed, **more)
-    milliseconds, compiled = timing(g, timing_steps)
-    why = None
-    moments = Moments()
-    with bar("gradients", num_draws, progress) as report:
-        if by_site and not g.has_parts:
-            by_site, why = False, f"{type(elbo).__name__} runs backward itself: parameters only"
-        if by_site:
-            for losses, parts in g.parts(num_draws, seed, report):
-                _check_finite(losses, parts, elbo)
-                moments.add_parts(losses, parts)
-        else:
-            for losses, gradients in g.draws(num_draws, seed, report):
-                _check_finite(losses, gradients, elbo)
-                moments.add(losses, gradients)
-    plan, evaluations = g.plan(), None
-    if plan is not None:
-        extra = evaluations_by_site(plan)
-        evaluations = 1 + sum(group.alternatives + group.relaxations for group in plan.groups)
+    why, moments = None, Moments()
+    with within(type(elbo).__name__):
+        g = gradients_class(library)(elbo, model, guide, args, kwargs, params, seed=seed, **more)
+        milliseconds, compiled = timing(g, timing_steps)
+        with bar("gradients", num_draws, progress) as report:
+            if by_site and not g.has_parts:
+                by_site, why = False, f"{type(elbo).__name__} runs backward itself: parameters only"
+            if by_site:
+                for losses, parts in g.parts(num_draws, seed, report):
+                    check_finite(losses, parts, elbo)
+                    moments.add_parts(losses, parts)
+            else:
+                for losses, gradients in g.draws(num_draws, seed, report):
+                    check_finite(losses, gradients, elbo)
+                    moments.add(losses, gradients)
+        plan, evaluations = g.plan(), None
+        if plan is not None:
+            extra = evaluations_by_site(plan)
+            evaluations = 1 + sum(group.alternatives + group.relaxations for group in plan.groups)
     total = moments.total_variance
     rows = tuple(_parameter(moments, n, total) for n in g.names)
     sites: tuple[SiteRow, ...] = ()
@@ -225,13 +229,3 @@ def _site(
         extra if known else None,
         extra / evaluations if known and extra is not None and evaluations else None,
     )
-
-
-def _check_finite(losses: np.ndarray, gradients: Mapping[str, np.ndarray], elbo: Any) -> None:
-    bad = [name for name, x in gradients.items() if not np.isfinite(x).all()]
-    if bad or not np.isfinite(losses).all():
-        what = f"the gradient of {', '.join(map(repr, bad))}" if bad else "the loss"
-        raise EstimatorError(
-            f"{what} is not finite in a draw of {type(elbo).__name__}. A value outside a support, a scale of zero or "
-            "an overflow in the guide or the model: look at these parameters' values, and at the warnings above."
-        )

@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 WIDTH = 100
+#: of the first column, before a name is broken
+NAME = 26
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One table: headings and cells as text."""
+    """One table: headings and cells as text; ``code`` to paste stands below it."""
 
     title: str
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     caption: str = ""
+    code: str = ""
 
 
 def number(x: float | None, digits: int = 3) -> str:
@@ -55,13 +58,19 @@ class Showable:
 
         views = []
         for shown in self.tables():
-            table = Table(title=shown.title, caption=shown.caption, box=box.SIMPLE_HEAD, pad_edge=False)
+            title, caption = Text(shown.title), Text(shown.caption)  # not markup: brackets are brackets
+            table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
             table.title_style, table.caption_style, table.caption_justify = "bold", "dim", "left"
+            names = max((len(r[0]) for r in shown.rows), default=0)
             for i, heading in enumerate(shown.headings):
-                table.add_column(heading, justify="right" if i else "left", overflow="fold")
+                table.add_column(
+                    heading, justify="right" if i else "left", overflow="fold", min_width=0 if i else min(names, NAME)
+                )
             for row in shown.rows:
                 table.add_row(*map(Text, row))
             views.append(table)
+            if shown.code:
+                views.append(Text(f"\n{shown.code}\n", style="bold", overflow="fold"))
         return Group(*views)
 
     def __str__(self) -> str:
@@ -79,7 +88,7 @@ class Showable:
             body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in t.rows)
             out.append(
                 f"<table><caption>{escape(t.title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-                f"<p><small>{escape(t.caption)}</small></p>"
+                f"<p><small>{escape(t.caption)}</small></p>" + (f"<pre>{escape(t.code)}</pre>" if t.code else "")
             )
         return "".join(out)
 

@@ -18,12 +18,18 @@ def backend_of(
     """ "pyro" or "numpyro": whose sample statements run when the guide does (or the model, if the guide has none).
 
     Parameter store and random state stay as they are. A library that nobody has imported cannot be meant.
+    Raises `EstimatorError` where that run fails, and where it is of neither or of both.
     """
     loaded = [name for name in BACKENDS if name in sys.modules]
     if len(loaded) == 1:
         return loaded[0]
-    for program in (guide, model) if loaded else ():
-        found = _ran(program, args, kwargs)
+    for role, program in (("guide", guide), ("model", model)) if loaded else ():
+        try:
+            found = _ran(program, args, kwargs)
+        except EstimatorError:
+            raise
+        except Exception as error:
+            raise EstimatorError(f"the {role} raised {named(error)}") from error
         if len(found) == 1:
             return found[0]
         if found:
@@ -50,6 +56,12 @@ def _ran(program: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
         program(*args, **kwargs)
         sites = {"pyro": pyro_trace.trace.nodes, "numpyro": numpyro_trace}
         return [n for n, s in sites.items() if any(site["type"] == "sample" for site in s.values())]
+
+
+def named(error: Exception) -> str:
+    """An exception of somebody else's in one line, without the trace that Pyro appends."""
+    text = str(error).partition("Trace Shapes:")[0]
+    return f"{type(error).__name__}: {' '.join(text.split())}"
 
 
 def elbo_backend(elbo: Any) -> str | None:

@@ -1,0 +1,107 @@
+"""One candidate under measurement: draws and times so far, and more on demand."""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from ..core.errors import EstimatorWarning
+from .candidates import Candidate, Program
+from .library import bar, check_finite, gradients_class
+from .moments import Moments
+
+#: seconds that a draw by itself costs in NumPyro beside its own time
+OVERHEAD = 2e-3
+
+
+class Measured:
+    """Draw number i is a function of the program's seed and of i, so going on gives what starting afresh would.
+
+    ``batch``: the variance is also taken over every so many draws, which gives its standard error.
+    """
+
+    def __init__(self, program: Program, candidate: Candidate, batch: int):
+        self.candidate, self.program = candidate, program
+        self.moments, self._batch, self._batches = Moments(), Moments(), []
+        self._size = max(2, batch)
+        self._first: float | None = None
+        self._times: list[float] = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EstimatorWarning)
+            p = program
+            self.gradients = gradients_class(p.library)(
+                candidate.elbo, p.model, candidate.guide, p.args, p.kwargs, p.params, seed=p.seed
+            )
+
+    # ---- time ---------------------------------------------------------------------------------------------------
+
+    def time(self, steps: int) -> None:
+        """That many steps; the very first is apart, since NumPyro compiles in it."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EstimatorWarning)
+            if self._first is None:
+                self._first = self.gradients.seconds(1)[0]
+            self._times += self.gradients.seconds(max(steps, 1))
+
+    def forget_times(self) -> None:
+        self._times = []
+
+    @property
+    def milliseconds(self) -> float:
+        return 1e3 * statistics.median(self._times)
+
+    @property
+    def compile_seconds(self) -> float | None:
+        return None if self.program.library == "pyro" else max(self._first - self.milliseconds / 1e3, 0.0)
+
+    # ---- noise --------------------------------------------------------------------------------------------------
+
+    def draw(self, until: int, show: bool | None = None, offset: int = 0) -> None:
+        """Go on until that many draws are in, of numbers from ``offset`` on."""
+        with bar(self.candidate.label, until, show) as report, warnings.catch_warnings():
+            warnings.simplefilter("ignore", EstimatorWarning)
+            while (left := until - self.moments.count) > 0:
+                size = 1 if self._singly(left) else left
+                start = offset + self.moments.count
+                for losses, gradients in self.gradients.draws(size, self.program.seed, None, start):
+                    check_finite(losses, gradients, self.candidate.elbo)
+                    self._add(losses, gradients)
+                    if report is not None:
+                        report(self.moments.count)
+
+    def _singly(self, draws: int) -> bool:
+        """Is a loop over the program that `time` has compiled sooner done than another compilation?"""
+        if not self._times or self.compile_seconds is None:
+            return False
+        return draws * (self.milliseconds / 1e3 + OVERHEAD) < self.compile_seconds
+
+    def _add(self, losses: np.ndarray, gradients: Mapping[str, np.ndarray]) -> None:
+        self.moments.add(losses, gradients)
+        done = 0
+        while done < len(losses):
+            count = min(self._size - self._batch.count, len(losses) - done)
+            self._batch.add(losses[done : done + count], {n: g[done : done + count] for n, g in gradients.items()})
+            done += count
+            if self._batch.count == self._size:
+                self._batches.append(self._batch.total_variance)
+                self._batch = Moments()
+
+    @property
+    def variance_error(self) -> float:
+        """Standard error of the total variance of one draw."""
+        if len(self._batches) < 2:
+            return float("nan")
+        return float(np.std(self._batches, ddof=1) / np.sqrt(len(self._batches)))
+
+
+def time_together(several: Iterable[Measured], steps: int) -> None:
+    """Afresh and in turns, so that whatever else the machine does meets all alike."""
+    several, turns = list(dict.fromkeys(several)), min(4, max(steps, 1))
+    for one in several:
+        one.forget_times()
+    for _ in range(turns):
+        for one in several:
+            one.time(-(-steps // turns))

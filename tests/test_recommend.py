@@ -1,0 +1,452 @@
+"""`recommend` where the right answer is known; every tool on programs with a bug, and on the library's own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as nd
+import pyro
+import pyro.distributions as pd
+import pytest
+import torch
+from numpyro import infer as numpyro_infer
+from pyro import infer as pyro_infer
+
+from ppl_estimators import (
+    UGC,
+    BitFlip,
+    DisARM,
+    Enumerate,
+    EstimatorError,
+    LeaveOneOut,
+    MeasureValued,
+    Pathwise,
+    Reinforce,
+    StickingTheLanding,
+    SumAndSample,
+    UnorderedSet,
+)
+from ppl_estimators.commands import programs
+from ppl_estimators.diagnostics import compare, gradient_report, recommend
+from ppl_estimators.diagnostics.groups import keys, mapping_of
+from ppl_estimators.numpyro import EstimatorELBO as NumPyroELBO
+from ppl_estimators.pyro import EstimatorELBO as PyroELBO
+
+PYRO = SimpleNamespace(
+    name="pyro", sample=pyro.sample, param=pyro.param, plate=pyro.plate, d=pd, array=torch.tensor, elbo=PyroELBO,
+    infer=pyro_infer,
+)  # fmt: skip
+NUMPYRO = SimpleNamespace(
+    name="numpyro", sample=numpyro.sample, param=numpyro.param, plate=numpyro.plate, d=nd, array=jnp.array,
+    elbo=NumPyroELBO, infer=numpyro_infer,
+)  # fmt: skip
+BOTH = pytest.mark.parametrize("lib", [PYRO, NUMPYRO], ids=lambda lib: lib.name)
+
+#: exact at a single bit, whatever the cost
+EXACT_BIT = {Enumerate(), MeasureValued(), BitFlip(2), UGC()}
+#: exact where the guide is the posterior, and so the cost a constant; Pathwise() has the noise of -log q's own slope
+EXACT_POSTERIOR = {StickingTheLanding(), MeasureValued(), Reinforce(LeaveOneOut())}
+
+
+# ---- known answers --------------------------------------------------------------------------------------------------
+
+
+def bit(lib):
+    def model():
+        lib.sample("x", lib.d.Normal(2.0 * lib.sample("z", lib.d.Bernoulli(0.4)), 1.0), obs=lib.array(1.3))
+
+    def guide():
+        lib.sample("z", lib.d.Bernoulli(logits=lib.param("a", lib.array(-0.8))))
+
+    return model, guide
+
+
+def normal(lib, m, s, jump=False):
+    """z ~ Normal(0, 1), x = 1.3 seen with unit noise: the posterior is Normal(0.65, √½)."""
+
+    def model():
+        z = lib.sample("z", lib.d.Normal(0.0, 1.0))
+        lib.sample("x", lib.d.Normal(3.0 * (z > 0.2) if jump else z, 1.0), obs=lib.array(2.5 if jump else 1.3))
+
+    def guide():
+        lib.sample("z", lib.d.Normal(lib.param("m", lib.array(m)), s))
+
+    return model, guide
+
+
+def many(lib):
+    """Forty categories, of which two have nearly all of the mass."""
+    logits = [6.0, 5.5, *(-0.05 * i for i in range(38))]
+    costs = [((7 * i) % 11) / 3.0 for i in range(40)]
+
+    def model():
+        z = lib.sample("z", lib.d.Categorical(logits=lib.array([0.0] * 40)))
+        lib.sample("x", lib.d.Normal(lib.array(costs)[z], 1.0), obs=lib.array(1.0))
+
+    def guide():
+        lib.sample("z", lib.d.Categorical(logits=lib.param("a", lib.array(logits))))
+
+    return model, guide
+
+
+def pair(lib):
+    """A bit and a Normal that is at its posterior: each has an estimator without noise."""
+
+    def model():
+        z = lib.sample("b", lib.d.Bernoulli(0.4))
+        w = lib.sample("w", lib.d.Normal(0.0, 1.0))
+        lib.sample("x", lib.d.Normal(2.0 * z, 1.0), obs=lib.array(1.3))
+        lib.sample("y", lib.d.Normal(w, 1.0), obs=lib.array(1.3))
+
+    def guide():
+        lib.sample("b", lib.d.Bernoulli(logits=lib.param("a", lib.array(-0.8))))
+        lib.sample("w", lib.d.Normal(lib.param("m", lib.array(0.65)), lib.param("s", lib.array(0.5**0.5))))
+
+    return model, guide
+
+
+@pytest.mark.slow
+@BOTH
+def test_one_bit_is_summed(lib, quick_compilation):
+    found = recommend(*bit(lib), budget=60)
+    assert found.mapping["z"] in EXACT_BIT
+    assert found.joint[found.joint.chosen].variance < 1e-10
+    assert found["z"].considered == 11
+    assert found["z"].evidence["Reinforce()"].num_draws < 60  # out before the end
+    _answers(found, lib)
+
+
+@pytest.mark.slow
+@BOTH
+def test_a_smooth_normal_is_pathwise(lib, quick_compilation):
+    """Far from the optimum. Variance in m of Pathwise 4 s², of StickingTheLanding (2s − 1/s)², of MeasureValued
+    (2/π) (2m − x)² (2 − π/2)."""
+    m, s = 2.0, 0.8
+    found = recommend(*normal(lib, m, s), budget=400)
+    assert found.mapping == {"z": StickingTheLanding()}
+    exact = {
+        "Pathwise()": 4 * s**2,
+        "StickingTheLanding()": (2 * s - 1 / s) ** 2,
+        "MeasureValued()": 2 / np.pi * (2 * m - 1.3) ** 2 * (2 - np.pi / 2),
+    }
+    for label, variance in exact.items():
+        row = found["z"].evidence[label]
+        assert abs(row.variance - variance) < 5 * variance * np.sqrt(3 / row.num_draws), label
+
+
+@pytest.mark.slow
+@BOTH
+def test_a_jump_is_not_differentiated(lib, quick_compilation):
+    found = recommend(*normal(lib, 0.3, 0.8, jump=True), budget=200)
+    assert not found.mapping["z"].pathwise
+    assert found["z"].evidence["Pathwise()"].biased
+    assert found.joint["default"].biased
+
+
+@pytest.mark.slow
+@BOTH
+def test_at_the_posterior_the_landing_sticks(lib, quick_compilation):
+    found = recommend(*normal(lib, 0.65, 0.5**0.5), budget=60)
+    assert found.mapping["z"] in EXACT_POSTERIOR
+    exact = [r.label for r in found["z"].evidence.rows if r.variance < 1e-10]
+    assert set(exact) == set(map(repr, EXACT_POSTERIOR))
+    assert found.joint[found.joint.chosen].variance < 1e-10
+    _answers(found, lib)
+
+
+@pytest.mark.slow
+@BOTH
+def test_of_many_categories_the_likely_are_summed(lib, quick_compilation):
+    found = recommend(*many(lib), budget=200)
+    assert found.mapping["z"] in {SumAndSample(2), UnorderedSet(3)}
+    assert "adds 39 evaluations" in found["z"].evidence.failed["Enumerate()"]
+
+
+@pytest.mark.slow
+@BOTH
+def test_each_of_a_pair_has_its_own(lib, quick_compilation):
+    found = recommend(*pair(lib), budget=60)
+    assert found.mapping["b"] in EXACT_BIT
+    assert found.mapping["w"] in EXACT_POSTERIOR
+    assert found.joint[found.joint.chosen].variance < 1e-9
+    assert found.joint["default"].variance > 0.1
+    assert [c.sites for c in found.choices] == [("b",), ("w",)]
+    _answers(found, lib)
+
+
+def _answers(found, lib):
+    """What a user reads, pastes and saves."""
+    shown = str(found)
+    assert found.code in "\n".join(line.rstrip() for line in shown.splitlines())
+    assert "which costs" in shown
+    assert all(c.price is None or c.price >= 1 for c in found.choices)  # the best of the joint rows is what it is
+    space = {}
+    exec(found.code, space)
+    assert space["elbo"].estimators == found.mapping
+    assert space["elbo"].num_particles == found.num_particles
+    assert type(space["elbo"]) is lib.elbo
+    facts = json.loads(found.to_json())
+    assert facts["mapping"] == {k: repr(e) for k, e in found.mapping.items()}
+    assert len(facts["choices"][0]["evidence"]["rows"]) > 2
+    table = found.to_pandas()
+    assert list(table["estimator"]) == [repr(c.estimator) for c in found.choices]
+    assert len(found.plot().axes) == 2 * (1 + len(found.choices))  # panels and their colour bars
+    assert "<pre>from ppl_estimators import" in found._repr_html_()
+
+
+# ---- groups, and the joint stage ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "others", "expected"),
+    [
+        (["z0", "z1", "z2"], ["w"], ("z*",)),
+        (["z0", "z1", "z2"], ["z", "zeta"], ("z0", "z1", "z2")),  # a pattern would take more
+        (["a.loc", "b.loc"], ["a.scale"], ("*.loc",)),
+        (["k", "w"], [], ("k", "w")),  # nothing in common
+        (["z[0]", "z[1]"], [], ("z[0]", "z[1]")),  # brackets mean something in a pattern
+        (["z", "zz"], [], ("z", "zz")),  # what they begin and end with overlaps
+        (["z"], ["z1"], ("z",)),
+    ],
+)
+def test_alike_sites_have_one_key_if_a_pattern_fits(names, others, expected):
+    assert keys(names, [*names, *others]) == expected
+
+
+def test_a_mapping_says_of_every_site_what_was_chosen():
+    chosen = {"z0": DisARM(), "z1": DisARM(), "z2": Enumerate(), "w": Pathwise()}
+    assert mapping_of(chosen, [("z0", "z1", "z2"), ("w",)]) == {
+        "z0": DisARM(), "z1": DisARM(), "z2": Enumerate(), "w": Pathwise(),
+    }  # fmt: skip
+    assert mapping_of({**chosen, "z2": DisARM()}, [("z0", "z1", "z2"), ("w",)]) == {"z*": DisARM(), "w": Pathwise()}
+    # the bracketed name would be read as a pattern of z0 too
+    tricky = {"z[0]": DisARM(), "z0": Enumerate(), "z1": Enumerate()}
+    assert mapping_of(tricky, [("z[0]",), ("z0", "z1")]) == tricky
+
+
+@pytest.fixture
+def two_candidates(monkeypatch):
+    module = sys.modules["ppl_estimators.diagnostics.recommend"]
+    monkeypatch.setattr(module, "candidates", lambda: [DisARM(), Reinforce(LeaveOneOut())])
+    return module
+
+
+@pytest.mark.slow
+@BOTH
+def test_fifty_sites_share_one_choice(lib, quick_compilation, two_candidates, monkeypatch):
+    monkeypatch.setattr("ppl_estimators.diagnostics.reference.LONGER", 2)  # two thousand dear draws for little
+
+    def model():
+        total = sum(lib.sample(f"z{i}", lib.d.Bernoulli(0.4)) for i in range(50))
+        lib.sample("x", lib.d.Normal(total, 5.0), obs=lib.array(18.0))
+
+    def guide():
+        a = lib.param("a", lib.array(np.linspace(-1.0, 1.0, 50).tolist()))
+        for i in range(50):
+            lib.sample(f"z{i}", lib.d.Bernoulli(logits=a[i]))
+
+    found = recommend(model, guide, budget=50)
+    assert list(found.mapping) == ["z*"]
+    assert len(found.choices) == 1
+    assert found.choices[0].considered == 2
+    assert "z0 … z49 (50)" in str(found)
+    elbo = lib.elbo(found.mapping, num_particles=found.num_particles)
+    report = gradient_report(elbo, model, guide, num_draws=2, timing_steps=1, by_site=False)
+    assert report.elbo.startswith("EstimatorELBO({'z*'")
+
+
+def test_the_joint_stage_has_the_last_word(two_candidates):
+    """The search is told that the worse is best: jointly the runner-up wins, and it says what the other costs."""
+    module = two_candidates
+    model, guide = bit(PYRO)
+    program = module.Program("pyro", model, guide, (), {}, None, 0)
+    plan = module.look(program, 1)
+    reference = module.reference_for(program, plan, "auto", 2000, 60, False)
+    search = module._Search(program, plan, reference, 60, 1, False)
+    (group,) = search.groups
+    search.held["z"] = Reinforce()
+    _, _, evidence = search._choose(group)
+    found = search._jointly([(group, Reinforce(), Enumerate(), evidence)])
+    assert found.joint.chosen == "z: Enumerate()"
+    assert found.mapping == {"z": Enumerate()}
+    assert found["z"].runner_up == "Reinforce()"
+    assert found["z"].price > 1e6
+    assert "> 10⁶×" in str(found)
+    assert {r.label for r in found.joint.rows} == {"the best of each", "default", "z: Enumerate()"}
+
+
+def test_no_estimator_works(two_candidates):
+    model, guide = bit(PYRO)
+    two_candidates.candidates = lambda: [UnorderedSet(3)]
+    with pytest.raises(EstimatorError, match="site 'z': no estimator that it admits works here"):
+        recommend(model, guide, budget=50)
+
+
+# ---- programs with a bug --------------------------------------------------------------------------------------------
+
+
+def _bugs(lib):
+    def model(x=0.5):
+        z = lib.sample("z", lib.d.Normal(0.0, 1.0))
+        lib.sample("x", lib.d.Normal(z, 1.0), obs=lib.array(x))
+
+    def guide(x=0.5):
+        lib.sample("z", lib.d.Normal(lib.param("m", lib.array(0.1)), 1.0))
+
+    def plated(size):
+        def run():
+            with lib.plate("data", size):
+                lib.sample("z", lib.d.Normal(lib.param("m", lib.array(0.1)), 1.0))
+
+        return run
+
+    def vector(size):
+        def run():
+            lib.sample("z", lib.d.Normal(lib.param("m", lib.array(0.1)) + lib.array([0.0] * size), 1.0).to_event(1))
+
+        return run
+
+    def nan():
+        lib.sample("z", lib.d.Normal(lib.param("m", lib.array(float("nan"))), 1.0))
+
+    def outside():
+        lib.sample("z", lib.d.Gamma(1.0, 1.0))
+
+    def negative():
+        lib.sample("z", lib.d.Normal(lib.param("m", lib.array(-50.0)), 1.0))
+
+    def forgotten():
+        model()
+        lib.sample("w", lib.d.Normal(0.0, 1.0))
+
+    def plain():
+        guide()
+
+    def broken():
+        lib.sample("z", lib.d.Normal(0.0, 1.0))
+        raise RuntimeError("disk on fire")
+
+    def fixed():
+        lib.sample("z", lib.d.Normal(0.0, 1.0))
+
+    return {
+        "plates": (plated(4), plated(3), (), "plate 'data': 3 of 3 elements in the guide, 4 of 4 in the model"),
+        "shapes": (vector(4), vector(3), (), "the model raised|site 'z'"),
+        "nan": (model, nan, (), "the guide raised ValueError.* loc"),
+        "support": (outside, negative, (), "site 'z'"),
+        "missing": (forgotten, plain, (), "site 'w': a latent site of the model that the guide does not draw"),
+        "nothing latent": (model, lambda: None, (), "the guide has no latent sites"),
+        "swapped": (guide, model, (), "the guide observes 'x' and the model observes nothing"),
+        "guide raises": (model, broken, (), "the guide raised RuntimeError: disk on fire"),
+        "model raises": (broken, plain, (), "the model raised RuntimeError: disk on fire"),
+        "arguments": (model, guide, (1.0, 2.0), "the guide raised TypeError.* 2 were given"),
+        "no parameters": (model, lambda x=0.5: fixed(), (), "neither model nor guide has a parameter"),
+    }
+
+
+TOOLS = {
+    "report": lambda lib, m, g, args: gradient_report(lib.elbo(), m, g, *args, num_draws=2, timing_steps=1),
+    "report of a stock ELBO": lambda lib, m, g, args: gradient_report(
+        lib.infer.Trace_ELBO(), m, g, *args, num_draws=2, timing_steps=1
+    ),
+    "compare": lambda lib, m, g, args: compare(m, g, args, ["default"], num_draws=2, timing_steps=1),
+    "recommend": lambda lib, m, g, args: recommend(m, g, args, budget=50),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("bug", _bugs(PYRO))
+@BOTH
+def test_a_bug_is_named(lib, bug, tool):
+    model, guide, args, message = _bugs(lib)[bug]
+    with pytest.raises(EstimatorError, match=message) as caught:
+        TOOLS[tool](lib, model, guide, args)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@BOTH
+def test_a_cost_that_is_not_a_number_is_named_without_validation(lib):
+    model, _, _, _ = _bugs(lib)["nan"]
+
+    def guide():
+        scale = lib.array(float("inf"))
+        lib.sample("z", lib.d.Normal(lib.param("m", lib.array(0.1)), scale - scale))
+
+    off = pyro.validation_enabled if lib is PYRO else numpyro.validation_enabled
+    with off(False), pytest.raises(EstimatorError, match="site 'z': its log probability in the model is nan"):
+        gradient_report(lib.elbo(), model, guide, num_draws=2)
+
+
+@BOTH
+def test_arguments_in_another_order(lib):
+    model, guide = normal(lib, 0.3, 0.8)
+    elbo = lib.elbo()
+    with pytest.raises(EstimatorError, match=r"The order is gradient_report\(elbo, model, guide, \*args\)"):
+        gradient_report(model, guide, elbo)
+    with pytest.raises(EstimatorError, match=r"the model is EstimatorELBO.* The order is compare\(model, guide, args"):
+        compare(elbo, model, guide)
+    with pytest.raises(EstimatorError, match=r"args is .*write args as \(data,\)"):
+        compare(model, guide, lib.array(1.0), ["default"])
+    with pytest.raises(EstimatorError, match=r"args is \['default'\], not a tuple"):
+        compare(model, guide, ["default"])
+    with pytest.raises(EstimatorError, match=r"the guide is EstimatorELBO.* The order is recommend\(model, guide"):
+        recommend(model, elbo)
+    with pytest.raises(EstimatorError, match="backend='tensorflow' is not known"):
+        recommend(model, guide, backend="tensorflow")
+    with pytest.raises(EstimatorError, match="needs 2 or more draws, got 1"):
+        recommend(model, guide, budget=1)
+
+
+@BOTH
+def test_what_runs_alone_but_not_in_a_gradient(lib):
+    """A Python branch on a drawn value, under jit; in Pyro a value cut off from its graph and changed in place."""
+
+    def model():
+        z = lib.sample("z", lib.d.Normal(0.0, 1.0))
+        if lib is NUMPYRO and z > 0:
+            z = z + 1
+        if lib is PYRO and torch.is_grad_enabled():
+            raise RuntimeError("not with a graph")
+        lib.sample("x", lib.d.Normal(z, 1.0), obs=lib.array(0.5))
+
+    _, guide = normal(lib, 0.3, 0.8)
+    for run in (
+        lambda: gradient_report(lib.elbo(), model, guide, num_draws=2),
+        lambda: compare(model, guide, (), ["default"], num_draws=2),
+        lambda: recommend(model, guide, budget=50),
+    ):
+        with pytest.raises(EstimatorError, match="guide and model run by themselves, but not in EstimatorELBO"):
+            run()
+
+
+# ---- the library's own programs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", programs.BUILT_IN)
+@BOTH
+def test_report_and_compare_work_on_every_program(lib, program, quick_compilation):
+    model, guide, args = programs.load(program, lib.name)
+    report = gradient_report(lib.elbo(num_particles=2), model, guide, *args, num_draws=20, timing_steps=1)
+    assert np.isfinite(report.total_variance)
+    assert sum(s.share for s in report.sites) == pytest.approx(1)
+    several = ["default", "Reinforce(LeaveOneOut())", "TraceGraph_ELBO"]
+    found = compare(model, guide, args, several, num_draws=20, timing_steps=1)
+    assert not found.failed
+    assert not any(r.biased for r in found.rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", programs.BUILT_IN)
+@BOTH
+def test_recommend_works_on_every_program(lib, program, quick_compilation):
+    model, guide, args = programs.load(program, lib.name)
+    found = recommend(model, guide, args, budget=50)
+    assert found.joint[found.joint.chosen].biased is False
+    assert compare(model, guide, args, [found.mapping], num_draws=2, timing_steps=1).rows
