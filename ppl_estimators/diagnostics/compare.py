@@ -101,18 +101,22 @@ class Comparison(Showable):
     def plot(self) -> Any:
         """Variance against milliseconds, bias as colour; the line joins those that none beats in both."""
         figure, (ax,) = axes(12)
+        from ppl_estimators.figures import INK
+
         floor = min((r.variance for r in self.rows if r.variance > 0), default=1.0) / 10
         x = [r.milliseconds for r in self.rows]
         y = [max(r.variance, floor) for r in self.rows]
         colour = [0.0 if r.bias is None else max(r.bias - (r.bias_expected or 0.0), 0.0) for r in self.rows]
         points = ax.scatter(x, y, c=colour, cmap="viridis_r", zorder=3)
         for r, px, py in zip(self.rows, x, y, strict=True):
-            ax.annotate(r.label, (px, py), textcoords="offset points", xytext=(5, 3), fontsize="small")
+            ax.annotate(r.label, (px, py), textcoords="offset points", xytext=(5, 3), fontsize="small", color=INK)
         best = frontier(x, y)
-        ax.plot([x[i] for i in best], [y[i] for i in best], color="#80868b", lw=1)
-        ax.set(xscale="log", yscale="log", xlabel="ms a step", ylabel="variance of one gradient")
-        ax.spines[["top", "right"]].set_visible(False)
-        figure.colorbar(points, label="bias beyond noise")
+        ax.plot([x[i] for i in best], [y[i] for i in best], color=INK, lw=1)
+        ax.set(xscale="log", yscale="log", xlabel="milliseconds per step", ylabel="variance of one gradient")
+        bar = figure.colorbar(points)
+        bar.set_label("bias beyond noise", color=INK)
+        bar.ax.tick_params(color=INK, labelcolor=INK)
+        bar.outline.set_visible(False)
         return figure
 
 

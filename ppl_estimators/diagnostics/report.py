@@ -110,8 +110,7 @@ class Report(Showable):
         for ax, (kind, rows) in zip(places, groups, strict=True):
             ax.barh([r.name for r in rows], [100 * r.share for r in rows], color="#0072b2")
             ax.invert_yaxis()
-            ax.set(title=f"by {kind}", xlabel="share of the variance, %")
-            ax.spines[["top", "right"]].set_visible(False)
+            ax.set(title=f"by {kind}", xlabel="share of the variance (%)")
         return figure
 
 
