@@ -15,6 +15,7 @@ release = version = ppl_estimators.__version__
 extensions = ["myst_nb", "sphinx.ext.autodoc"]
 exclude_patterns = ["derivations.md"]  # a part of estimators.md
 html_theme = "furo"
+pygments_dark_style = "monokai"
 html_title = "ppl_estimators"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
@@ -36,8 +37,10 @@ toc_object_entries_show_parents = "hide"
 
 
 def for_the_site(app: object, docname: str, source: list[str]) -> None:
-    """What stands in a comment `<!-- site ... -->` is for the site only: GitHub would show directives as code."""
-    source[0] = re.sub(r"<!-- site\n(.*?)\n-->", r"\1", source[0], flags=re.DOTALL)
+    """What stands in a comment `<!-- site ... -->` is for the site only: GitHub would show directives as code. Markdown
+    that is no page of the site is linked as a file."""
+    text = re.sub(r"<!-- site\n(.*?)\n-->", r"\1", source[0], flags=re.DOTALL)
+    source[0] = re.sub(r"\]\((\.\./[^)#]*\.md)\)", r"](path:\1)", text) if "/" not in docname else text
 
 
 def as_restructured_text(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
