@@ -125,7 +125,7 @@ def reference(module: str, names: Any) -> str:
     for name in names:
         found = vars(importlib.import_module(module))[name]
         kind = "autoclass" if inspect.isclass(found) else "autofunction"
-        members = "\n   :members:" if kind == "autoclass" else ""
+        members = "\n   :members:" if kind == "autoclass" and module != "ppl_estimators" else ""
         directives.append(f".. {kind}:: {module}.{name}{members}")
     return "<!-- site\n```{eval-rst}\n" + "\n".join(directives) + "\n```\n-->\n" if directives else ""
 

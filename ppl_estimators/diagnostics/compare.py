@@ -107,7 +107,7 @@ class Comparison(Showable):
         x = [r.milliseconds for r in self.rows]
         y = [max(r.variance, floor) for r in self.rows]
         colour = [0.0 if r.bias is None else max(r.bias - (r.bias_expected or 0.0), 0.0) for r in self.rows]
-        points = ax.scatter(x, y, c=colour, cmap="viridis_r", zorder=3)
+        points = ax.scatter(x, y, c=colour, cmap="viridis_r", vmin=0, vmax=max(colour) or 1, zorder=3)
         for r, px, py in zip(self.rows, x, y, strict=True):
             ax.annotate(r.label, (px, py), textcoords="offset points", xytext=(5, 3), fontsize="small", color=INK)
         best = frontier(x, y)
