@@ -3,7 +3,8 @@
 #   make demo        train the digits network in both libraries; table, results.json and figure
 #   make test        the whole test suite, slow tests included
 #   make benchmarks  the speed and variance tables of the docs
-#   make docs        the page of all estimators, and the README's table of them
+#   make docs        the generated pages, and the site in build/docs; NOTEBOOKS=force runs the tutorials anew
+#   make figures     the figures of the docs, drawn again from benchmarks/results
 #   make lint        ruff: rules and format
 #   make clean       remove what the targets above made, the virtual environment too
 #
@@ -15,7 +16,7 @@ STAMP  := $(VENV)/.installed
 DEMO   ?=
 PYTEST ?=
 
-.PHONY: help demo test benchmarks docs lint clean
+.PHONY: help demo test benchmarks docs figures lint clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -34,6 +35,13 @@ benchmarks: $(STAMP)
 
 docs: $(STAMP)
 	$(PY) docs/make_estimators.py
+	$(PY) docs/make_api.py
+	$(PY) docs/make_tables.py
+	$(PY) -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "The site is build/docs/index.html"
+
+figures: $(STAMP)
+	$(PY) docs/make_figures.py
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,8 +46,8 @@ from ppl_estimators import (
     StochasticTriple,
     StraightThrough,
 )
+from ppl_estimators.figures import BLUE, GREEN, INK, PINK, VERMILLION
 
-INK, PALE = "#202124", "#80868b"
 SCORE, COUPLED, LOCAL, SLOPES, BIASED = FAMILIES = (
     "score function",
     "coupled draws",
@@ -54,8 +55,7 @@ SCORE, COUPLED, LOCAL, SLOPES, BIASED = FAMILIES = (
     "learned or sloped control variate",
     "biased",
 )
-#: Okabe and Ito's, told apart by everyone
-COLOURS = dict(zip(FAMILIES, ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#80868b"), strict=True))
+COLOURS = dict(zip(FAMILIES, (VERMILLION, BLUE, GREEN, PINK, INK), strict=True))
 FIGURES = RESULTS.parent.parent / "docs" / "figures"
 
 
@@ -179,22 +179,20 @@ def scientific(x: float, digits: int = 2) -> str:
 # ---- figures -----------------------------------------------------------------------------------------------------
 
 
-def panels(columns: int, width: float = 6.4, height: float = 5.6) -> tuple[Figure, Sequence[Axes]]:
-    """A figure on white, so that it reads on dark pages too, and its panels."""
-    figure = Figure(figsize=(width * columns, height), dpi=130, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[["left", "bottom"]].set_color(PALE)
-        axis.tick_params(labelcolor=INK, labelsize=9, color=PALE)
-        axis.grid(color="#eef0f2", linewidth=1)
-        axis.set_axisbelow(True)
-    return figure, axes
+def keep(args: argparse.Namespace, study: str, shown: Any) -> Any:
+    """What the study's figure shows, written beside the tables, so that `docs/make_figures.py` can draw it again.
+    Returned as it is read from there: plain lists and dictionaries, six digits a number."""
+    text = json.dumps(_plain(shown), indent=1, ensure_ascii=False)
+    (args.results / f"{study}.json").write_text(text + "\n", encoding="utf-8")
+    return json.loads(text)
 
 
-def heading(axis: Axes, text: str) -> None:
-    axis.set_title(text, loc="left", color=INK, fontweight="bold", fontsize=9.5)
+def _plain(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {key: _plain(value) for key, value in x.items()}
+    if isinstance(x, (str, int)):
+        return x
+    return [_plain(value) for value in x] if np.ndim(x) else float(f"{float(x):.6g}")
 
 
 def numbered(axis: Axes, contestants: Sequence[Contestant], x: Any, y: Any, *, floor: float | None = None) -> None:
@@ -206,7 +204,7 @@ def numbered(axis: Axes, contestants: Sequence[Contestant], x: Any, y: Any, *, f
     for i, c in enumerate(contestants):
         colour = COLOURS[c.family]
         axis.scatter(
-            x[i], shown[i], s=26, color="white" if below[i] else colour, edgecolor=colour, linewidth=1.3, zorder=3
+            x[i], shown[i], s=26, color="none" if below[i] else colour, edgecolor=colour, linewidth=1.3, zorder=3
         )
     axis.margins(x=0.2, y=0.08)
     axis.autoscale_view()
@@ -230,7 +228,7 @@ def numbered(axis: Axes, contestants: Sequence[Contestant], x: Any, y: Any, *, f
             )
             right += 4 + 6 * len(f"{i + 1}")
     if floor is not None and below.any():
-        axis.text(0.99, 0.01, "hollow: no measurable noise", transform=axis.transAxes, ha="right", color=PALE, size=8)
+        axis.text(0.99, 0.01, "hollow: no measurable noise", transform=axis.transAxes, ha="right", color=INK, size=8)
 
 
 def key(figure: Figure, contestants: Sequence[Contestant]) -> None:

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,16 +35,14 @@ from _study import (
     COUPLED,
     FAMILIES,
     LOCAL,
-    PALE,
     SCORE,
     SLOPES,
     Contestant,
     Tally,
-    heading,
+    keep,
     key,
     numbered,
     options,
-    panels,
     progress,
     scientific,
 )
@@ -72,6 +71,7 @@ from ppl_estimators import (
     StochasticTriple,
     StraightThrough,
 )
+from ppl_estimators.figures import FAINT, INK, heading, panels
 from ppl_estimators.numpyro import EstimatorELBO, with_estimators
 
 SIDE, LATENTS, HIDDEN, IMAGES, BATCH = 8, 32, 64, 4000, 50
@@ -346,41 +346,49 @@ def main() -> None:
         f"factor of {REFERENCE[RLOO][1] / REFERENCE[RLOO][0]:.2f} from early to late; here that is {late / early:.2f}."
     )
     report.write(args.results)
-    draw(args, contestants, measured, ms)
+    shown = {
+        "evaluations": {name: m.evaluations for name, m in measured.items()},
+        "milliseconds": ms,
+        "variance": {
+            f"{at}, step {steps:,}": {name: m.noise[at].variance for name, m in measured.items()}
+            for at, steps in (("early", args.early), ("late", args.late))
+        },
+    }
+    draw(keep(args, "noisy_bars", shown), args.figures / "noisy_bars.png")
 
 
 #: what a smoke run measures
 SMOKE = ("Reinforce(MovingAverage())", RLOO, "DisARM()", ENUMERATE, "ReinMax()")
 
 
-def draw(args: Any, contestants: list[Contestant], measured: dict[str, Measured], ms: dict[str, float]) -> None:
+def draw(shown: dict[str, Any], path: Path) -> None:
     figure, axes = panels(2)
-    for axis, at, steps in zip(axes, ("early", "late"), (args.early, args.late), strict=True):
-        noise = {c.name: measured[c.name].noise[at].variance for c in contestants}
-        numbered(axis, contestants, [ms[c.name] for c in contestants], list(noise.values()))
+    cost, ms = shown["evaluations"], shown["milliseconds"]
+    contestants = [c for c in CONTESTANTS if c.name in ms]
+    unbiased = [c.name for c in contestants if not c.biased]
+    for axis, (when, noise) in zip(axes, shown["variance"].items(), strict=True):
+        numbered(axis, contestants, [ms[c.name] for c in contestants], [noise[c.name] for c in contestants])
         (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
         for level in np.geomspace(low * left, high * right, 9)[1:-1]:
-            axis.plot([left, right], [level / left, level / right], color="#dfe1e5", linewidth=1, zorder=1)
+            axis.plot([left, right], [level / left, level / right], color=FAINT, linewidth=1, zorder=1)
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set(xlim=(left, right), ylim=(low, high), xlabel="milliseconds per update")
         axis.set_ylabel("gradient variance (nats per image)²")
-        unbiased = [c for c in contestants if not c.biased]
-        best = min(unbiased, key=lambda c: noise[c.name] * ms[c.name])
-        cheap = min((c for c in unbiased if measured[c.name].evaluations <= 2), key=lambda c: noise[c.name])
-        heading(
-            axis,
-            f"{at}, step {steps:,}: least variance × time: {best.name};\nof up to two evaluations: {cheap.name}",
-        )
+        best = min(unbiased, key=lambda name: noise[name] * ms[name])
+        cheap = min((name for name in unbiased if cost[name] <= 2), key=lambda name: noise[name])
+        heading(axis, f"{when}: least variance × time: {best};\nof up to two evaluations: {cheap}")
     present = [f for f in FAMILIES if any(c.family == f for c in contestants)]
     for i, family in enumerate(present):
-        axes[0].text(0.02, 0.02 + 0.035 * i, family, transform=axes[0].transAxes, color=COLOURS[family], size=8)
+        axes[0].text(
+            0.98, 0.98 - 0.035 * i, family, transform=axes[0].transAxes, color=COLOURS[family], ha="right", size=8
+        )
     axes[1].text(
-        0.99, 0.98, "grey lines: equal variance × time", transform=axes[1].transAxes, ha="right", color=PALE, size=8
+        0.99, 0.98, "slanted lines: equal variance × time", transform=axes[1].transAxes, ha="right", color=INK, size=8
     )
     key(figure, contestants)
-    figure.savefig(args.figures / "noisy_bars.png", facecolor="white")
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,16 +27,14 @@ from _study import (
     BIASED,
     COUPLED,
     LOCAL,
-    PALE,
     SCORE,
     SLOPES,
     Contestant,
     Tally,
-    heading,
+    keep,
     key,
     numbered,
     options,
-    panels,
     progress,
     scientific,
 )
@@ -62,6 +61,7 @@ from ppl_estimators import (
     StochasticTriple,
     StraightThrough,
 )
+from ppl_estimators.figures import BLUE, GREEN, INK, OLIVE, ORANGE, PINK, SKY, VERMILLION, heading, panels
 from ppl_estimators.numpyro import EstimatorELBO, with_estimators
 
 D, T = 200, 0.499
@@ -99,7 +99,7 @@ PUBLISHED = {RLOO: (0.25053, 0.6e-9), "DisARM()": (0.25057, 0.6e-9), DCV: (0.251
 TRAINED = dict(
     zip(
         (PLAIN, MUPROP, RLOO, "DisARM()", R_STAR, DCV, STEIN, "Enumerate()"),
-        ("#80868b", "#b8a800", "#56b4e9", "#0072b2", "#e69f00", "#d55e00", "#cc79a7", "#009e73"),
+        (INK, OLIVE, SKY, BLUE, ORANGE, VERMILLION, PINK, GREEN),
         strict=True,
     )
 )
@@ -267,40 +267,42 @@ def main() -> None:
         "0.25071."
     )
     report.write(args.results)
-    draw(args, contestants, start, curves)
+    shown = {
+        "steps": args.steps,
+        "start": {name: numbers[:2] for name, numbers in start.items()},
+        "objective": {name: objective.mean(-1) for name, (objective, _) in curves.items()},
+        "variance": {name: variance.mean(-1) for name, (_, variance) in curves.items()},
+    }
+    draw(keep(args, "quadratic_200", shown), args.figures / "quadratic_200.png")
 
 
-def draw(
-    args: Any,
-    contestants: list[Contestant],
-    start: dict[str, tuple[float, ...]],
-    curves: dict[str, tuple[np.ndarray, np.ndarray]],
-) -> None:
+def draw(shown: dict[str, Any], path: Path) -> None:
     figure, (left, middle, right) = panels(3, width=5.6)
-    points = [c for c in contestants if not c.biased and c.name != "Enumerate()"]  # which stands far to the right
-    numbered(left, points, [start[c.name][0] for c in points], [start[c.name][1] for c in points])
+    cost, variance = ({name: numbers[i] for name, numbers in shown["start"].items()} for i in (0, 1))
+    # without Enumerate(), which stands far to the right
+    points = [c for c in CONTESTANTS if c.name in cost and not c.biased and c.name != "Enumerate()"]
+    numbered(left, points, [cost[c.name] for c in points], [variance[c.name] for c in points])
     left.set(xlabel="model evaluations per step", ylabel="variance of one gradient at θ = 0 (objective²)")
     left.set_xticks([2, 3, 4], ["2", "3", "4"])
     left.minorticks_off()
-    note = f"Enumerate(): no noise at {start['Enumerate()'][0]:g} evaluations"
-    left.text(0.99, 0.98, note, transform=left.transAxes, ha="right", va="top", color=PALE, size=8)
-    two = min((c for c in points if start[c.name][0] == 2), key=lambda c: start[c.name][1])
-    heading(left, f"{D} bits: least noise at two evaluations:\n{two.name}")
-    for name, (objective, variance) in curves.items():
-        colour = TRAINED[name]
-        steps = np.linspace(0, args.steps, len(objective))
-        noise = variance.mean(-1)
+    note = f"Enumerate(): no noise at {cost['Enumerate()']:g} evaluations"
+    left.text(0.99, 0.98, note, transform=left.transAxes, ha="right", va="top", color=INK, size=8)
+    two = min((c.name for c in points if cost[c.name] == 2), key=lambda name: variance[name])
+    heading(left, f"{D} bits: least noise at two evaluations:\n{two}")
+    for name, objective in shown["objective"].items():
+        colour, noise = TRAINED[name], np.array(shown["variance"][name])
+        steps = np.linspace(0, shown["steps"], len(objective))
         middle.plot(steps, np.where(noise > 1e-25, noise, np.nan), color=colour, linewidth=1.8, label=name)
-        right.plot(steps, objective.mean(-1), color=colour, linewidth=1.8)
+        right.plot(steps, objective, color=colour, linewidth=1.8)
     middle.set(xlabel="step", ylabel="variance of one gradient (objective²)", yscale="log")
     heading(middle, "the same along training")
-    right.axhline((1 - T) ** 2, color="#dadce0", linewidth=1, zorder=1)
-    right.set(xlabel="step", ylabel="true objective (grey: optimum)")
-    best = max((n for n in curves if n != "Enumerate()"), key=lambda n: curves[n][0][-1].mean())
-    heading(right, f"training: {best} wins\nbeside the exact gradient")
-    middle.legend(frameon=False, fontsize=7.5)
+    right.axhline((1 - T) ** 2, color=INK, linewidth=1, linestyle=":", zorder=1)
+    right.set(xlabel="step", ylabel="true objective (dotted: optimum)")
+    ends = {name: objective[-1] for name, objective in shown["objective"].items() if name != "Enumerate()"}
+    heading(right, f"training: {max(ends, key=lambda name: ends[name])} wins\nbeside the exact gradient")
+    middle.legend(frameon=False, fontsize=7.5, labelcolor=INK)
     key(figure, points)
-    figure.savefig(args.figures / "quadratic_200.png", facecolor="white")
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

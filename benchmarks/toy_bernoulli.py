@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,14 +25,12 @@ import numpyro.distributions as dist
 from _harness import Report
 from _study import (
     BERNOULLI,
-    INK,
     Contestant,
     Tally,
-    heading,
+    keep,
     key,
     numbered,
     options,
-    panels,
     progress,
     scientific,
 )
@@ -39,6 +38,7 @@ from numpyro import handlers
 from numpyro.infer import SVI
 
 from ppl_estimators import EstimatorWarning
+from ppl_estimators.figures import BLUE, BROWN, GREEN, INK, OLIVE, ORANGE, PINK, SKY, VERMILLION, heading, panels
 from ppl_estimators.numpyro import EstimatorELBO, with_estimators
 
 TARGETS = (0.45, 0.49, 0.499)
@@ -68,15 +68,15 @@ RERUN_NAMES = {
     "RELAX(baseline=None)": "RELAX",
 }
 CURVES = {
-    "Reinforce()": "#80868b",
-    "Reinforce(MovingAverage())": "#e69f00",
-    "Reinforce(OptimalConstant(0.99))": "#b8a800",
-    "RELAX()": "#cc79a7",
-    "REBAR()": "#d55e00",
-    "Reinforce(LeaveOneOut()), 2 particles": "#56b4e9",
-    "DisARM()": "#0072b2",
-    "ARMS(3)": "#202124",
-    "Enumerate()": "#009e73",
+    "Reinforce()": INK,
+    "Reinforce(MovingAverage())": ORANGE,
+    "Reinforce(OptimalConstant(0.99))": OLIVE,
+    "RELAX()": PINK,
+    "REBAR()": VERMILLION,
+    "Reinforce(LeaveOneOut()), 2 particles": SKY,
+    "DisARM()": BLUE,
+    "ARMS(3)": BROWN,
+    "Enumerate()": GREEN,
 }
 #: what a smoke run measures
 SMOKE = {
@@ -285,43 +285,47 @@ def main() -> None:
             "another size that starts at 0."
         )
     report.write(args.results)
-    draw(args, contestants, cost, variance, loss)
-
-
-def draw(
-    args: Any, contestants: list[Contestant], cost: dict[str, float], variance: dict[str, Any], loss: dict[str, Any]
-) -> None:
-    figure, (left, right) = panels(2)
     last, t = len(TARGETS) - 1, TARGETS[-1]
-    unbiased = [c for c in contestants if not c.biased]
-    y = [variance[c.name][last] for c in unbiased]
-    numbered(left, unbiased, [cost[c.name] for c in unbiased], y, floor=FLOOR)
+    start, best = expected_loss(0.5, t), t**2
+    shown = {
+        "seeds": args.seeds,
+        "evaluations": cost,
+        "variance": {name: v[last] for name, v in variance.items()},
+        # after EVERY, 2 EVERY, ... steps
+        "still to come": {n: (x[1:, last].mean(-1) - best) / (start - best) for n, x in loss.items() if n in CURVES},
+    }
+    draw(keep(args, "toy_bernoulli", shown), args.figures / "toy_bernoulli.png")
+
+
+def draw(shown: dict[str, Any], path: Path) -> None:
+    figure, (left, right) = panels(2)
+    cost, variance = shown["evaluations"], shown["variance"]
+    unbiased = [c for c in BERNOULLI if c.name in variance and not c.biased]
+    numbered(left, unbiased, [cost[c.name] for c in unbiased], [variance[c.name] for c in unbiased], floor=FLOOR)
     left.set(xlabel="model evaluations per step", ylabel="variance of one gradient in θ (cost²)")
     left.set_xticks([1, 2, 3, 4], ["1", "2", "3", "4"])
     left.minorticks_off()
 
     def least(evaluations: int) -> str:
-        noise = {c.name: variance[c.name][last] for c in unbiased if cost[c.name] == evaluations}
+        noise = {c.name: variance[c.name] for c in unbiased if cost[c.name] == evaluations}
         exact = [n for n, v in noise.items() if v < FLOOR]
         return f"{' and '.join(exact)} (exact)" if exact else min(noise, key=lambda n: noise[n])
 
-    heading(left, f"p = {P}, t = {t}: least noise at one evaluation:\n{least(1)};\nat two: {least(2)}")
+    heading(left, f"p = {P}, t = {TARGETS[-1]}: least noise at one evaluation:\n{least(1)};\nat two: {least(2)}")
 
-    start, best = expected_loss(0.5, t), t**2
-    named = {c.name: c for c in contestants}
+    ends = {}
     for name, colour in CURVES.items():
-        if name not in loss:
-            continue
-        share = (loss[name][1:, last].mean(-1) - best) / (start - best)
-        x = np.arange(1, 1 + len(share)) * EVERY * cost[name]
-        right.plot(x, share, color=colour, linewidth=1.8, label=named[name].label)
+        if name in shown["still to come"]:
+            share = shown["still to come"][name]
+            ends[name] = share[-1]
+            x = np.arange(1, 1 + len(share)) * EVERY * cost[name]
+            right.plot(x, share, color=colour, linewidth=1.8, label=name)
     right.set(xscale="log", yscale="log", xlabel="model evaluations spent", ylabel="improvement still to come (share)")
     right.legend(frameon=False, fontsize=7.5, labelcolor=INK, loc="lower left")
-    ends = {n: loss[n][-1, last].mean() for n in CURVES if n in loss}
     first = min(ends, key=lambda n: ends[n])
-    heading(right, f"training at t = {t}, mean of {args.seeds} runs:\n{first} ends lowest")
+    heading(right, f"training at t = {TARGETS[-1]}, mean of {shown['seeds']} runs:\n{first} ends lowest")
     key(figure, unbiased)
-    figure.savefig(args.figures / "toy_bernoulli.png", facecolor="white")
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -30,6 +31,7 @@ def smoke(study: str, out: Path) -> str:
     figure = (out / f"{study}.png").read_bytes()
     assert figure.startswith(b"\x89PNG")
     assert len(figure) > 20_000
+    assert json.loads((out / f"{study}.json").read_text(encoding="utf-8")), "what docs/make_figures.py draws from"
     return (out / f"{study}.md").read_text(encoding="utf-8")
 
 

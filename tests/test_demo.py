@@ -11,7 +11,7 @@ import torch
 from numpyro.infer.util import log_density
 
 from ppl_estimators import cli
-from ppl_estimators.demo import numpyro_program, pyro_program
+from ppl_estimators.demo import numpyro_program, pyro_program, results
 from ppl_estimators.demo.digits import DOTS, PIXELS, load
 from ppl_estimators.demo.network import LOW, STYLE, TOP, initial_parameters
 from ppl_estimators.demo.rows import ROWS
@@ -78,6 +78,11 @@ def test_smoke_run_writes_what_it_promises(capsys, tmp_path):
         assert row["curve"][-1]["held_out_elbo"] > row["curve"][0]["held_out_elbo"]
         assert row["gradient_variance"] > 0
         assert row["milliseconds_per_step"] > 0
+    again = results.read(tmp_path / "with a space" / "results.json")
+    results.write(again, tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text(encoding="utf-8")) == document
+    assert again.originals.shape == (10, PIXELS)
+    assert again.results[0].curve[-1][1] == document["results"][0]["held_out_elbo"]
     figure = (tmp_path / "with a space" / "figure.png").read_bytes()
     assert figure.startswith(b"\x89PNG")
     assert len(figure) > 50_000

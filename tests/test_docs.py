@@ -5,12 +5,18 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import nbformat
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
 import ppl_estimators
-from ppl_estimators import DisARM, Enumerate
+from ppl_estimators import DisARM, Enumerate, cli
 from ppl_estimators.catalogue import ENTRIES
 from ppl_estimators.core.estimator import Estimator
 from ppl_estimators.estimators.baselines.base import Baseline
@@ -103,6 +109,8 @@ from ppl_estimators.core.site import Draw, Local
 AROUND = {
     ("README.md", 0): (PYRO, "for _ in range(2): svi.step()"),
     ("README.md", 1): (NUMPYRO, "svi.run(jax.random.key(0), 2, progress_bar=False)"),
+    ("index.md", 0): ("", "for _ in range(2): svi.step(torch.tensor(1.4))"),
+    ("index.md", 1): ("import jax", "svi.run(jax.random.key(0), 2, 1.4, progress_bar=False)"),
     ("design.md", 0): (
         DESIGN + PYRO,
         """
@@ -156,18 +164,128 @@ def test_a_page_from_the_first_block_to_the_last(name, tmp_path, monkeypatch):
     assert len(blocks(page)) >= STORIES[name]
 
 
-# ---- what the script makes -------------------------------------------------------------------------------------------
+NOTEBOOKS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("make_estimators", ROOT / "docs" / "make_estimators.py")
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_tutorial_from_the_first_cell_to_the_last(path, monkeypatch):
+    monkeypatch.chdir(path.parent)
+    namespace = {"__name__": "documentation", "display": str}
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert cells
+    for number, cell in enumerate(cells):
+        assert cell.outputs or cell.execution_count, f"cell {number} was committed without being run"
+        exec(compile(cell.source, f"{path.name}, cell {number}", "exec", dont_inherit=True), namespace)
+
+
+def commands():
+    """The lines of all shell blocks."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
+            if language in ("", "sh", "bash", "shell"):
+                yield from (line.partition(" #")[0].strip() for line in block.splitlines())
+
+
+COMMANDS = sorted({line for line in commands() if line.startswith("ppl-estimators")})
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_line_is_one(line, capsys):
+    """Its command and its options are known: with --help they are parsed, and nothing runs."""
+    assert cli.main([*shlex.split(line)[1:], "--help"]) == 0, line
+    assert shlex.split(line)[1] in capsys.readouterr().out
+
+
+def test_every_make_target_is_one():
+    made = {target for line in commands() for target in re.findall(r"\bmake (\w+)", line)}
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert {"demo", "test"} <= made <= targets
+
+
+# ---- what scripts make -----------------------------------------------------------------------------------------------
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-REMAKE = "run `python docs/make_estimators.py` and commit what it writes"
+@pytest.fixture(scope="module")
+def script():
+    return load("make_estimators")
+
+
+REMAKE = "run `make docs` and commit what it writes"
+
+
+def test_the_api_page_is_up_to_date():
+    api = load("make_api")
+    assert api.PAGE.read_text(encoding="utf-8") == api.page(), f"docs/api.md is old: {REMAKE}"
+
+
+@pytest.mark.parametrize("module", ["", ".pyro", ".numpyro", ".diagnostics", ".testing"])
+def test_every_public_name_is_on_the_api_page(module):
+    module = importlib.import_module(f"ppl_estimators{module}")
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    _, _, section = text.partition(f"\n## {module.__name__}\n")
+    named = set(re.findall(r"^\| \[?`(\w+)", section.partition("\n## ")[0], flags=re.MULTILINE))
+    assert named == set(module.__all__)
+
+
+def test_the_tables_of_results_are_up_to_date():
+    tables = load("make_tables")
+    assert tables.PAGE.read_text(encoding="utf-8") == tables.page(), f"docs/performance.md is old: {REMAKE}"
+    assert tables.README.read_text(encoding="utf-8") == tables.readme(), f"the README's demo table is old: {REMAKE}"
+
+
+def test_rows_taken_from_results_are_there():
+    """The tables under ``<!-- rows of FILE -->`` hold rows of that file, without some of their cells."""
+    text = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    tables = re.findall(r"<!-- rows of (\S+) -->\n\| (.*?) \|.*\n.*\n((?:\|.*\n)+)", text)
+    assert len(tables) == 2
+    for file, title, rows in tables:
+        _, _, results = (ROOT / file).read_text(encoding="utf-8").partition(f": {title}\n")
+        found = {row[0]: row for row in map(cells, results.partition("\n## ")[0].splitlines())}
+        for row in map(cells, rows.splitlines()):
+            there = iter(found[row[0]])
+            assert all(cell in there for cell in row), row
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_figures_can_be_drawn_again(tmp_path):
+    load("make_figures").main(tmp_path)
+    drawn = sorted(path.name for path in tmp_path.iterdir())
+    assert drawn == sorted(path.name for path in (ROOT / "docs" / "figures").glob("*.png"))
+    for name in drawn:
+        for folder in (tmp_path, ROOT / "docs" / "figures"):
+            alpha = imread(folder / name)[..., 3]
+            assert alpha[0, 0] == 0, f"{name} has a background: it would glare on dark pages"
+            assert (alpha > 0).mean() > 0.02
+        assert np.abs(np.subtract(imread(tmp_path / name).shape, imread(folder / name).shape)).max() < 20
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", str(tmp_path / "site")]
+    run = subprocess.run([*command, "-d", str(tmp_path / "doctrees")], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    reference = (tmp_path / "site" / "api.html").read_text(encoding="utf-8")
+    for name in ("pyro.EstimatorELBO", "numpyro.with_estimators", "diagnostics.recommend", "core.estimator.Estimator"):
+        assert f'id="ppl_estimators.{name}"' in reference
+    pages = [path.relative_to(ROOT / "docs").with_suffix(".html") for path in (*PAGES[1:], *NOTEBOOKS)]
+    for page in pages:
+        assert (tmp_path / "site" / page).exists() or page.stem == "derivations"
+
+
+# ---- the estimators --------------------------------------------------------------------------------------------------
 
 
 def test_every_row_has_a_derivation(script):

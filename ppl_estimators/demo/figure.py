@@ -13,10 +13,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from ppl_estimators.demo.digits import SIDE
 from ppl_estimators.demo.experiment import BACKENDS, Experiment, Result
 from ppl_estimators.demo.rows import REFERENCE
+from ppl_estimators.figures import BLUE, BROWN, FAINT, GREEN, INK, ORANGE, PINK, SKY, VERMILLION, heading, quiet
 
-INK, PALE = "#202124", "#80868b"
-STOCK_COLOURS = {"Trace_ELBO (stock)": "#b0b5ba", "TraceGraph_ELBO (stock)": "#5f6368"}
-COLOURS = ["#d55e00", "#e69f00", "#cc79a7", "#56b4e9", "#0072b2", "#009e73"]  # Okabe and Ito's
+STOCK_COLOURS = {"Trace_ELBO (stock)": BROWN, "TraceGraph_ELBO (stock)": INK}
+COLOURS = (VERMILLION, ORANGE, PINK, SKY, BLUE, GREEN)
 MARKERS = {"numpyro": "o", "pyro": "s"}
 
 
@@ -26,16 +26,18 @@ def draw(experiment: Experiment, path: Path) -> None:
     colours = _colours(experiment.results)
     strips = 1 + len(experiment.reconstructions)
     heights = [4.4, 0.8, 1.05 * strips]
-    figure = Figure(figsize=(5 * len(backends) + 5, sum(heights)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(5 * len(backends) + 5, sum(heights)), dpi=130, layout="constrained", facecolor="none")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=heights)
+    for part in (top, middle, bottom):
+        part.set_facecolor("none")
     axes = top.subplots(1, len(backends) + 1)
     for axis, backend in zip(axes, backends, strict=False):
         _learning_curves(axis, backend, experiment.results, colours)
     _noise_against_cost(axes[-1], experiment.results, colours)
     _legend(middle, colours, backends)
     _digits(bottom, experiment)
-    figure.savefig(path, facecolor="white")
+    figure.savefig(path)
 
 
 def _colours(results: list[Result]) -> dict[str, str]:
@@ -58,12 +60,12 @@ def _learning_curves(axis: Axes, backend: str, results: list[Result], colours: d
         steps, elbos = np.transpose(row.curve)
         axis.plot(steps, elbos, color=colours[row.label], linestyle=dashes, linewidth=1.8)
     axis.set_ylim(_elbo_limits(rows))
-    axis.set_title(f"{BACKENDS[backend]}: learning", loc="left", color=INK, fontweight="bold")
+    heading(axis, f"{BACKENDS[backend]}: learning")
     axis.set_xlabel("step")
     axis.set_ylabel("held-out ELBO (nats per image)")
     axis.set_xlim(left=0)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    _quiet(axis)
+    quiet(axis)
 
 
 def _noise_against_cost(axis: Axes, results: list[Result], colours: dict[str, str]) -> None:
@@ -74,19 +76,17 @@ def _noise_against_cost(axis: Axes, results: list[Result], colours: dict[str, st
             marker=MARKERS[result.backend],
             s=75,
             color=colours[result.label],
-            edgecolor="white",
-            linewidth=0.8,
             zorder=3,
         )
     axis.set(xscale="log", yscale="log")
-    axis.set_title("noise against cost", loc="left", color=INK, fontweight="bold")
+    heading(axis, "noise against cost")
     axis.set_xlabel("milliseconds per step")
     axis.set_ylabel("gradient variance (nats per image)²")
     axis.margins(0.12)
     (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
     x = np.array([left, right])
     for level in np.geomspace(low * left, high * right, 9)[1:-1]:
-        axis.plot(x, level / x, color="#e3e5e8", linewidth=1, zorder=1)
+        axis.plot(x, level / x, color=FAINT, linewidth=1, zorder=1)
     axis.set(xlim=(left, right), ylim=(low, high))
     for ticks in (axis.xaxis, axis.yaxis):
         ticks.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
@@ -95,14 +95,14 @@ def _noise_against_cost(axis: Axes, results: list[Result], colours: dict[str, st
     axis.text(
         0.98,
         0.97,
-        "grey lines: equal variance × time",
+        "slanted lines: equal variance × time",
         transform=axis.transAxes,
         ha="right",
         va="top",
         fontsize=8,
-        color=PALE,
+        color=INK,
     )
-    _quiet(axis)
+    quiet(axis)
 
 
 def _legend(panel: Figure, colours: dict[str, str], backends: list[str]) -> None:
@@ -118,9 +118,9 @@ def _legend(panel: Figure, colours: dict[str, str], backends: list[str]) -> None
         for label, colour in colours.items()
     ]
     handles += [
-        Line2D([], [], color=PALE, linestyle="", marker=MARKERS[b], markersize=8, label=BACKENDS[b]) for b in backends
+        Line2D([], [], color=INK, linestyle="", marker=MARKERS[b], markersize=8, label=BACKENDS[b]) for b in backends
     ]
-    panel.legend(handles=handles, loc="center", ncols=2 + len(backends), frameon=False, fontsize=9.5)
+    panel.legend(handles=handles, loc="center", ncols=2 + len(backends), frameon=False, fontsize=9.5, labelcolor=INK)
 
 
 def _digits(panel: Figure, experiment: Experiment) -> None:
@@ -135,11 +135,3 @@ def _digits(panel: Figure, experiment: Experiment) -> None:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
         axis.set_ylabel(label, rotation=0, ha="right", va="center", color=INK, fontsize=10)
-
-
-def _quiet(axis: Axes) -> None:
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color(PALE)
-    axis.tick_params(colors=INK, labelsize=9, color=PALE)
-    axis.grid(axis="y", color="#eef0f2", linewidth=1)
-    axis.set_axisbelow(True)

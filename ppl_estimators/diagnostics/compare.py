@@ -35,7 +35,7 @@ class Compared:
     unbiased_as_declared: bool | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison(Showable):
     """What `compare` found, best variance × time first. ``failed``: candidates that could not run, and why;
     ``chosen``: the row that `recommend` takes."""
@@ -97,6 +97,8 @@ class Comparison(Showable):
 
 def draw_frontier(ax: Any, rows: Sequence[Compared], chosen: str | None = None) -> None:
     """Rows as points on an axis of matplotlib, the chosen one's name bold. A variance of zero stands at the foot."""
+    from ppl_estimators.figures import INK
+
     floor = min((r.variance for r in rows if r.variance > 0), default=1.0) / 10
     x = [r.milliseconds for r in rows]
     y = [max(r.variance, floor) for r in rows]
@@ -105,12 +107,16 @@ def draw_frontier(ax: Any, rows: Sequence[Compared], chosen: str | None = None) 
     ax.margins(x=0.3, y=0.1)  # room for the names
     for r, px, py in zip(rows, x, y, strict=True):
         weight = "bold" if r.label == chosen else "normal"
-        ax.annotate(r.label, (px, py), textcoords="offset points", xytext=(5, 3), fontsize="small", weight=weight)
+        place = {"textcoords": "offset points", "xytext": (5, 3), "fontsize": "small"}
+        ax.annotate(r.label, (px, py), weight=weight, color=INK, **place)
     best = frontier(x, y)
-    ax.plot([x[i] for i in best], [y[i] for i in best], color="#80868b", lw=1)
-    ax.set(xscale="log", yscale="log", xlabel="ms a step", ylabel="variance of one gradient")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.figure.colorbar(points, label="bias beyond noise", ax=ax)
+    ax.plot([x[i] for i in best], [y[i] for i in best], color=INK, lw=1)
+    ax.set(xscale="log", yscale="log", xlabel="milliseconds per step", ylabel="variance of one gradient")
+    if any(r.bias is not None for r in rows):
+        bar = ax.figure.colorbar(points, ax=ax)
+        bar.set_label("bias beyond noise", color=INK)
+        bar.ax.tick_params(color=INK, labelcolor=INK)
+        bar.outline.set_visible(False)
 
 
 def frontier(x: list[float], y: list[float]) -> list[int]:

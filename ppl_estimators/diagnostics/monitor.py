@@ -66,7 +66,7 @@ class MonitorRow:
     signal_to_noise: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MonitorReport(Showable):
     """The looks of a `GradientMonitor`: ``rows`` of all, in order. Printed, it is the last one."""
 
@@ -125,8 +125,7 @@ class MonitorReport(Showable):
                 mine = [r for r in self.rows if r.kind == kind and r.name == name]
                 ax.plot([r.step for r in mine], [max(r.signal_to_noise, 1e-3) for r in mine], label=name)
             ax.set(title=f"by {kind}", xlabel="step", ylabel="signal / noise of one step", yscale="log")
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.legend(fontsize="small")
+            ax.legend(fontsize="small", labelcolor="linecolor", frameon=False)
         return figure
 
 

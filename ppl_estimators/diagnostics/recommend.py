@@ -52,7 +52,7 @@ class Choice:
         return len(self.evidence.rows) + len(self.evidence.failed)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recommendation(Showable):
     """What `recommend` found. ``mapping`` goes into ``EstimatorELBO(mapping, num_particles=num_particles)``, and
     ``code`` is that line to paste. ``joint`` compares it, all sites together, with the default and with each

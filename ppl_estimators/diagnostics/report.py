@@ -46,7 +46,7 @@ class SiteRow:
     cost_share: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report(Showable):
     """What `gradient_report` found; ``mean`` and ``variance`` by parameter as arrays. Print it, or look at its rows."""
 
@@ -111,8 +111,7 @@ class Report(Showable):
         for ax, (kind, rows) in zip(places, groups, strict=True):
             ax.barh([r.name for r in rows], [100 * r.share for r in rows], color="#0072b2")
             ax.invert_yaxis()
-            ax.set(title=f"by {kind}", xlabel="share of the variance, %")
-            ax.spines[["top", "right"]].set_visible(False)
+            ax.set(title=f"by {kind}", xlabel="share of the variance (%)")
         return figure
 
 

@@ -81,6 +81,8 @@ class Showable:
             console.print(self)
         return capture.get()
 
+    __repr__ = __str__  # a console shows the table, not every number that is kept
+
     def _repr_html_(self) -> str:
         out = []
         for t in self.tables():
@@ -125,8 +127,7 @@ def _plain(x: Any) -> Any:
 def axes(number_of_rows: int, columns: int = 1) -> tuple[Any, Sequence[Any]]:
     """A figure of matplotlib and its axes. Raises ImportError without matplotlib."""
     try:
-        from matplotlib.figure import Figure
+        from ppl_estimators.figures import panels
     except ImportError:
         raise ImportError("plot() needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(5.5 * columns, 1.5 + 0.3 * number_of_rows), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    return panels(columns, width=5.5, height=1.5 + 0.3 * number_of_rows)
