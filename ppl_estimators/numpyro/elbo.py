@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -31,7 +31,7 @@ from .dependencies import dependencies, mark
 from .distributions import log_q, sampled_dtype, score_norm
 from .keep import declare, state_name
 from .ops import OPS
-from .run import Message, Traces, enumerated, execute, terms_of, view
+from .run import Keys, Message, Traces, enumerated, execute, terms_of, view
 
 Array = Any
 
@@ -124,17 +124,22 @@ class EstimatorELBO(ELBO):
         """A draw from a site's own distribution, and its intermediates."""
         return fn.sample_with_intermediates(key)
 
-    def _noise(self, name: str, label: str, noise: Noise, key: Array) -> Array:
-        """Noise that an estimator asked for; uniform noise lies strictly inside (0, 1)."""
-        if noise.law == "normal":
-            return jax.random.normal(key, noise.shape, dtype=float)
-        if noise.law == "log gamma":
-            return jax.random.loggamma(key, jax.lax.stop_gradient(noise.concentration))
-        if noise.law == "poisson":
-            return jax.random.poisson(key, jax.lax.stop_gradient(noise.concentration)).astype(float)
-        tiny = jnp.finfo(jnp.result_type(float)).tiny
-        u = jax.random.uniform(key, noise.shape, dtype=float, minval=tiny)
-        return jnp.minimum(u, 1 - jnp.finfo(u.dtype).epsneg)
+    def _noise(self, names: Sequence[str], label: str, noise: Noise, keys: Array) -> Array:
+        """Noise that estimators asked for, ``[len(names), *shape]`` for as many keys."""
+        return jax.vmap(partial(_noise, noise))(keys)
+
+
+def _noise(noise: Noise, key: Array) -> Array:
+    """Uniform noise lies strictly inside (0, 1)."""
+    if noise.law == "normal":
+        return jax.random.normal(key, noise.shape, dtype=float)
+    if noise.law == "log gamma":
+        return jax.random.loggamma(key, jax.lax.stop_gradient(noise.concentration))
+    if noise.law == "poisson":
+        return jax.random.poisson(key, jax.lax.stop_gradient(noise.concentration)).astype(float)
+    tiny = jnp.finfo(jnp.result_type(float)).tiny
+    u = jax.random.uniform(key, noise.shape, dtype=float, minval=tiny)
+    return jnp.minimum(u, 1 - jnp.finfo(u.dtype).epsneg)
 
 
 @dataclass(frozen=True)
@@ -149,12 +154,12 @@ class _Step:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def execute(self, key: Array, draw: Any, in_scan: Any, *, stopped: bool = False, model: bool = True) -> Traces:
+    def execute(self, keys: Keys, draw: Any, in_scan: Any, *, stopped: bool = False, model: bool = True) -> Traces:
         params, args, kwargs = self.params, self.args, self.kwargs
         if stopped:
             params, args, kwargs = jax.tree.map(_constant, (params, args, kwargs))
         return execute(
-            key,
+            keys,
             self.plate_key,
             params,
             self.model if model else None,
@@ -180,7 +185,7 @@ class _Step:
             return mark(msg["fn"].sample(msg["kwargs"]["rng_key"]), msg["name"])
 
         def program() -> Any:
-            traces = self.execute(key, draw, in_scan)
+            traces = self.execute(Keys(key), draw, in_scan)
             terms = terms_of(traces)
             latents = traces.latents()
             seen["terms"], seen["latents"] = terms, {n: view(m, traces) for n, m in latents.items()}
@@ -220,7 +225,7 @@ class _Step:
         )
         if self.elbo.average_model:
             averaging.check(plan, branches=False)
-        return _JaxPlan(plan, depends_on, tuple(terms), seen["dtypes"])
+        return _JaxPlan(plan, depends_on, tuple(terms), seen["dtypes"], _alike(plan))
 
     def kept(self, plan: _JaxPlan) -> dict[str, Kept]:
         """Present values of what estimators keep. The guide hook declared them; here they are only looked up."""
@@ -244,7 +249,8 @@ class _Step:
     def particle(self, plan: _JaxPlan, kept: dict[str, Kept], key: Array) -> dict[str, Any]:
         """Everything the assembly needs, as arrays."""
         draws: dict[str, Draw] = {}
-        traces = self.execute(key, partial(self._draw, plan, kept, draws), partial(self._in_scan, plan))
+        keys = Keys(key, list(plan.sites))
+        traces = self.execute(keys, partial(self._draw, plan, kept, draws, keys), partial(self._in_scan, plan))
         terms = terms_of(traces, plan.depends_on, plan.soft, plan.shared.hard)
         sites = {n: self._view(plan, m, traces) for n, m in traces.latents().items() if plan.estimators[n].local_part}
         for n, m in traces.latents().items():
@@ -262,21 +268,21 @@ class _Step:
             "relaxed": {},
             "slope": {},
             "mutable": {n: v for n, v in traces.mutable().items() if n not in {state_name(s) for s in kept}},
-            "finite": jax.lax.stop_gradient(jnp.stack([jnp.isfinite(jnp.sum(t.value)) for t in terms])),
+            "finite": jax.lax.stop_gradient(jnp.isfinite(jnp.stack([jnp.sum(t.value) for t in terms]))),
         }
         averages: list[Average] = []
         for group in plan.groups:
             if group.alternatives:
-                out["alternatives"] |= self._alternatives(plan, group, key, sites, draws, kept, averages)
+                out["alternatives"] |= self._alternatives(plan, group, keys, sites, draws, kept, averages)
             else:
-                relaxed, slope = self._relaxations(plan, group, key, sites, draws, kept)
+                relaxed, slope = self._relaxations(plan, group, keys, sites, draws, kept)
                 out["relaxed"] |= relaxed
                 out["slope"] |= slope
-        explicit = averaging.averaged(OPS, self._explicit(plan, key, traces, terms), averages)
+        explicit = averaging.averaged(OPS, self._explicit(plan, keys, traces, terms), averages)
         return {**out, "objective": self.elbo.objective.collect(OPS, explicit)}
 
     def _draw(
-        self, plan: _JaxPlan, kept: dict[str, Kept], draws: dict[str, Draw], msg: Message, key: Array
+        self, plan: _JaxPlan, kept: dict[str, Kept], draws: dict[str, Draw], keys: Keys, msg: Message, key: Array
     ) -> tuple[Array, list[Any]]:
         name = msg["name"]
         estimator = plan.estimators[name]
@@ -290,13 +296,23 @@ class _Step:
                 noise[label] = jax.lax.stop_gradient(self.elbo._sample(name, msg["fn"], own)[0])
             elif n.law == "state":
                 noise[label] = kept[name].state[label]
+            elif n.concentration is not None:
+                noise[label] = self.elbo._noise([name], label, n, jax.random.fold_in(key, i)[None])[0]
             else:
-                noise[label] = self.elbo._noise(name, label, n, jax.random.fold_in(key, i))
+                noise[label] = self._alike(plan, keys, name, label, n, i)
         draw = estimator.draw(OPS, site, noise)
         draws[name] = _stopped(draw)
         if estimator.pathwise:
             return draw.value, []
         return draws[name].value.astype(plan.dtypes[name]), []
+
+    def _alike(self, plan: _JaxPlan, keys: Keys, name: str, label: str, noise: Noise, number: int) -> Array:
+        """Noise of which only the shape matters: drawn once for all sites that ask for the same (see `Keys`)."""
+        if (name, label) not in keys.noise:
+            names = plan.alike[name]
+            rows = self.elbo._noise(names, label, noise, keys.folded(names, number))
+            keys.noise.update(zip(((n, label) for n in names), rows, strict=True))
+        return keys.noise[name, label]
 
     def _in_scan(self, plan: _JaxPlan, msg: Message) -> Array | None:
         """Values of latent sites inside a scan, where no handler of ours can reach."""
@@ -330,7 +346,7 @@ class _Step:
         spec = plan.estimators[msg["name"]] if spec is None else spec
         return spec.given(self.args, self.kwargs)
 
-    def _explicit(self, plan: _JaxPlan, key: Array, traces: Traces, terms: list[Term]) -> list[Term]:
+    def _explicit(self, plan: _JaxPlan, keys: Keys, traces: Traces, terms: list[Term]) -> list[Term]:
         """The terms whose own gradient counts: -log q of a score site has mean zero and is held fixed."""
         sticking = plan.shared.sticking
         fixed: dict[str, Array] = {}
@@ -340,7 +356,7 @@ class _Step:
             def in_scan(msg: Message) -> Array | None:
                 return values.get(msg["name"]) if msg["type"] == "sample" and not msg["is_observed"] else None
 
-            again = self.execute(key, lambda msg, _: (values[msg["name"]], []), in_scan, stopped=True, model=False)
+            again = self.execute(keys, lambda msg, _: (values[msg["name"]], []), in_scan, stopped=True, model=False)
             fixed = {t.site: t.value for t in terms_of(again, relaxed=plan.soft)}
         explicit = []
         for t in terms:
@@ -358,7 +374,7 @@ class _Step:
         self,
         plan: _JaxPlan,
         group: Group,
-        key: Array,
+        keys: Keys,
         values: dict[str, Array],
         draws: dict[str, Draw],
         kept: dict[str, Kept],
@@ -383,11 +399,11 @@ class _Step:
                 site, u = self._view(plan, msg), None
                 if temperature is not None:
                     noise = Noise("uniform", tuple(site.logits.shape))
-                    u = self.elbo._noise(name, "u", noise, jax.random.fold_in(key, 0))
+                    u = self.elbo._noise([name], "u", noise, jax.random.fold_in(key, 0)[None])[0]
                 return relaxation.downstream(OPS, site.family, site.logits, u, temperature), []
-            return self._draw(plan, kept, {}, msg, key)
+            return self._draw(plan, kept, {}, keys, msg, key)
 
-        traces = self.execute(key, draw, partial(self._in_scan, plan), stopped=stopped)
+        traces = self.execute(keys, draw, partial(self._in_scan, plan), stopped=stopped)
         relaxed = plan.soft | frozenset(n for n in members | soft if group.relaxations and plan.relaxable(n))
         terms = terms_of(traces, plan.depends_on, relaxed, plan.shared.hard)
         return [t for t in terms if t.depends_on & members]
@@ -396,7 +412,7 @@ class _Step:
         self,
         plan: _JaxPlan,
         group: Group,
-        key: Array,
+        keys: Keys,
         sites: dict[str, Site],
         draws: dict[str, Draw],
         kept: dict[str, Kept],
@@ -419,7 +435,7 @@ class _Step:
                 if average:
                     value = averaging.possible(OPS, site, weights[1 + index], value, draw.value)
                 values[site.name] = value.astype(plan.dtypes[site.name])
-            terms = self._rerun(plan, group, key, values, draws, kept, stopped=not average)
+            terms = self._rerun(plan, group, keys, values, draws, kept, stopped=not average)
             found = downstream_costs(OPS, plan.graph, terms, members)
             found = {s.name: jnp.zeros(s.plate_shape) if found[s.name] is None else found[s.name] for s in members}
             counted = averaging.counted(plan.shared, group, terms) if average else []
@@ -440,7 +456,7 @@ class _Step:
         self,
         plan: _JaxPlan,
         group: Group,
-        key: Array,
+        keys: Keys,
         sites: dict[str, Site],
         draws: dict[str, Draw],
         kept: dict[str, Kept],
@@ -450,7 +466,7 @@ class _Step:
         members = [sites[n] for n in group.sites]
 
         def total(values: dict[str, Array], temperature: Array | None) -> tuple[Array, dict[str, Array]]:
-            terms = self._rerun(plan, group, key, values, draws, kept, temperature)
+            terms = self._rerun(plan, group, keys, values, draws, kept, temperature)
             found = downstream_costs(OPS, plan.graph, terms, members)
             return sum(jnp.sum(t.value) for t in terms), found
 
@@ -503,6 +519,7 @@ class _JaxPlan:
     depends_on: Mapping[tuple[str, str], frozenset[str]]
     terms: tuple[Term, ...]
     dtypes: Mapping[str, Any]
+    alike: Mapping[str, tuple[str, ...]]  # for each site those, itself included, whose estimator draws the same noise
 
     estimators = property(lambda self: self.shared.estimators)
     sites = property(lambda self: self.shared.sites)
@@ -510,6 +527,16 @@ class _JaxPlan:
     groups = property(lambda self: self.shared.groups)
     relaxable = property(lambda self: self.shared.relaxable)
     soft = property(lambda self: self.shared.soft)
+
+
+def _alike(plan: Plan) -> dict[str, tuple[str, ...]]:
+    """Sites with one estimator, family, shape and plates."""
+    found: dict[tuple[object, ...], list[str]] = {}
+    for name, site in plan.sites.items():
+        shape = None if site.logits is None else site.logits.shape
+        facts = (site.family, site.batch_shape, site.event_shape, shape, site.plates, site.time)
+        found.setdefault((plan.estimators[name], *facts), []).append(name)
+    return {name: tuple(names) for names in found.values() for name in names}
 
 
 def _constant(x: Any) -> Any:

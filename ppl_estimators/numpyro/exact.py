@@ -20,7 +20,7 @@ from ..core.errors import EstimatorError, site_error
 from ..testing import quadrature
 from ..testing.states import Count, Exact, Minibatches, check_budget, minibatches_of
 from .distributions import family, log_q, sampled_dtype, unwrapped
-from .run import Message, Traces, execute, terms_of
+from .run import Keys, Message, Traces, execute, terms_of
 
 Array = Any
 _CHUNK = 256  # states evaluated side by side
@@ -62,7 +62,7 @@ def point(
     """Parameters, constrained, with those of ``params`` put in, their constraints, and the run that declared them."""
     given = {n: v if isinstance(v, dict) else jnp.asarray(v) for n, v in dict(params or {}).items()}
     with _Parameters() as recorded:
-        traces = execute(jax.random.key(0), jax.random.key(1), given, model, guide, args, kwargs, draw=_own_draw)
+        traces = execute(Keys(jax.random.key(0)), jax.random.key(1), given, model, guide, args, kwargs, draw=_own_draw)
     declared = recorded.sites
     if unknown := sorted(n for n in given.keys() - declared.keys() if not n.endswith("$state")):
         raise EstimatorError(f"params: the program declares no parameter {unknown}. There are: {sorted(declared)}.")
@@ -77,7 +77,7 @@ def point(
 
 
 def _look_at_guide(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    traces = execute(jax.random.key(0), jax.random.key(1), {}, None, guide, args, kwargs, draw=_own_draw)
+    traces = execute(Keys(jax.random.key(0)), jax.random.key(1), {}, None, guide, args, kwargs, draw=_own_draw)
     if not traces.latents():
         raise EstimatorError(
             "the guide draws no latent site, so there is nothing to estimate. Give the guide a numpyro.sample(...) "
@@ -162,7 +162,7 @@ class _Program:
             return self.rules[msg["name"]].value(msg["fn"], step)
 
         traces = execute(
-            jax.random.key(0), jax.random.key(1), {**self.state, **params},
+            Keys(jax.random.key(0)), jax.random.key(1), {**self.state, **params},
             _Minibatch(self.model, indices), _Minibatch(self.guide, indices), self.args, self.kwargs,
             draw=draw, in_scan=in_scan,
         )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,8 +38,8 @@ def loss_and_gradient(twin: Twin, params: Mapping[str, Any], given: Given) -> tu
         rule = rule_of(name, fn, NODES)
         return rule.value(fn, jnp.asarray(given.choices(name, tuple(rule.elements), rule.size))), []
 
-    def noise(name: str, label: str, noise: Any, key: Array) -> Array:
-        return jnp.asarray(given.noise(name, label, noise), float)
+    def noise(names: Sequence[str], label: str, noise: Any, keys: Array) -> Array:
+        return jnp.stack([jnp.asarray(given.noise(name, label, noise), float) for name in names])
 
     elbo = copy.copy(twin.elbo)
     elbo._sample, elbo._noise = sample, noise  # read from the instance before the class

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from numpyro.distributions.util import scale_and_mask
 from numpyro.handlers import replay, substitute
 from numpyro.primitives import Messenger
@@ -39,12 +40,41 @@ class Traces:
         return {n: m["value"] for n, m in both.items() if m["type"] == "mutable"}
 
 
-def site_key(key: Array, name: str) -> Array:
-    """One key per site name: every run of a step draws a site from the same noise."""
+class Keys:
+    """The random keys of one particle: one per site name, so every run of it draws a site from the same noise.
+
+    Those of ``names``, the latent sites of the guide as far as they are known, come out of one operation: XLA makes a
+    loop of each fold, and a loop for each site would be most of what it has to compile.
+    """
+
+    def __init__(self, key: Array, names: Sequence[str] = ()):
+        self.guide, self.model = jax.random.split(key)
+        self._names = {name: i for i, name in enumerate(names)}
+        self._of_sites = _site_keys(self.guide, names) if names else None
+        self.known = dict(zip(names, self._of_sites, strict=True)) if names else {}
+        self.noise: dict[tuple[str, str], Array] = {}  # what was drawn already, by site and label
+
+    def folded(self, names: Sequence[str], number: int) -> Array:
+        """The keys of ``names`` for their noise number ``number``, ``[len(names)]``."""
+        keys = self._of_sites[np.array([self._names[n] for n in names])]
+        return jax.vmap(lambda k: jax.random.fold_in(k, number))(keys)
+
+
+def _words(name: str) -> list[int]:
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    for word in (digest[:4], digest[4:]):
-        key = jax.random.fold_in(key, int.from_bytes(word, "big"))
+    return [int.from_bytes(word, "big") for word in (digest[:4], digest[4:])]
+
+
+def site_key(key: Array, name: str) -> Array:
+    for word in _words(name):
+        key = jax.random.fold_in(key, word)
     return key
+
+
+def _site_keys(key: Array, names: Sequence[str]) -> Array:
+    """`site_key` of every name."""
+    words = np.array([_words(name) for name in names], np.uint32)
+    return jax.vmap(lambda w: jax.random.fold_in(jax.random.fold_in(key, w[0]), w[1]))(words)
 
 
 def plates_of(msg: Message) -> frozenset[Plate]:
@@ -54,8 +84,17 @@ def plates_of(msg: Message) -> frozenset[Plate]:
 class _Conduct(Messenger):
     """Gives out keys by name, asks ``draw`` for the values of latent sites, records every site."""
 
-    def __init__(self, key: Array, plate_key: Array, draw: Draw, record: dict[str, Message], in_scan: Any = None):
+    def __init__(
+        self,
+        key: Array,
+        plate_key: Array,
+        draw: Draw,
+        record: dict[str, Message],
+        known: Mapping[str, Array] | None = None,
+        in_scan: Any = None,
+    ):
         self.key, self.plate_key, self.draw, self.record, self.in_scan = key, plate_key, draw, record, in_scan
+        self.known = known or {}
         self.anonymous = 0
         super().__init__()
 
@@ -66,7 +105,8 @@ class _Conduct(Messenger):
             if sample_shape:
                 msg["fn"] = msg["fn"].expand((*sample_shape, *msg["fn"].batch_shape))
             if msg["kwargs"]["rng_key"] is None:
-                msg["kwargs"]["rng_key"] = site_key(self.key, msg["name"])
+                name = msg["name"]
+                msg["kwargs"]["rng_key"] = self.known[name] if name in self.known else site_key(self.key, name)
             msg["value"], msg["intermediates"] = self.draw(msg, msg["kwargs"]["rng_key"])
         elif kind == "plate" and msg["value"] is None:
             msg["kwargs"]["rng_key"] = site_key(self.plate_key, msg["name"])
@@ -86,7 +126,7 @@ class _Conduct(Messenger):
 
 
 def execute(
-    key: Array,
+    keys: Keys,
     plate_key: Array,
     params: Mapping[str, Array],
     model: Callable[..., Any] | None,
@@ -99,12 +139,11 @@ def execute(
 ) -> Traces:
     """Run the guide, then the model on the guide's values (unless ``model`` is None)."""
     traces = Traces()
-    guide_key, model_key = jax.random.split(key)
-    with _Conduct(guide_key, plate_key, draw, traces.guide, in_scan=in_scan):
+    with _Conduct(keys.guide, plate_key, draw, traces.guide, keys.known, in_scan):
         substitute(guide, data=dict(params))(*args, **kwargs)
     if model is not None:
         own = {**params, **{n: m["value"] for n, m in traces.guide.items() if m["type"] == "mutable"}}
-        with _Conduct(model_key, plate_key, _refuse, traces.model):
+        with _Conduct(keys.model, plate_key, _refuse, traces.model):
             replay(substitute(model, data=own), trace=traces.guide)(*args, **kwargs)
     _subsampling(traces)
     return traces

@@ -46,8 +46,9 @@ class InjectedJax(JaxELBO):
             fn = fn.base_dist
         return fn.loc + fn.scale * given, []  # Normal sites take standard noise
 
-    def _noise(self, name: str, label: str, noise: Any, key: Any) -> Any:
-        return jnp.broadcast_to(jnp.asarray(self.table[name][label])[self.row], noise.shape)
+    def _noise(self, names: Sequence[str], label: str, noise: Any, keys: Any) -> Any:
+        rows = [jnp.asarray(self.table[name][label])[self.row] for name in names]
+        return jnp.stack([jnp.broadcast_to(row, noise.shape) for row in rows])
 
 
 class InjectedTorch(TorchELBO):

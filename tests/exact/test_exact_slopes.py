@@ -234,8 +234,8 @@ def gaussian(estimator, quadratic=False):
 class Signed(InjectedJax):
     """The sign of the secant is read from the table too."""
 
-    def _noise(self, name, label, noise, key):
-        return jnp.asarray(self.table[name][label])[self.row]
+    def _noise(self, names, label, noise, keys):
+        return jnp.stack([jnp.asarray(self.table[name][label])[self.row] for name in names])
 
 
 def of_gaussian(estimator, a=(0.3, -0.2), *, quadratic=False, **state):
