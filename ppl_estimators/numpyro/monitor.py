@@ -26,7 +26,7 @@ from ..estimators.baselines.leave_one_out import LeaveOneOut
 from ..estimators.reinforce import Reinforce
 from .distributions import unwrapped
 from .elbo import EstimatorELBO, _Step
-from .run import execute, site_key, terms_of
+from .run import Keys, execute, site_key, terms_of
 
 Array = Any
 
@@ -101,7 +101,7 @@ class _Watched:
 
         def arrays(own: Any) -> dict[str, Array]:
             params = {**self.constrain_fn(own), **(state.mutable_state or {})}
-            traces = execute(key, key, params, None, self.guide, args, kwargs, draw=_plain)
+            traces = execute(Keys(key), key, params, None, self.guide, args, kwargs, draw=_plain)
             return {name: x for n, m in traces.latents().items() for name, x in _arrays(n, m["fn"]).items()}
 
         along = jax.tree.map(lambda x: jax.random.normal(key, jnp.shape(x), x.dtype), own)
@@ -290,7 +290,7 @@ def flat_sites(elbo: Any, model: Any, guide: Any, params: Any, args: Any, kwargs
         def draw(msg: Any, key: Array) -> Any:
             return (values[msg["name"]], []) if msg["name"] in values else _plain(msg, key)
 
-        return execute(key, key, params, model, guide, args, kwargs, draw=draw)
+        return execute(Keys(key), key, params, model, guide, args, kwargs, draw=draw)
 
     try:
         traces = run({})
