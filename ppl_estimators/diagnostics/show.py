@@ -76,7 +76,7 @@ class Showable:
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=WIDTH, force_terminal=False, no_color=True)
+        console = Console(width=WIDTH, force_terminal=False, force_jupyter=False, no_color=True)
         with console.capture() as capture:
             console.print(self)
         return capture.get()
