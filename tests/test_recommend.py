@@ -6,6 +6,7 @@ import json
 import sys
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -15,6 +16,7 @@ import pyro.distributions as pd
 import pytest
 import torch
 from numpyro import infer as numpyro_infer
+from numpyro.optim import SGD
 from pyro import infer as pyro_infer
 
 from ppl_estimators import (
@@ -32,7 +34,7 @@ from ppl_estimators import (
     UnorderedSet,
 )
 from ppl_estimators.commands import programs
-from ppl_estimators.diagnostics import compare, gradient_report, recommend
+from ppl_estimators.diagnostics import GradientMonitor, compare, gradient_report, recommend
 from ppl_estimators.diagnostics.groups import keys, mapping_of
 from ppl_estimators.numpyro import EstimatorELBO as NumPyroELBO
 from ppl_estimators.pyro import EstimatorELBO as PyroELBO
@@ -349,6 +351,19 @@ def _bugs(lib):
     }
 
 
+def monitored(lib, model, guide, args, steps):
+    """Trains under a `GradientMonitor` that looks once, at the end."""
+    monitor = GradientMonitor(every=steps)
+    if lib is PYRO:
+        svi = monitor.watch(pyro_infer.SVI(model, guide, pyro.optim.SGD({"lr": 0.0}), lib.elbo(num_particles=2)))
+        for _ in range(steps):
+            svi.step(*args)
+    else:
+        svi = monitor.watch(numpyro_infer.SVI(model, guide, SGD(0.0), lib.elbo(num_particles=2)))
+        svi.run(jax.random.key(0), steps, *args, progress_bar=False)
+    return monitor.report()
+
+
 TOOLS = {
     "report": lambda lib, m, g, args: gradient_report(lib.elbo(), m, g, *args, num_draws=2, timing_steps=1),
     "report of a stock ELBO": lambda lib, m, g, args: gradient_report(
@@ -356,6 +371,7 @@ TOOLS = {
     ),
     "compare": lambda lib, m, g, args: compare(m, g, args, ["default"], num_draws=2, timing_steps=1),
     "recommend": lambda lib, m, g, args: recommend(m, g, args, budget=50),
+    "monitor": lambda lib, m, g, args: monitored(lib, m, g, args, 1),
 }
 
 
@@ -431,7 +447,7 @@ def test_what_runs_alone_but_not_in_a_gradient(lib):
 @pytest.mark.slow
 @pytest.mark.parametrize("program", programs.BUILT_IN)
 @BOTH
-def test_report_and_compare_work_on_every_program(lib, program, quick_compilation):
+def test_report_compare_and_monitor_work_on_every_program(lib, program, quick_compilation):
     model, guide, args = programs.load(program, lib.name)
     report = gradient_report(lib.elbo(num_particles=2), model, guide, *args, num_draws=20, timing_steps=1)
     assert np.isfinite(report.total_variance)
@@ -440,6 +456,9 @@ def test_report_and_compare_work_on_every_program(lib, program, quick_compilatio
     found = compare(model, guide, args, several, num_draws=20, timing_steps=1)
     assert not found.failed
     assert not any(r.biased for r in found.rows)
+    seen = monitored(lib, model, guide, args, 3)
+    assert {r.name for r in seen.last("site")} == {s.name for s in report.sites[1:]}
+    assert {r.name for r in seen.last("parameter")} == {p.name for p in report.parameters}
 
 
 @pytest.mark.slow

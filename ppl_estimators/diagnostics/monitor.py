@@ -155,6 +155,8 @@ class GradientMonitor:
       step);
     - the bias of relaxed estimators is more than half of the gradient.
 
+    Before the first step guide and model run once by themselves, and a mistake in them is named (`EstimatorError`).
+
     In NumPyro, sites inside a `scan` have no row of their own.
     """
 

@@ -20,8 +20,9 @@ from numpyro.primitives import Messenger
 
 from ..core import families
 from ..core.errors import EstimatorError, EstimatorWarning
-from ..core.gradients import kept_by_estimators
+from ..core.gradients import check_sites, kept_by_estimators
 from ..diagnostics.monitor import Bias, GradientMonitor, Moment, Snapshot, biased_sites, jumps, place
+from ..diagnostics.program import check_program
 from ..estimators.baselines.leave_one_out import LeaveOneOut
 from ..estimators.reinforce import Reinforce
 from .distributions import unwrapped
@@ -45,7 +46,7 @@ def watch(svi: Any, monitor: GradientMonitor) -> Any:
         )
     watched = copy.copy(svi)
     watched.__class__ = type(f"Watched{type(svi).__name__}", (_Watched, type(svi)), {})
-    watched.monitor = monitor
+    watched.monitor, watched.watched = monitor, svi
     watched.guide = partial(_probed, svi.guide)
     watched.optim = _Optim(svi.optim, monitor)
     return watched
@@ -67,14 +68,18 @@ class _Watched:
     """Mixed into the class of the user's `SVI`."""
 
     monitor: GradientMonitor
+    watched: SVI
     _difference: Callable[..., Any] | None = None
 
     def init(self, rng_key: Array, *args: Any, **kwargs: Any) -> Any:
+        given = {**{k: v for k, v in kwargs.items() if k != "init_params"}, **self.static_kwargs}
+        if not _traced((rng_key, args, given)):
+            check_program(self.model, self.watched.guide, args, given, backend="numpyro")
         state = super().init(rng_key, *args, **kwargs)  # type: ignore[misc]
-        kwargs.pop("init_params", None)
-        kwargs |= self.static_kwargs
+        kwargs = given
+        check_sites(["some"], self.optim.own(state.optim_state.inner))
         params = {**self.get_params(state), **(state.mutable_state or {})}
-        if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((params, args, kwargs))):
+        if not _traced((params, args, kwargs)):
             state = state._replace(optim_state=self._without_constants(state, args, kwargs))
             for site, terms in flat_sites(self.loss, self.model, self.guide, params, args, kwargs).items():
                 self.monitor.flat(site, terms)
@@ -324,6 +329,11 @@ def _plan(elbo: EstimatorELBO, params: Any, model: Any, guide: Any, args: Any, k
 
 def _plain(msg: Any, key: Array) -> Any:
     return msg["fn"].sample(key), []
+
+
+def _traced(tree: Any) -> bool:
+    """Under jit: there are no values to look at."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
 def _averaged(decay: float, mean: Array, new: Array) -> Array:

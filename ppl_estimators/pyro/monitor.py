@@ -18,8 +18,9 @@ from torch.overrides import _get_current_function_mode
 
 from ..core import families
 from ..core.errors import EstimatorError, EstimatorWarning
-from ..core.gradients import kept_by_estimators
+from ..core.gradients import check_sites, kept_by_estimators
 from ..diagnostics.monitor import Bias, GradientMonitor, Moment, Snapshot, biased_sites, jumps, place
+from ..diagnostics.program import check_program
 from ..estimators.baselines.leave_one_out import LeaveOneOut
 from ..estimators.reinforce import Reinforce
 from .dependencies import StopParameters
@@ -57,11 +58,14 @@ class _Watched:
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         record = self.record
+        if not self.looked:
+            check_program(self.model, self.watched.guide, args, kwargs, backend="pyro")
         loss = super().step(*args, **kwargs)  # type: ignore[misc]
         value = sum(loss) if isinstance(loss, tuple) else loss
         elbo = getattr(self.loss, "__self__", None)  # an `ELBO` is held by its bound method
         if not self.looked:
             self.looked = True
+            check_sites(["some"], record.taken)
             for site, terms in flat_sites(elbo, self.model, self.watched.guide, args, kwargs).items():
                 record.monitor.flat(site, terms)
         if record.monitor.bias_draws and (record.step + 1) % record.monitor.every == 0:
