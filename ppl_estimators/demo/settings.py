@@ -1,4 +1,4 @@
-"""How long and how thoroughly: the defaults keep both libraries within five minutes on two cores."""
+"""How long and how thoroughly: the defaults take both libraries four to six minutes on two cores."""
 
 from __future__ import annotations
 
