@@ -455,7 +455,9 @@ def test_report_compare_and_monitor_work_on_every_program(lib, program, quick_co
     several = ["default", "Reinforce(LeaveOneOut())", "TraceGraph_ELBO"]
     found = compare(model, guide, args, several, num_draws=20, timing_steps=1)
     assert not found.failed
-    assert not any(r.biased for r in found.rows)
+    # NumPyro's own masks the score of a masked latent, so there is no gradient (docs/why.md, 4)
+    biased = ["TraceGraph_ELBO"] if (lib.name, program) == ("numpyro", "toy") else []
+    assert [r.label for r in found.rows if r.biased] == biased
     seen = monitored(lib, model, guide, args, 3)
     assert {r.name for r in seen.last("site")} == {s.name for s in report.sites[1:]}
     assert {r.name for r in seen.last("parameter")} == {p.name for p in report.parameters}

@@ -37,9 +37,9 @@ TOGETHER = "the best of each"
 
 @dataclass(frozen=True)
 class Choice:
-    """For sites that are alike: the estimator; the runner-up and how many times its variance × ms would be, the price
-    of taking that instead, all sites measured together; ``evidence``: every estimator tried here, the others' held,
-    each at the last round that it reached."""
+    """For sites that are alike: the estimator; the runner-up and the price of taking that instead, how many times the
+    variance × ms is in the best sound row of the joint stage that has it here (None: there is none); ``evidence``:
+    every estimator tried here, the others' held, each at the last round that it reached."""
 
     sites: tuple[str, ...]
     estimator: Estimator
@@ -97,8 +97,8 @@ class Recommendation(Showable):
         )  # fmt: skip
         headings = ("site", "estimator", "considered", "runner-up", "which costs")
         caption = (
-            "What the runner-up costs: its variance × ms over that of the recommendation, measured with all sites "
-            "together. Of this machine and this point; two that are within a few percent may change places."
+            "What the runner-up costs: the best variance × ms of all sites together that has it, over that of the "
+            "recommendation. Of this machine and this point; two that are within a few percent may change places."
         )
         (joint,) = self.joint.tables()
         together = Shown("All sites together", joint.headings, joint.rows, joint.caption)
@@ -285,10 +285,11 @@ class _Search:
         joint = self._comparison([rows[n] for n in order], failed, chosen)
         final, choices = whole[chosen], []
         for group, best, second, evidence in found:
-            taken, swap = final[group.sites[0]], f"{_listed(group.sites)}: {second!r}"
-            # of the two that were measured jointly, the one that is not recommended over the one that is
-            other, above, below = (second, swap, together) if taken == best else (best, together, chosen)
-            price = self._score(rows[above]) / self._score(rows[below]) if {above, below} <= set(rows) else None
+            taken = final[group.sites[0]]
+            other = second if taken == best else best
+            # `chosen` is the first of the sound rows, so no price is below 1
+            using = [n for n in sound if whole[n][group.sites[0]] == other]
+            price = self._score(rows[using[0]]) / self._score(rows[chosen]) if using else None
             choices.append(Choice(group.sites, taken, None if other is None else repr(other), price, evidence))
         mapping = mapping_of(final, [g.sites for g in self.groups])
         ordered = sorted(choices, key=lambda c: list(self.plan.sites).index(c.sites[0]))
