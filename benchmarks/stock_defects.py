@@ -475,7 +475,7 @@ def forgotten() -> Iterable[Row]:
     yield Row(
         "17b",
         "NumPyro `TraceGraph_ELBO`",
-        happens + ": is drawn from its prior without a word",
+        happens + ": is drawn from its prior, under a warning (`Found vars in model but not guide`)",
         mean(in_numpyro(numpyro.infer.TraceGraph_ELBO(), case), "a"),
         summed,
         raised(lambda: ours_numpyro.EstimatorELBO().loss(jax.random.key(0), params, model, guide)),

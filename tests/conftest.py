@@ -1,8 +1,19 @@
-"""Fixtures for the whole suite."""
+"""Fixtures for the whole suite, and quick compilation in JAX."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+
+# XLA's older emitters compile in half the time or less, and what they make runs as fast where arrays are small. Whoever
+# sets XLA_FLAGS overrides this. Read when JAX first runs something, so before any test; subprocesses inherit it.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+)
 
 
 @pytest.fixture
@@ -18,13 +29,13 @@ def double_precision() -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
-@pytest.fixture
-def quick_compilation() -> Iterator[None]:
-    """For tests in which JAX compiles much and runs little."""
+@pytest.fixture(autouse=True)
+def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Nearly every test compiles much and runs little; one that runs long is marked `optimised`."""
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", "optimised" not in request.keywords)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 

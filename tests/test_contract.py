@@ -73,7 +73,6 @@ from ppl_estimators.pyro import with_estimators as torch_hook
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ppl_estimators.EstimatorWarning"),
-    pytest.mark.usefixtures("quick_compilation"),
 ]
 
 FAMILIES = ("Bernoulli", "Categorical", "OneHot", "Poisson", "Normal")

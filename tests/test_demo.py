@@ -66,7 +66,6 @@ def test_the_programs_are_twins(digits):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_smoke_run_writes_what_it_promises(capsys, tmp_path):
     assert cli.main(["demo", "--smoke", "--out", str(tmp_path / "with a space")]) == 0
     shown = capsys.readouterr().out

@@ -218,7 +218,7 @@ FIFTY = pytest.mark.parametrize("lib", [PYRO, pytest.param(NUMPYRO, marks=pytest
 
 
 @FIFTY
-def test_fifty_sites(lib, quick_compilation):
+def test_fifty_sites(lib):
     model, guide = fifty(lib)
     report = gradient_report(lib.elbo(), model, guide, num_draws=10, timing_steps=2)
     assert len(report.sites) == 51
@@ -229,7 +229,7 @@ def test_fifty_sites(lib, quick_compilation):
 
 
 @FIFTY
-def test_fifty_sites_compared(lib, quick_compilation):
+def test_fifty_sites_compared(lib):
     model, guide = fifty(lib)
     several = ["default", "Reinforce(LeaveOneOut())", "TraceGraph_ELBO"]
     found = compare(model, guide, (), several, num_draws=12, timing_steps=2, reference="none")

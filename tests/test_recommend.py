@@ -114,7 +114,7 @@ def pair(lib):
 
 @pytest.mark.slow
 @BOTH
-def test_one_bit_is_summed(lib, quick_compilation):
+def test_one_bit_is_summed(lib):
     found = recommend(*bit(lib), budget=60)
     assert found.mapping["z"] in EXACT_BIT
     assert found.joint[found.joint.chosen].variance < 1e-10
@@ -125,7 +125,7 @@ def test_one_bit_is_summed(lib, quick_compilation):
 
 @pytest.mark.slow
 @BOTH
-def test_a_smooth_normal_is_pathwise(lib, quick_compilation):
+def test_a_smooth_normal_is_pathwise(lib):
     """Far from the optimum. Variance in m of Pathwise 4 s², of StickingTheLanding (2s − 1/s)², of MeasureValued
     (2/π) (2m − x)² (2 − π/2)."""
     m, s = 2.0, 0.8
@@ -143,7 +143,7 @@ def test_a_smooth_normal_is_pathwise(lib, quick_compilation):
 
 @pytest.mark.slow
 @BOTH
-def test_a_jump_is_not_differentiated(lib, quick_compilation):
+def test_a_jump_is_not_differentiated(lib):
     found = recommend(*normal(lib, 0.3, 0.8, jump=True), budget=200)
     assert not found.mapping["z"].pathwise
     assert found["z"].evidence["Pathwise()"].biased
@@ -152,7 +152,7 @@ def test_a_jump_is_not_differentiated(lib, quick_compilation):
 
 @pytest.mark.slow
 @BOTH
-def test_at_the_posterior_the_landing_sticks(lib, quick_compilation):
+def test_at_the_posterior_the_landing_sticks(lib):
     found = recommend(*normal(lib, 0.65, 0.5**0.5), budget=60)
     assert found.mapping["z"] in EXACT_POSTERIOR
     exact = [r.label for r in found["z"].evidence.rows if r.variance < 1e-10]
@@ -163,7 +163,7 @@ def test_at_the_posterior_the_landing_sticks(lib, quick_compilation):
 
 @pytest.mark.slow
 @BOTH
-def test_of_many_categories_the_likely_are_summed(lib, quick_compilation):
+def test_of_many_categories_the_likely_are_summed(lib):
     found = recommend(*many(lib), budget=200)
     assert found.mapping["z"] in {SumAndSample(2), UnorderedSet(3)}
     assert "adds 39 evaluations" in found["z"].evidence.failed["Enumerate()"]
@@ -171,7 +171,7 @@ def test_of_many_categories_the_likely_are_summed(lib, quick_compilation):
 
 @pytest.mark.slow
 @BOTH
-def test_each_of_a_pair_has_its_own(lib, quick_compilation):
+def test_each_of_a_pair_has_its_own(lib):
     found = recommend(*pair(lib), budget=60)
     assert found.mapping["b"] in EXACT_BIT
     assert found.mapping["w"] in EXACT_POSTERIOR
@@ -240,7 +240,7 @@ def two_candidates(monkeypatch):
 
 @pytest.mark.slow
 @BOTH
-def test_fifty_sites_share_one_choice(lib, quick_compilation, two_candidates, monkeypatch):
+def test_fifty_sites_share_one_choice(lib, two_candidates, monkeypatch):
     monkeypatch.setattr("ppl_estimators.diagnostics.reference.LONGER", 2)  # two thousand dear draws for little
 
     def model():
@@ -447,7 +447,7 @@ def test_what_runs_alone_but_not_in_a_gradient(lib):
 @pytest.mark.slow
 @pytest.mark.parametrize("program", programs.BUILT_IN)
 @BOTH
-def test_report_compare_and_monitor_work_on_every_program(lib, program, quick_compilation):
+def test_report_compare_and_monitor_work_on_every_program(lib, program):
     model, guide, args = programs.load(program, lib.name)
     report = gradient_report(lib.elbo(num_particles=2), model, guide, *args, num_draws=20, timing_steps=1)
     assert np.isfinite(report.total_variance)
@@ -466,7 +466,7 @@ def test_report_compare_and_monitor_work_on_every_program(lib, program, quick_co
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["counts", "toy", "square", "fit", "fairness"])  # above: the likes of the others
 @BOTH
-def test_recommend_works_on_the_examples(lib, program, quick_compilation):
+def test_recommend_works_on_the_examples(lib, program):
     model, guide, args = programs.load(program, lib.name)
     found = recommend(model, guide, args, budget=50)
     assert found.joint[found.joint.chosen].biased is False

@@ -49,7 +49,7 @@ from ppl_estimators.testing.power import Sums, Wanted, measure
 from ppl_estimators.testing.zoo.oracle import gradient
 
 pytestmark = [
-    pytest.mark.usefixtures("double_precision", "quick_compilation"),
+    pytest.mark.usefixtures("double_precision"),
     pytest.mark.filterwarnings("ignore::ppl_estimators.EstimatorWarning"),
 ]
 LIBRARIES = ("pyro", "numpyro")

@@ -24,6 +24,9 @@ class JaxOps:
         return getattr(jnp, name)
 
     def matmul(self, x: Array, y: Array) -> Array:
+        # Without the barrier XLA takes a product of a constant with stacked arrays apart, and repeats all of it in each
+        # use: compilation then grows with the square of the number of sites, and takes minutes for fifty.
+        x, y = jax.lax.optimization_barrier((x, y))
         return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
     def logsumexp(self, x: Array, axis: int) -> Array:

@@ -272,7 +272,6 @@ ON_AVERAGE: dict[str, list[Mix]] = {
     ],
     "crossed": [
         LEAVE_ONE_OUT,
-        WIDER,
         TRIPLE,
         WIDER,
         DISARM,
