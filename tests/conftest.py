@@ -1,5 +1,6 @@
 """Fixtures for the whole suite, and quick compilation in JAX."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -14,6 +15,11 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
     ]
 )
+
+
+gc.set_threshold(
+    100_000, 50, 100
+)  # tracing makes many small objects, and a tenth of the time went into looking at them
 
 
 @pytest.fixture

@@ -167,16 +167,22 @@ def test_a_page_from_the_first_block_to_the_last(name, tmp_path, monkeypatch):
 NOTEBOOKS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
 
 
+#: what a reader waits for gladly: (as on the page, as in the test)
+SHORTER = {"from_trace_enum_elbo": ("range(300)", "range(150)")}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_tutorial_from_the_first_cell_to_the_last(path, monkeypatch):
     monkeypatch.chdir(path.parent)
     namespace = {"__name__": "documentation", "display": str}
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    assert cells
+    page, test = SHORTER.get(path.stem, ("", ""))
+    assert any(page in cell.source for cell in cells)
     for number, cell in enumerate(cells):
         assert cell.outputs or cell.execution_count, f"cell {number} was committed without being run"
-        exec(compile(cell.source, f"{path.name}, cell {number}", "exec", dont_inherit=True), namespace)
+        source = cell.source.replace(page, test) if page else cell.source
+        exec(compile(source, f"{path.name}, cell {number}", "exec", dont_inherit=True), namespace)
 
 
 def commands():

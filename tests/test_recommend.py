@@ -129,7 +129,7 @@ def test_a_smooth_normal_is_pathwise(lib):
     """Far from the optimum. Variance in m of Pathwise 4 s², of StickingTheLanding (2s − 1/s)², of MeasureValued
     (2/π) (2m − x)² (2 − π/2)."""
     m, s = 2.0, 0.8
-    found = recommend(*normal(lib, m, s), budget=400)
+    found = recommend(*normal(lib, m, s), budget=100)
     assert found.mapping == {"z": StickingTheLanding()}
     exact = {
         "Pathwise()": 4 * s**2,
@@ -144,7 +144,7 @@ def test_a_smooth_normal_is_pathwise(lib):
 @pytest.mark.slow
 @BOTH
 def test_a_jump_is_not_differentiated(lib):
-    found = recommend(*normal(lib, 0.3, 0.8, jump=True), budget=200)
+    found = recommend(*normal(lib, 0.3, 0.8, jump=True), budget=100)
     assert not found.mapping["z"].pathwise
     assert found["z"].evidence["Pathwise()"].biased
     assert found.joint["default"].biased
@@ -164,7 +164,7 @@ def test_at_the_posterior_the_landing_sticks(lib):
 @pytest.mark.slow
 @BOTH
 def test_of_many_categories_the_likely_are_summed(lib):
-    found = recommend(*many(lib), budget=200)
+    found = recommend(*many(lib), budget=100)
     assert found.mapping["z"] in {SumAndSample(2), UnorderedSet(3)}
     assert "adds 39 evaluations" in found["z"].evidence.failed["Enumerate()"]
 

@@ -134,15 +134,15 @@ def test_an_elbo_module_with_a_plain_torch_optimiser(estimator: Any, local: bool
         kept = {name: p for name, p in loss_fn.named_parameters() if "z$" in name}
         assert len(kept) == {DisARM(): 0, NVIL: 4, RELAX(hidden=4): 5}[estimator]
         before = {name: p.detach().clone() for name, p in loss_fn.named_parameters()}
-        optimizer = torch.optim.Adam(loss_fn.parameters(), lr=0.02)
+        optimizer = torch.optim.Adam(loss_fn.parameters(), lr=0.04)
         losses = []
-        for _ in range(250):
+        for _ in range(125):
             optimizer.zero_grad()
             loss = loss_fn(DATA)
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        assert np.mean(losses[-50:]) < np.mean(losses[:50]) - 0.2
+        assert np.mean(losses[-25:]) < np.mean(losses[:25]) - 0.2
         for name, p in loss_fn.named_parameters():
             assert not torch.equal(p, before[name]), name
 
@@ -348,6 +348,9 @@ def regression(data: Any) -> None:
 LINE = 1.5 * torch.linspace(-1.0, 1.0, 20) + 0.3 * torch.sin(torch.arange(20.0) * 5)
 
 
+FOUR = {"num_particles": 4, "vectorize_particles": True, "max_plate_nesting": 1}
+
+
 def fit(guide: Any, elbo: Any, steps: int = 400) -> None:
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
@@ -360,12 +363,12 @@ def fit(guide: Any, elbo: Any, steps: int = 400) -> None:
 @pytest.mark.parametrize("kind", [AutoNormal, AutoDiagonalNormal])
 def test_autoguides_learn_and_keep_their_attributes(kind: Any, wrapped: bool) -> None:
     stock = kind(regression)
-    fit(stock, Trace_ELBO(num_particles=4))
+    fit(stock, Trace_ELBO(**FOUR))
     expected = stock.median(LINE)
     guide = kind(regression)
     if wrapped:
         guide = with_estimators(guide, {"*": StickingTheLanding()})
-    fit(guide, EstimatorELBO(num_particles=4))
+    fit(guide, EstimatorELBO(**FOUR))
     for name, value in guide.median(LINE).items():
         np.testing.assert_allclose(value.item(), expected[name].item(), atol=0.08)
     low, high = guide.quantiles([0.05, 0.95], LINE)["slope"]
