@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tracemalloc
 import warnings
 from contextlib import contextmanager
@@ -21,8 +22,18 @@ from numpyro import infer as numpyro_infer
 from pyro import infer as pyro_infer
 from pyro import poutine
 
-from ppl_estimators import BitFlip, DisARM, Enumerate, EstimatorError, LeaveOneOut, Reinforce, StraightThrough
-from ppl_estimators.diagnostics import compare, gradient_report
+from ppl_estimators import (
+    BitFlip,
+    DisARM,
+    Enumerate,
+    EstimatorError,
+    LeaveOneOut,
+    Pathwise,
+    Reinforce,
+    StickingTheLanding,
+    StraightThrough,
+)
+from ppl_estimators.diagnostics import compare, gradient_report, recommend
 from ppl_estimators.numpyro import EstimatorELBO as NumPyroELBO
 from ppl_estimators.pyro import EstimatorELBO as PyroELBO
 
@@ -286,6 +297,21 @@ def test_a_comparison_of_a_million_parameters_in_bounded_memory(lib):
         found = compare(model, guide, (), ["default"], num_draws=24, timing_steps=1, reference="none")
     assert found["default"].num_draws == 24
     assert abs(found["default"].variance / total - 1) < 5 * np.sqrt(2 / 23)
+
+
+@pytest.mark.slow
+@BOTH
+def test_a_recommendation_for_a_million_parameters_in_bounded_memory(lib, monkeypatch):
+    """Of StickingTheLanding the slope is weights (0.5 - ε) here: a quarter of the variance."""
+    several = [Pathwise(), StickingTheLanding()]
+    monkeypatch.setattr(sys.modules["ppl_estimators.diagnostics.recommend"], "candidates", lambda: several)
+    monkeypatch.setattr("ppl_estimators.diagnostics.reference.LONGER", 1)
+    model, guide, total = million(lib)
+    with at_most(300):  # two numbers in double precision for each entry and candidate, and for the reference
+        found = recommend(model, guide, budget=50)
+    assert found.mapping == {"z": StickingTheLanding()}
+    for label, exact in (("Pathwise()", total), ("StickingTheLanding()", total / 4)):
+        assert abs(found["z"].evidence[label].variance / exact - 1) < 5 * np.sqrt(2 / 49)
 
 
 @BOTH

@@ -629,6 +629,18 @@ def test_fifty_sites_and_a_million_parameters():
     report = monitor.report()
     assert report["w"].variance == pytest.approx(1e6 * report["z"].variance, rel=1e-3)
 
+    def pyro_model():
+        z = pyro.sample("z", pd.Normal(0.0, 1.0))
+        pyro.sample("x", pd.Normal(z, 1.0), obs=torch.tensor(0.5))
+
+    def pyro_guide():
+        pyro.sample("z", pd.Normal(pyro.param("w", torch.zeros(10**6)).sum(), 1.0))
+
+    pyro_monitor = GradientMonitor(every=30)
+    pyro_train(pyro_monitor.watch(pyro_svi(pyro_model, pyro_guide, pyro_infer.Trace_ELBO(), 0.0)), 30)
+    report = pyro_monitor.report()
+    assert report["w"].variance == pytest.approx(1e6 * report["z"].variance, rel=1e-3)
+
     def bits(name, logits):
         for i in range(50):
             pyro.sample(f"z{i}", pd.Bernoulli(logits=logits[i]))
