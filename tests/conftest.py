@@ -36,12 +36,12 @@ def double_precision() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def quick_compilation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Nearly every test compiles much and runs little; one that runs long is marked `optimised`."""
+def quick_compilation() -> Iterator[None]:
+    """Every test compiles much and runs little."""
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", "optimised" not in request.keywords)
+    jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 
