@@ -16,10 +16,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 
-
-gc.set_threshold(
-    100_000, 50, 100
-)  # tracing makes many small objects, and a tenth of the time went into looking at them
+# Tracing makes many small objects, and a tenth of the time went into looking for garbage among them.
+gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture

@@ -272,7 +272,7 @@ def jointly(module, model, guide, told, budget=60):
     for site, (best, second) in told.items():
         (group,) = [g for g in search.groups if site in g.sites]
         search.held[site] = best
-        found.append((group, best, second, None))
+        found.append((group, best, second, search._comparison([], {}, repr(best))))
     return search._jointly(found)
 
 
@@ -283,6 +283,7 @@ def test_the_joint_stage_has_the_last_word(two_candidates):
     assert found.mapping == {"z": Enumerate()}
     assert found["z"].runner_up == "Reinforce()"
     assert found["z"].price > 1e6
+    assert "> 10⁶×" in str(found)
     assert {r.label for r in found.joint.rows} == {"the best of each", "default", "z: Enumerate()"}
 
 

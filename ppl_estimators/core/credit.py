@@ -120,7 +120,9 @@ def _products(ops: Ops, arrays: list[Array], counts: tuple[frozenset[int], ...],
                 totals[i] = totals[i] + x if i in totals else x
         return totals.items()
     stacked = ops.stack(arrays)
-    matrix = ops.like(_zero_one(counts, n), stacked)
+    # XLA takes the product of a known matrix with stacked arrays apart and repeats it in each use: what it compiles
+    # would grow with the square of the number of sites.
+    matrix = ops.opaque(ops.like(_zero_one(counts, n), stacked))
     product = ops.matmul(matrix, ops.reshape(stacked, (len(arrays), -1)))
     product = ops.reshape(product, (n, *stacked.shape[1:]))
     return [(i, product[i]) for i in sorted(frozenset().union(*counts))]

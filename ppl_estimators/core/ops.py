@@ -48,6 +48,9 @@ class Ops(Protocol):
     def like(self, x: Array, template: Array) -> Array:
         """``x`` (array or number) in the dtype and on the device of ``template``."""
 
+    def opaque(self, x: Array) -> Array:
+        """``x``, as a value that a compiler does not know."""
+
     def indices(self, n: int, like: Array) -> Array:
         """``[0, ..., n - 1]`` as integers, on the device of ``like``."""
 

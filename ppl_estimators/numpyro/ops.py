@@ -24,9 +24,6 @@ class JaxOps:
         return getattr(jnp, name)
 
     def matmul(self, x: Array, y: Array) -> Array:
-        # Without the barrier XLA takes a product of a constant with stacked arrays apart, and repeats all of it in each
-        # use: compilation then grows with the square of the number of sites, and takes minutes for fifty.
-        x, y = jax.lax.optimization_barrier((x, y))
         return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
     def logsumexp(self, x: Array, axis: int) -> Array:
@@ -46,6 +43,8 @@ class JaxOps:
 
     def like(self, x: Array, template: Array) -> Array:
         return jnp.asarray(x, dtype=template.dtype)
+
+    opaque = staticmethod(jax.lax.optimization_barrier)
 
     def indices(self, n: int, like: Array) -> Array:
         return jnp.arange(n)

@@ -48,6 +48,9 @@ class TorchOps:
     def like(self, x: Any, template: Array) -> Array:
         return torch.as_tensor(x, dtype=template.dtype, device=template.device)
 
+    def opaque(self, x: Array) -> Array:
+        return x
+
     def indices(self, n: int, like: Array) -> Array:
         return torch.arange(n, device=like.device)
 

@@ -53,14 +53,17 @@ def flatten(gradient: Mapping[str, np.ndarray], like: Mapping[str, np.ndarray]) 
     return np.concatenate([np.ravel(gradient[k]) for k in sorted(like)])
 
 
-def judge(measured: Measured, exact: Gradient) -> Outcome:
-    """The kit's verdict on these draws."""
-    n, target = len(measured.losses), flatten(exact, exact)
+def sums(measured: Measured, exact: Gradient) -> Sums:
+    n = len(measured.losses)
     drawn = np.concatenate([measured.gradients[k].reshape(n, -1) for k in sorted(exact)], 1)
-    away = drawn - target
-    sums = Sums(n, away.sum(0), (away**2).sum(0), (~np.isfinite(away)).sum(0))
-    length = float(np.linalg.norm(target))
-    return judged(lambda first, more: sums, length, WANTED, n, lambda spread: ROUNDING * (length + spread))
+    away = drawn - flatten(exact, exact)
+    return Sums(n, away.sum(0), (away**2).sum(0), (~np.isfinite(away)).sum(0))
+
+
+def judge(drawn: Sums, exact: Gradient) -> Outcome:
+    """The kit's verdict on these draws."""
+    length = float(np.linalg.norm(flatten(exact, exact)))
+    return judged(lambda first, more: drawn, length, WANTED, drawn.draws, lambda spread: ROUNDING * (length + spread))
 
 
 def with_power(measure: Callable[[int], Measured], exact: Gradient, batches: int = 60) -> Measured:
@@ -68,18 +71,19 @@ def with_power(measure: Callable[[int], Measured], exact: Gradient, batches: int
 
     Stopping looks at the variance only, never at the mean.
     """
-    measured = measure(0)
-    for seed in range(1, batches):
-        if len(measured.losses) >= judge(measured, exact).needed:
-            break
-        measured = measured + measure(seed)
-    return measured
+    found = [measure(0)]
+    total = sums(found[0], exact)
+    while len(found) < batches and total.draws < judge(total, exact).needed:
+        found.append(measure(len(found)))
+        total += sums(found[-1], exact)
+    losses = np.concatenate([m.losses for m in found])
+    return Measured(losses, {k: np.concatenate([m.gradients[k] for m in found]) for k in found[0].gradients})
 
 
 def assert_unbiased(measured: Measured, exact: Gradient) -> None:
     for name in exact:
         assert measured.gradients[name].shape[1:] == exact[name].shape, name
-    outcome = judge(measured, exact)
+    outcome = judge(sums(measured, exact), exact)
     summary = f"mean {measured.mean()}\nexact {exact}\nstandard error {measured.error()}"
     assert not outcome.biased, f"{outcome.sigmas.max():.1f} standard errors from the exact gradient:\n{summary}"
     assert not np.isnan(outcome.sigmas).any(), summary
