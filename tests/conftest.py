@@ -5,16 +5,12 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from xla import QUICK_COMPILATION, known
 
-# XLA's older emitters compile in half the time or less, and what they make runs as fast where arrays are small. Whoever
-# sets XLA_FLAGS overrides this. Read when JAX first runs something, so before any test; subprocesses inherit it.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        "--xla_cpu_use_fusion_emitters=false",
-        "--xla_cpu_parallel_codegen_split_count=1",
-        os.environ.get("XLA_FLAGS", ""),
-    ]
-)
+# Whoever sets XLA_FLAGS overrides this. Read when JAX first runs something, so set before any test; subprocesses
+# inherit it.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit what their parent has found
+    os.environ["XLA_FLAGS"] = " ".join([*known(QUICK_COMPILATION), os.environ.get("XLA_FLAGS", "")])
 
 # Tracing makes many small objects, and a tenth of the time went into looking for garbage among them.
 gc.set_threshold(100_000, 50, 100)
