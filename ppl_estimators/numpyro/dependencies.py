@@ -1,22 +1,39 @@
-"""Which latent sites each output of a traced program depends on.
+"""What each output of a traced program depends on, and what its derivative meets on the way.
 
 Every latent value passes through a `checkpoint_name` marker, an identity that leaves its name in the jaxpr; the
 markers met on the way from the inputs to an output are its dependencies. Nothing is computed.
+
+A primitive whose inside cannot be followed depends on everything that goes in and on every marker inside it; one with
+effects (a mutable array, a callback that may keep something) also on all that went into the earlier ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import dtypes
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.interpreters import ad
+
+from ..core.errors import EstimatorError, site_error
 
 _PREFIX = "ppl_estimators:"
-_NOTHING: frozenset[str] = frozenset()
+_NOTHING: frozenset[Any] = frozenset()
 
-Deps = frozenset[str]
+Deps = frozenset[Any]
+
+
+class Found(NamedTuple):
+    """``of``: the pytree that the program returns, each array replaced by the names of the sites it depends on.
+    ``stuck``: sites on whose values an output depends through an operation that reverse mode cannot differentiate,
+    and that operation."""
+
+    of: Any
+    stuck: dict[str, str]
 
 
 def mark(value: Any, site: str) -> Any:
@@ -24,68 +41,247 @@ def mark(value: Any, site: str) -> Any:
     return checkpoint_name(value, _PREFIX + site)
 
 
-def dependencies(fn: Callable[[], Any]) -> Any:
-    """The pytree that ``fn()`` returns, each array replaced by the frozenset of site names it depends on."""
+def dependencies(fn: Callable[[], Any]) -> Found:
+    """What the arrays that ``fn()`` returns depend on."""
     closed, shape = jax.make_jaxpr(fn, return_shape=True)()
-    found = _walk(closed.jaxpr, [_NOTHING] * len(closed.jaxpr.invars))
-    return jax.tree.unflatten(jax.tree.structure(shape), found)
+    jaxpr, slopes = closed.jaxpr, _Slopes()
+    nothing = [_NOTHING] * len(jaxpr.invars)
+    of = jax.tree.unflatten(jax.tree.structure(shape), _Values().walk(jaxpr, nothing))
+    for site, loop in _NOTHING.union(*slopes.walk(jaxpr, nothing)):
+        if loop is not None:
+            slopes.stuck.setdefault(site, loop)
+    return Found(of, slopes.stuck)
 
 
-def _walk(jaxpr: Jaxpr, inputs: Sequence[Deps]) -> list[Deps]:
-    env: dict[Any, Deps] = dict(zip(jaxpr.invars, inputs, strict=True))
-
-    def read(v: Any) -> Deps:
-        return _NOTHING if isinstance(v, Literal) else env.get(v, _NOTHING)
-
-    for eqn in jaxpr.eqns:
-        outputs = _equation(eqn, [read(v) for v in eqn.invars])
-        env.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(v) for v in jaxpr.outvars]
-
-
-def _equation(eqn: Any, inputs: list[Deps]) -> list[Deps]:
-    name = eqn.primitive.name
-    if name == "name":
-        marker = str(eqn.params["name"])
-        here = {marker.removeprefix(_PREFIX)} if marker.startswith(_PREFIX) else set()
-        return [inputs[0] | here]
-    if name == "scan":
-        return _scan(eqn, inputs)
-    if name == "while":
-        return _while(eqn, inputs)
-    if name == "cond":
-        which, rest = inputs[0], inputs[1:]
-        branches = [_walk(_open(b), rest) for b in eqn.params["branches"]]
-        return [which.union(*outs) for outs in zip(*branches, strict=True)]
-    inner = [j for p in eqn.params.values() if (j := _open(p)) is not None]
-    if len(inner) == 1 and len(inner[0].invars) == len(inputs) and len(inner[0].outvars) == len(eqn.outvars):
-        return _walk(inner[0], inputs)  # jit, remat, custom_jvp, custom_vjp, ...
-    everything = _NOTHING.union(*inputs, *(_markers(j) for j in inner))
-    return [everything] * len(eqn.outvars)
+def without_derivative(site: str, estimator: str, operation: str) -> EstimatorError:
+    """For an estimator that differentiates the cost in the value of a site in `Found.stuck`."""
+    return site_error(
+        site,
+        f"{estimator} differentiates the cost in its value, which passes through a {operation}: JAX has no derivative "
+        "of that in reverse mode",
+        "Use Reinforce(LeaveOneOut()) with several particles here, or give the function a derivative with "
+        "jax.custom_jvp or jax.custom_vjp.",
+    )
 
 
-def _scan(eqn: Any, inputs: list[Deps]) -> list[Deps]:
-    body, consts, carries = _open(eqn.params["jaxpr"]), eqn.params["num_consts"], eqn.params["num_carry"]
-    carry = inputs[consts : consts + carries]
-    while True:  # what one step puts into the carry reaches every later step
-        outputs = _walk(body, [*inputs[:consts], *carry, *inputs[consts + carries :]])
-        grown = [a | b for a, b in zip(carry, outputs[:carries], strict=True)]
-        if grown == carry:
-            return [*grown, *outputs[carries:]]
-        carry = grown
+def differentiable(fn: Callable[[], Any]) -> bool:
+    """Can ``fn()``, an array, be differentiated in every array that it closes over and depends on?
+
+    Where all of these are constants (a program that is not traced), each of them counts.
+    """
+    try:
+        closed, shape = jax.make_jaxpr(fn, return_shape=True)()
+        if not dtypes.issubdtype(shape.dtype, jnp.inexact):
+            return False
+        floats = [i for i, x in enumerate(closed.consts) if dtypes.issubdtype(x.dtype, jnp.inexact)]
+        traced = [i for i in floats if isinstance(closed.consts[i], jax.core.Tracer)]
+        moving = traced or floats
+        constants = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in closed.consts]
+
+        def value(*constants: Any) -> Any:
+            return jax.core.eval_jaxpr(closed.jaxpr, constants)[0]
+
+        def slopes(cotangent: Any, *constants: Any) -> Any:
+            def of(*values: Any) -> Any:
+                filled = dict(enumerate(constants)) | dict(zip(moving, values, strict=True))
+                return value(*filled.values())
+
+            return jax.vjp(of, *(constants[i] for i in moving))[1](cotangent)
+
+        (used,) = _inputs(jax.make_jaxpr(value)(*constants).jaxpr)
+        pulled = _inputs(jax.make_jaxpr(slopes)(shape, *constants).jaxpr)
+    except Exception:  # whatever JAX says where there is no derivative
+        return False
+    return all(0 in slope for i, slope in zip(moving, pulled, strict=True) if i in used)
 
 
-def _while(eqn: Any, inputs: list[Deps]) -> list[Deps]:
-    n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    test, body = _open(eqn.params["cond_jaxpr"]), _open(eqn.params["body_jaxpr"])
-    carry = inputs[n_cond + n_body :]
-    while True:  # the number of steps depends on what the test depends on
-        (stop,) = _walk(test, [*inputs[:n_cond], *carry])
-        outputs = _walk(body, [*inputs[n_cond : n_cond + n_body], *carry])
-        grown = [a | b | stop for a, b in zip(carry, outputs, strict=True)]
-        if grown == carry:
-            return grown
-        carry = grown
+def _inputs(jaxpr: Jaxpr) -> list[Deps]:
+    """For each output, the numbers of the inputs that it depends on."""
+    return _Values().walk(jaxpr, [frozenset([i]) for i in range(len(jaxpr.invars))])
+
+
+class _Walk:
+    """Carries sets of names from the inputs of a jaxpr to its outputs; what an operation does is its subclass's."""
+
+    def leaf(self, eqn: Any, inputs: list[Deps]) -> list[Deps]:
+        """Outputs of an operation that is not followed inside."""
+        raise NotImplementedError
+
+    def effect(self, eqn: Any, inputs: list[Deps], world: Deps) -> Deps:
+        """Every output of an operation with effects, and the world after it."""
+        raise NotImplementedError
+
+    def marker(self, site: str, value: Deps) -> Deps:
+        raise NotImplementedError
+
+    #: does what decides (the predicate of a branch, the test of a loop) reach what is decided?
+    control = True
+
+    def walk(self, jaxpr: Jaxpr, inputs: Sequence[Deps]) -> list[Deps]:
+        env: dict[Any, Deps] = dict(zip(jaxpr.invars, inputs, strict=True))
+        world = _NOTHING
+
+        def read(v: Any) -> Deps:
+            return _NOTHING if isinstance(v, Literal) else env.get(v, _NOTHING)
+
+        for eqn in jaxpr.eqns:
+            values = [read(v) for v in eqn.invars]
+            if any("Debug" not in type(e).__name__ for e in eqn.effects):
+                world = self.effect(eqn, values, world)
+                outputs = [world] * len(eqn.outvars)
+            else:
+                outputs = self.equation(eqn, values)
+            env.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def equation(self, eqn: Any, inputs: list[Deps]) -> list[Deps]:
+        name = eqn.primitive.name
+        if name == "name" and str(eqn.params["name"]).startswith(_PREFIX):
+            return [self.marker(str(eqn.params["name"]).removeprefix(_PREFIX), inputs[0])]
+        followed = None
+        if name == "scan":
+            followed = self.scan(eqn, inputs)
+        elif name == "while":
+            followed = self.loop(eqn, inputs)
+        elif name == "cond":
+            followed = self.branches(eqn, inputs)
+        elif not name.startswith("custom_"):
+            inner = [j for p in eqn.params.values() if (j := _open(p)) is not None]
+            if len(inner) == 1 and _fits(inner[0], len(inputs), len(eqn.outvars)):  # jit, remat, ...
+                followed = self.walk(inner[0], inputs)
+        return self.leaf(eqn, inputs) if followed is None else followed
+
+    def scan(self, eqn: Any, inputs: list[Deps]) -> list[Deps] | None:
+        body, layout = _open(eqn.params.get("jaxpr")), scan_layout(eqn.params)
+        if layout is None or not _fits(body, len(inputs), len(eqn.outvars)) or sum(layout) > len(inputs):
+            return None
+        consts, carries = layout
+        carry = inputs[consts : consts + carries]
+        while True:  # what one step puts into the carry reaches every later step
+            outputs = self.walk(body, [*inputs[:consts], *carry, *inputs[consts + carries :]])
+            grown = [a | b for a, b in zip(carry, outputs[:carries], strict=True)]
+            if grown == carry:
+                return [*grown, *outputs[carries:]]
+            carry = grown
+
+    def loop(self, eqn: Any, inputs: list[Deps]) -> list[Deps] | None:
+        n_cond, n_body = eqn.params.get("cond_nconsts"), eqn.params.get("body_nconsts")
+        test, body = _open(eqn.params.get("cond_jaxpr")), _open(eqn.params.get("body_jaxpr"))
+        if not isinstance(n_cond, int) or not isinstance(n_body, int):
+            return None
+        carry, outs = inputs[n_cond + n_body :], len(eqn.outvars)
+        if not (_fits(test, n_cond + len(carry), 1) and _fits(body, n_body + len(carry), outs) and len(carry) == outs):
+            return None
+        while True:  # the number of steps depends on what the test depends on
+            (stop,) = self.walk(test, [*inputs[:n_cond], *carry]) if self.control else [_NOTHING]
+            outputs = self.walk(body, [*inputs[n_cond : n_cond + n_body], *carry])
+            grown = [a | b | stop for a, b in zip(carry, outputs, strict=True)]
+            if grown == carry:
+                return self.looped(body, grown)
+            carry = grown
+
+    def looped(self, body: Jaxpr, carry: list[Deps]) -> list[Deps]:
+        """The outputs of a loop of unknown length."""
+        return carry
+
+    def branches(self, eqn: Any, inputs: list[Deps]) -> list[Deps] | None:
+        branches = [_open(b) for b in _items(eqn.params.get("branches"))]
+        if not branches or not all(_fits(b, len(inputs) - 1, len(eqn.outvars)) for b in branches):
+            return None
+        which = inputs[0] if self.control else _NOTHING
+        each = [self.walk(b, inputs[1:]) for b in branches]
+        return [which.union(*outs) for outs in zip(*each, strict=True)]
+
+
+class _Values(_Walk):
+    """On which sites a value depends."""
+
+    def marker(self, site: str, value: Deps) -> Deps:
+        return value | {site}
+
+    def leaf(self, eqn: Any, inputs: list[Deps]) -> list[Deps]:
+        return [_NOTHING.union(*inputs, _markers(eqn))] * len(eqn.outvars)
+
+    def effect(self, eqn: Any, inputs: list[Deps], world: Deps) -> Deps:
+        return world.union(*inputs, _markers(eqn))
+
+
+class _Slopes(_Walk):
+    """Which drawn values a derivative leads to: pairs of the site and, where it would have to go back through a loop of
+    unknown length, that loop. Only the nearest site on the way counts."""
+
+    control = False
+
+    def __init__(self) -> None:
+        self.stuck: dict[str, str] = {}
+
+    def marker(self, site: str, value: Deps) -> Deps:
+        return frozenset([(site, None)])
+
+    def leaf(self, eqn: Any, inputs: list[Deps]) -> list[Deps]:
+        if eqn.primitive.name in _FLAT:
+            return [_NOTHING] * len(eqn.outvars)
+        reached = _NOTHING.union(*inputs)
+        if _raises(eqn):
+            for site, _ in reached:
+                self.stuck.setdefault(site, eqn.primitive.name)
+            reached = _NOTHING
+        return [reached if _inexact(v) else _NOTHING for v in eqn.outvars]
+
+    def effect(self, eqn: Any, inputs: list[Deps], world: Deps) -> Deps:
+        self.leaf(eqn, inputs)
+        return _NOTHING
+
+    def looped(self, body: Jaxpr, carry: list[Deps]) -> list[Deps]:
+        own = body.invars[len(body.invars) - len(carry) :]  # a carry that never changes is no loop
+        stuck = [frozenset((site, "while loop") for site, _ in c) for c in carry]
+        return [c if a is b else s for a, b, c, s in zip(own, body.outvars, carry, stuck, strict=True)]
+
+
+#: their derivative is zero everywhere
+_FLAT = frozenset(["stop_gradient", "floor", "ceil", "round", "sign", "is_finite", "nextafter", "bitcast_convert_type"])
+
+
+def _raises(eqn: Any) -> bool:
+    """Does JAX refuse to differentiate it? These callbacks have a rule, which raises."""
+    if eqn.primitive.name in ("pure_callback", "io_callback"):
+        return True
+    if eqn.primitive in ad.primitive_jvps or eqn.primitive.name.startswith("custom_"):
+        return False
+    inside = any(_open(item) is not None for p in eqn.params.values() for item in _items(p))
+    return not inside and any(map(_inexact, eqn.invars))
+
+
+def _inexact(v: Any) -> bool:
+    dtype = getattr(v.aval, "dtype", None)
+    return dtype is not None and dtypes.issubdtype(dtype, jnp.inexact)
+
+
+def scan_layout(params: Any) -> tuple[int, int] | None:
+    """How many of a scan's inputs are constants, and how many carries; None where its parameters do not say.
+
+    Up to JAX 0.10 two numbers; from 0.11 on ``ft_in``, one flat tree each for constants, carry and inputs.
+    """
+    consts, carries = params.get("num_consts"), params.get("num_carry")
+    if isinstance(consts, int) and isinstance(carries, int):
+        return consts, carries
+    parts = params.get("ft_in")
+    try:
+        parts = parts if isinstance(parts, (tuple, list)) else parts.unpack()
+        consts, carries, _ = (_size(p) for p in parts)
+    except (AttributeError, TypeError, ValueError):
+        return None
+    return consts, carries
+
+
+def _size(part: Any) -> int:
+    if isinstance(part, (tuple, list)):  # None stands for a leaf there
+        return len(jax.tree.leaves(part, is_leaf=lambda x: x is None))
+    return len(part)
+
+
+def _fits(jaxpr: Any, inputs: int, outputs: int) -> bool:
+    return jaxpr is not None and len(jaxpr.invars) == inputs and len(jaxpr.outvars) == outputs
 
 
 def _open(param: Any) -> Any:
@@ -94,13 +290,13 @@ def _open(param: Any) -> Any:
     return param if isinstance(param, Jaxpr) else None
 
 
-def _markers(jaxpr: Any) -> Deps:
-    found: set[str] = set()
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "name" and str(eqn.params["name"]).startswith(_PREFIX):
-            found.add(str(eqn.params["name"]).removeprefix(_PREFIX))
-        for p in eqn.params.values():
-            for item in p if isinstance(p, (tuple, list)) else (p,):
-                if _open(item) is not None:
-                    found |= _markers(_open(item))
-    return frozenset(found)
+def _items(param: Any) -> Sequence[Any]:
+    return param if isinstance(param, (tuple, list)) else (param,)
+
+
+def _markers(eqn: Any) -> Deps:
+    """Every site marked inside an operation."""
+    if eqn.primitive.name == "name" and str(eqn.params["name"]).startswith(_PREFIX):
+        return frozenset([str(eqn.params["name"]).removeprefix(_PREFIX)])
+    inner = [j for p in eqn.params.values() for item in _items(p) if (j := _open(item)) is not None]
+    return _NOTHING.union(*(_markers(e) for j in inner for e in j.eqns))

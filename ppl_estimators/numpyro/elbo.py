@@ -198,7 +198,7 @@ class _Step:
             ]
             return [t.value for t in terms], {n: m["value"] for n, m in latents.items()}
 
-        of_terms, of_values = dependencies(program)
+        of_terms, of_values = dependencies(program).of
         for name in seen["enumerated"]:
             raise enumerated(name)
         for name in seen["guide only"]:
