@@ -140,7 +140,7 @@ ROWS = {
     StochasticTriple(): (DISCRETE | {"Poisson"}, 2, 1, set()),
     SmoothedTriple(): ({"Bernoulli", "Poisson"}, 1, 1, set()),
     SumAroundMode(3): ({"Poisson"}, 4, 1, set()),
-    DeltaMethod(): ({"Normal"}, 3, 3, set()),
+    DeltaMethod(): ({"Normal"}, 3, 5, set()),
     DeltaMethod(decay=0.9): ({"Normal"}, 3, 1, {"state"}),
     MeasureValued(): (ANY, {"Bernoulli": 2, "Categorical": 3, "OneHot": 3, "Poisson": 2, "Normal": 4}, 1, set()),
     RELAX(): (DISCRETE, 1, 1, {"parameters", "networks", "state"}),

@@ -18,6 +18,7 @@ from ppl_estimators import (
     REBAR,
     RELAX,
     ControlVariate,
+    DeltaMethod,
     DisARM,
     Enumerate,
     EstimatorError,
@@ -116,6 +117,8 @@ UNSUITABLE = [
     ("Bernoulli", Reinforce(LeaveOneOut()), 1, r"site 'z': LeaveOneOut needs at least two particles.*num_particles=2"),
     ("Bernoulli", Reinforce(OptimalConstant()), 1, r"OptimalConstant\(\) takes its moments from the other particles"),
     ("Bernoulli", ControlVariate(abs, abs), 2, r"ControlVariate estimates its coefficient .* got num_particles=2"),
+    ("Normal", ControlVariate(abs, abs), 4, r"num_particles=4, and a slope .* no variance\. Pass num_particles=5 or"),
+    ("Normal", DeltaMethod(), 4, r"num_particles=4, and a slope .* no variance\. Pass num_particles=5 or more"),
 ]
 
 

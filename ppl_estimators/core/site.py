@@ -129,6 +129,11 @@ class Site:
         undeclared = tuple(i + self.lead for i in self.lane_axes if i < len(self.batch_shape))
         return reduce(x, axis=undeclared, keepdims=True) if undeclared else x
 
+    def to_plates(self, ops: Ops, x: Array) -> Array:
+        """``[*lead, *batch]`` to the cost's ``[*lead, *plates]``."""
+        undeclared = tuple(i + self.lead for i in self.lane_axes if i < len(self.batch_shape))
+        return ops.sum(x, axis=undeclared, keepdims=True) if undeclared else x
+
     def sum_event(self, ops: Ops, x: Array) -> Array:
         """Elementwise ``[*lead, *batch, *event]`` (one axis per element) to ``[*lead, *batch]``."""
         events = len(self.event_shape) - (self.family == families.ONEHOT)
@@ -139,10 +144,23 @@ class Site:
         ``[*lead, *plates]``."""
         return self.sum_lanes(ops, ops.sum(x, axis=-1) if self.family == families.ONEHOT else x)
 
-    def unit(self, ops: Ops, trailing: int = 0) -> Array:
-        """The site's scale, broadcastable against values: what an estimator trains should not see the N/B of
-        subsampling."""
-        return self.spread(ops, self.scale, trailing) if hasattr(self.scale, "shape") else self.scale
+    def unit(self, ops: Ops, like: Array) -> Array:
+        """The site's scale as one number per plate element, ``[*lead or 1s, *plates or 1s]``, in the dtype of
+        ``like``: what an estimator trains should not see the N/B of subsampling.
+
+        ``scale`` is a number, or an array whose axes count from the right, after the lead axes. It may vary along
+        dependent elements, or along axes that the site doesn't have: the unit is its mean there, and 1 where that is 0.
+        """
+        scale, rank = ops.like(self.scale, like), len(self.batch_shape)
+        lead = tuple(scale.shape[: self.lead]) or (1,) * self.lead
+        own = tuple(scale.shape[self.lead :])
+        scale = ops.reshape(scale, (*lead, *(1,) * (rank - len(own)), *own))
+        excess = scale.ndim - self.lead - rank
+        if excess > 0:
+            scale = ops.mean(scale, axis=tuple(range(self.lead, self.lead + excess)))
+        undeclared = tuple(i + self.lead for i in self.lane_axes if i < rank)
+        scale = ops.mean(scale, axis=undeclared, keepdims=True) if undeclared else scale
+        return ops.where(scale > 0, scale, ops.ones_like(scale))
 
     def features(self, ops: Ops, x: Array) -> Array:
         """``[*lead, *batch, *rest]`` as one feature vector per plate element: ``[*lead, *plates, F]``."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..core.errors import site_error
-from ..core.keep import Initial, Kept, guarded
+from ..core.keep import Initial, Kept
 from ..core.ops import Array, Ops
+from ..core.regression import FEWEST, fitted, no_past
 from ..core.site import Costs, Draw, Local, Site
 from .baselines.base import Baseline, WithBaseline
 from .reinforce import check_score
@@ -28,8 +29,8 @@ class ControlVariate(WithBaseline):
     back: subtracting a *centred* h alone would be biased, because E[(h − E h) ∇ log q] = ∇ E[h].
 
     ``coefficient``: a number; or None for the regression coefficient of f on h, estimated without the draw it is
-    applied to: from the other particles (at least three), or, with ``decay``, from past steps. ``baseline`` applies
-    to what is left over.
+    applied to: from the other particles (five in all, three at a discrete site: a slope through fewer draws has tails
+    without a variance), or, with ``decay``, from past steps. ``baseline`` applies to what is left over.
 
     >>> ControlVariate(abs, abs, decay=0.99).decay
     0.99
@@ -66,11 +67,14 @@ class ControlVariate(WithBaseline):
                 "steps of a scan are each other's parents",
                 "Use Reinforce(LeaveOneOut()) with several particles.",
             )
-        if self.coefficient is None and self.decay is None and particles < 3:
+        fewest = 1 + (2 if site.law.discrete else FEWEST)
+        if self.coefficient is None and self.decay is None and particles < fewest:
             raise site_error(
                 site.name,
-                f"ControlVariate estimates its coefficient from the other particles, got num_particles={particles}",
-                "Pass num_particles=3 or more, a fixed coefficient, or decay=0.99 to estimate it from past steps.",
+                f"ControlVariate estimates its coefficient from the other particles, got num_particles={particles}"
+                + ("" if particles < 3 else ", and a slope through so few continuous draws has no variance"),
+                f"Pass num_particles={fewest} or more, a fixed coefficient, or decay=0.99 to estimate it from past "
+                "steps.",
             )
         super().check(site, particles)
         if self._each_its_own and len(self.baseline.parts) > 1:
@@ -100,8 +104,9 @@ class ControlVariate(WithBaseline):
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         f = ops.stop_gradient(costs.value)
-        h = ops.stop_gradient(_plates(ops, site, draw.extra["h"]))
-        mean = _plates(ops, site, draw.extra["mean"])
+        h = ops.stop_gradient(_plates(ops, site, "h", draw.extra["h"]))
+        mean = _plates(ops, site, "mean", draw.extra["mean"])
+        log_q = site.to_plates(ops, site.log_q)
         if self.coefficient is not None:
             a, state = self.coefficient + ops.zeros_like(f), {}
         else:
@@ -114,38 +119,17 @@ class ControlVariate(WithBaseline):
         elif self.baseline is not None:
             b = self.baseline.evaluate(ops, site, rest, kept)
             rest, auxiliary, state = rest - b.value, b.auxiliary, state | dict(b.state)
-        return Local(ops.stop_gradient(rest) * site.log_q + ops.stop_gradient(a) * mean, auxiliary, state)
+        return Local(ops.stop_gradient(rest) * log_q + ops.stop_gradient(a) * mean, auxiliary, state)
 
 
-def fitted(
-    ops: Ops, f: Array, h: Array, state: Mapping[str, Array], decay: float | None
-) -> tuple[Array, dict[str, Array]]:
-    """Cov(f, h) / Var(h) of ``f`` and ``h [K, *plates]`` from the other particles, or with ``decay`` from the past;
-    and the new moments."""
-    h = h + ops.zeros_like(f)
-    moments = {"weight": ops.ones_like(f), "f": f, "h": h, "fh": f * h, "hh": h * h}
-    if decay is None:
-        others = {k: ops.sum(x, axis=0, keepdims=True) - x for k, x in moments.items()}
-        return _regress(ops, others), {}
-    old = {k: state[k] for k in moments}
-    now = {k: decay * old[k] + (1 - decay) * ops.like(ops.mean(x), old[k]) for k, x in moments.items()}
-    return ops.like(_regress(ops, old), f) + ops.zeros_like(f), guarded(ops, old, now)
-
-
-def no_past() -> dict[str, Initial]:
-    """What `fitted` keeps with a ``decay``, before the first step."""
-    return {k: Initial() for k in ("weight", "f", "h", "fh", "hh")}
-
-
-def _plates(ops: Ops, site: Site, x: Array) -> Array:
-    """``[K, *batch]`` summed over batch dimensions that no plate declares."""
-    undeclared = tuple(i + site.lead for i in site.lane_axes if i < len(site.batch_shape))
-    return ops.sum(x, axis=undeclared, keepdims=True) if undeclared else x
-
-
-def _regress(ops: Ops, m: Mapping[str, Array]) -> Array:
-    weight = ops.where(m["weight"] > 0, m["weight"], ops.ones_like(m["weight"]))
-    f, h, fh, hh = (m[k] / weight for k in ("f", "h", "fh", "hh"))
-    variance = hh - h * h
-    flat = variance <= 1e-12 * (hh + 1e-30)
-    return ops.where(flat, ops.zeros_like(variance), (fh - f * h) / ops.where(flat, ops.ones_like(variance), variance))
+def _plates(ops: Ops, site: Site, what: str, x: Array) -> Array:
+    """What the user's function returned, one number per draw ``[K, *batch]``, summed to the plates: batch dimensions
+    that no plate declares are dependent elements of one."""
+    got, wanted = tuple(x.shape[site.lead :]), site.batch_shape
+    if len(got) != len(wanted) or any(g not in (1, w) for g, w in zip(got, wanted, strict=True)):
+        raise site_error(
+            site.name,
+            f"{what} of ControlVariate returned the shape {got}, and {wanted} is the batch shape",
+            f"Return one number for each draw, {wanted}: sum over event dimensions.",
+        )
+    return site.to_plates(ops, ops.broadcast_to(x, (*x.shape[: site.lead], *wanted)))

@@ -11,9 +11,9 @@ from ..core.estimator import Noise
 from ..core.families import NORMAL
 from ..core.keep import Initial, Kept
 from ..core.ops import Array, Ops
+from ..core.regression import FEWEST, fitted, no_past
 from ..core.site import Costs, Draw, Local, Site
 from .baselines.base import Baseline, WithBaseline
-from .control_variate import fitted, no_past
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -29,9 +29,10 @@ class DeltaMethod(WithBaseline):
 
     m is μ as a constant, in both places. g is the slope there, and h_i the secant curvature to m + sσ for random signs
     s, which is the second derivative of a quadratic without mixed terms, and needs no second differentiation. The
-    coefficient a is estimated (a = 1 can raise the variance): from the other particles (at least three), or with
-    ``decay`` from past steps. Where the model is differentiable Pathwise() is simpler and usually better; this is for
-    sites whose pathwise gradient is not to be had, such as one with hard decisions downstream.
+    coefficient a is estimated (a = 1 can raise the variance): from the other particles (five in all: a slope through
+    fewer draws has tails without a variance), or with ``decay`` from past steps. Where the model is differentiable
+    Pathwise() is simpler and usually better; this is for sites whose pathwise gradient is not to be had, such as one
+    with hard decisions downstream.
 
     >>> DeltaMethod(decay=0.99)
     DeltaMethod(decay=0.99)
@@ -60,11 +61,12 @@ class DeltaMethod(WithBaseline):
 
     def check(self, site: Site, particles: int) -> None:
         super().check(site, particles)
-        if self.decay is None and particles < 3:
+        if self.decay is None and particles < 1 + FEWEST:
             raise site_error(
                 site.name,
-                f"DeltaMethod estimates its coefficient from the other particles, got num_particles={particles}",
-                "Pass num_particles=3 or more, or decay=0.99 to estimate it from past steps.",
+                f"DeltaMethod estimates its coefficient from the other particles, got num_particles={particles}, and a "
+                "slope through so few draws has no variance",
+                f"Pass num_particles={1 + FEWEST} or more, or decay=0.99 to estimate it from past steps.",
             )
 
     @property
@@ -100,4 +102,4 @@ class DeltaMethod(WithBaseline):
         f = ops.stop_gradient(costs.value)
         a, past = fitted(ops, f, c, kept.state, self.decay)
         rest, auxiliary, state = self.subtract(ops, site, f - a * c, kept)
-        return Local(rest * site.log_q + a * mean, auxiliary, {**state, **past})
+        return Local(rest * site.to_plates(ops, site.log_q) + a * mean, auxiliary, {**state, **past})

@@ -9,6 +9,7 @@ from ..core.estimator import Estimator
 from ..core.families import BERNOULLI, ONEHOT, mean_vjp, score
 from ..core.keep import Initial, Kept
 from ..core.ops import Array, Ops
+from ..core.particles import of_the_others
 from ..core.site import Costs, Draw, Local, Site
 
 
@@ -59,11 +60,5 @@ class DoubleControlVariate(Estimator):
         f = ops.stop_gradient(costs.value) + alpha * site.sum_elements(ops, slope * s)
         signal = site.spread(ops, f - of_the_others(ops, f), trailing=onehot)
         gradient = signal * s - alpha * mean_vjp(ops, site.family, a, slope)
-        mean = ops.sum(gradient / site.unit(ops, onehot), axis=0) / k
+        mean = ops.sum(gradient / site.spread(ops, site.unit(ops, f), onehot), axis=0) / k
         return Local(ops.stop_gradient(gradient) * site.logits, k * mean**2)
-
-
-def of_the_others(ops: Ops, x: Array) -> Array:
-    """Mean over the other particles, ``[K, ...]``; of a particle that stands alone, zero."""
-    k = x.shape[0]
-    return (ops.sum(x, axis=0, keepdims=True) - x) / max(k - 1, 1)

@@ -70,11 +70,12 @@ class LAX(Estimator):
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         loc, scale = (ops.stop_gradient(site.named[k]) for k in ("loc", "scale"))
         z = ops.stop_gradient(draw.value)
+        unit = site.unit(ops, costs.value)
         known = [site.features(ops, loc), site.features(ops, scale)]
 
         def network(z: Array) -> Array:  # [K, *plates]
             x = ops.concat([site.features(ops, z), *known], axis=-1)
-            return site.scale * predict(site.name, kept.networks["control"], x)
+            return unit * predict(site.name, kept.networks["control"], x)
 
         c = network(z)
         slope = ops.vjp(network, z, ops.ones_like(c))
@@ -89,6 +90,6 @@ class LAX(Estimator):
         of_loc = -signal * psi / scale + slope
         of_scale = -signal * (1 + epsilon * psi) / scale + slope * epsilon
         surrogate = ops.stop_gradient(of_loc) * site.named["loc"] + ops.stop_gradient(of_scale) * site.named["scale"]
-        in_scales = scale / site.unit(ops)
+        in_scales = scale / site.spread(ops, unit)
         variance = ops.sum((of_loc * in_scales) ** 2) + ops.sum((of_scale * in_scales) ** 2)
         return Local(surrogate, variance if auxiliary is None else variance + ops.sum(auxiliary), state)

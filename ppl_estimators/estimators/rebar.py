@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from ..core import relaxation
-from ..core.estimator import Estimator, Noise
-from ..core.families import BERNOULLI, ONEHOT, score, threshold
+from ..core.families import BERNOULLI, ONEHOT
 from ..core.keep import Initial, Kept
-from ..core.ops import Array, Ops
+from ..core.ops import Ops
 from ..core.site import Costs, Draw, Local, Site
+from .relaxed_control import RelaxedControl, assemble, log_initial, soft_values
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class REBAR(Estimator):
+class REBAR(RelaxedControl):
     """The cost at a relaxed value as control variate, its scale and temperature learned.
 
     Approximates  ∇_a E_{b ~ q_a}[f(b)]
@@ -39,16 +37,7 @@ class REBAR(Estimator):
     scale: float = field(default=1.0, kw_only=True)
 
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI, ONEHOT)
-    shared: ClassVar[bool] = True
-    keeps: ClassVar[bool] = True  # type: ignore[assignment]
     instead: ClassVar[str] = "Use OneHotCategorical here, RELAX() without the model term, or Reinforce(LeaveOneOut())"
-
-    def __post_init__(self) -> None:
-        for name in ("temperature", "scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(
-                    f"{type(self).__name__}({name}=...) needs a positive number, got {getattr(self, name)!r}."
-                )
 
     def relaxations(self, site: Site) -> int:
         return 2
@@ -56,54 +45,8 @@ class REBAR(Estimator):
     def parameters(self, site: Site) -> dict[str, Initial]:
         return {"log_temperature": log_initial(self.temperature), "log_scale": log_initial(self.scale)}
 
-    def noise(self, site: Site) -> Mapping[str, Noise]:
-        shape = tuple(site.logits.shape)
-        return {"u": Noise("uniform", shape), "v": Noise("uniform", shape)}
-
-    def draw(self, ops: Ops, site: Site, noise: Mapping[str, Array]) -> Draw:
-        return Draw(threshold(ops, site.family, site.logits, noise["u"]), noise)
-
-    def relaxed(self, ops: Ops, site: Site, draw: Draw, index: int, kept: Kept) -> Array:
-        return soft_values(ops, site, draw, kept)[index](ops.stop_gradient(site.logits))
-
-    def downstream_temperature(self, ops: Ops, site: Site, index: int, kept: Kept) -> Array | None:
-        return ops.exp(kept.parameters["log_temperature"])
-
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         a = ops.stop_gradient(site.logits)
         eta = ops.exp(kept.parameters["log_scale"])
         slopes = [ops.vjp(soft, a, costs.relaxed_slope[i]) for i, soft in enumerate(soft_values(ops, site, draw, kept))]
         return assemble(ops, site, draw, costs, eta * costs.relaxed[1], eta * slopes[0], eta * slopes[1])
-
-
-def log_initial(x: float) -> Initial:
-    import math
-
-    return Initial(value=math.log(x))
-
-
-def soft_values(ops: Ops, site: Site, draw: Draw, kept: Kept) -> tuple[Any, Any]:
-    """a ↦ σ_λ(z) and a ↦ σ_λ(z̃), as functions of the logits at fixed noise and fixed b."""
-    temperature = ops.exp(kept.parameters["log_temperature"])
-    u, v = draw.extra["u"], draw.extra["v"]
-
-    def soft_z(a: Array) -> Array:
-        return relaxation.soften(ops, site.family, relaxation.unconditional(ops, site.family, a, u), temperature)
-
-    def soft_z_tilde(a: Array) -> Array:
-        z_tilde = relaxation.conditional(ops, site.family, a, v, draw.value)
-        return relaxation.soften(ops, site.family, z_tilde, temperature)
-
-    return soft_z, soft_z_tilde
-
-
-def assemble(
-    ops: Ops, site: Site, draw: Draw, costs: Costs, c_tilde: Array, slope_z: Array, slope_z_tilde: Array
-) -> Local:
-    """(f(b) − c(z̃)) ∇ log q(b) + ∇c(z) − ∇c(z̃), and its square as the objective of whatever c keeps."""
-    trailing = site.logits.ndim - site.lead - len(site.batch_shape) - len(site.event_shape)
-    trailing += site.family == ONEHOT
-    a = ops.stop_gradient(site.logits)
-    signal = site.spread(ops, ops.stop_gradient(costs.value) - c_tilde, trailing)
-    gradient = signal * score(ops, site.family, a, draw.value) + slope_z - slope_z_tilde
-    return Local(ops.stop_gradient(gradient) * site.logits, (gradient / site.unit(ops, trailing)) ** 2)

@@ -13,13 +13,13 @@ from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
 from .baselines.base import Baseline
 from .baselines.moving_average import MovingAverage
-from .rebar import REBAR, assemble, soft_values
+from .relaxed_control import RelaxedControl, assemble, log_initial, soft_values
 
 _LEVEL = "level_"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RELAX(REBAR):
+class RELAX(RelaxedControl):
     """A network of the relaxed value as control variate, trained on the variance of the gradient.
 
     Approximates  ∇_a E_{b ~ q_a}[f(b)]
@@ -42,6 +42,8 @@ class RELAX(REBAR):
     Reference: Grathwohl, Choi, Wu, Roeder & Duvenaud (2018), "Backpropagation through the Void", arXiv:1711.00123.
     """
 
+    temperature: float = 0.5
+    scale: float = field(default=1.0, kw_only=True)
     network: Any = field(default=None, kw_only=True)
     hidden: int = field(default=32, kw_only=True)
     model_term: bool = field(default=False, kw_only=True)
@@ -58,7 +60,6 @@ class RELAX(REBAR):
                 f"RELAX with the model term needs a relaxable site, got an integer {site.distribution}",
                 "Use OneHotCategorical, or RELAX() without the model term.",
             )
-
         if self.baseline is not None:
             self.baseline.check(site, particles)
 
@@ -69,8 +70,8 @@ class RELAX(REBAR):
         return 2 if self.model_term else 0
 
     def parameters(self, site: Site) -> dict[str, Initial]:
-        declared = super().parameters(site)
-        declared = declared if self.model_term else {"log_temperature": declared["log_temperature"]}
+        declared = {"log_temperature": log_initial(self.temperature)}
+        declared |= {"log_scale": log_initial(self.scale)} if self.model_term else {}
         return declared | (prefixed(_LEVEL, self.baseline.parameters(site)) if self.baseline else {})
 
     def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
@@ -84,10 +85,11 @@ class RELAX(REBAR):
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         a = ops.stop_gradient(site.logits)
         p = site.features(ops, probabilities(ops, site.family, a))
+        unit = site.unit(ops, costs.value)
 
         def network(soft: Array) -> Array:  # [K, *plates]
             x = ops.concat([2 * site.features(ops, soft) - 1, 2 * p - 1], axis=-1)
-            return site.scale * predict(site.name, kept.networks["control"], x)
+            return unit * predict(site.name, kept.networks["control"], x)
 
         soft_z, soft_z_tilde = soft_values(ops, site, draw, kept)
         c_tilde = network(soft_z_tilde(a))

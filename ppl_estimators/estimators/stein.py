@@ -10,8 +10,8 @@ from ..core.estimator import Estimator
 from ..core.families import BERNOULLI, score
 from ..core.keep import Kept, Network, predict
 from ..core.ops import Array, Ops
+from ..core.particles import of_the_others
 from ..core.site import Costs, Draw, Local, Site
-from .double_control_variate import of_the_others
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -67,8 +67,8 @@ class Stein(Estimator):
         s = score(ops, BERNOULLI, a, b)  # b − p
         change = 1 - 2 * b  # of a bit that is flipped
         flip = ops.sigmoid(change * a)  # q(1 − b_i)
-        unit = site.unit(ops)
         f = ops.stop_gradient(costs.value)
+        unit = site.spread(ops, site.unit(ops, f))
         slope = ops.stop_gradient(costs.relaxed_slope[0])
         others = of_the_others(ops, slope)
         expansion = site.sum_lanes(ops, others * b) - of_the_others(ops, site.sum_lanes(ops, slope * b))

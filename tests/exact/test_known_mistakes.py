@@ -22,7 +22,7 @@ from ppl_estimators.core import relaxation
 from ppl_estimators.core.families import ONEHOT, score
 from ppl_estimators.core.site import Local
 from ppl_estimators.estimators.baselines.base import Baseline
-from ppl_estimators.estimators.rebar import soft_values
+from ppl_estimators.estimators.relaxed_control import soft_values
 from ppl_estimators.numpyro import with_estimators
 from ppl_estimators.numpyro.ops import OPS
 

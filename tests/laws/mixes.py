@@ -210,7 +210,7 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         Mix("enumerate_score", {"z*": Enumerate(), "w": LOO}, particles=4),
         Mix("loo", {"*": LOO}, particles=4),
         Mix("measure_valued", {"z*": DisARM(), "w": MeasureValued()}),
-        Mix("delta_method", {"z*": DisARM(), "w": DeltaMethod()}, particles=4),
+        Mix("delta_method", {"z*": DisARM(), "w": DeltaMethod()}, particles=5),
         kept("rebar_pathwise", {"z*": REBAR(), "w": Pathwise()}),
         kept("muprop_stein", {"z1": MuProp(MovingAverage()), "z2": Stein(), "w": Pathwise()}, particles=3),
         kept("relax_model", {"z1": RELAX(hidden=4, model_term=True), "z2": DisARM()}),
@@ -243,7 +243,7 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         Mix("sticks_set", {"k": DisARMStickBreaking("ascending"), "z": UnorderedSet(3)}),
     ],
     "subsampled_mix": [
-        Mix("delta_method", {"z": DisARM(), "w": DeltaMethod()}, particles=4),
+        Mix("delta_method", {"z": DisARM(), "w": DeltaMethod()}, particles=5),
         Mix("antithetic_landing", {"z": Antithetic(Reinforce(Constant(-4.0))), "w": StickingTheLanding()}),
         Mix("average_measure", {"z": Average((DisARM(), Enumerate())), "w": MeasureValued()}),
     ],
