@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import re
@@ -167,6 +168,10 @@ def test_a_page_from_the_first_block_to_the_last(name, tmp_path, monkeypatch):
 NOTEBOOKS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
 
 
+def cells_of(path):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
 #: what a reader waits for gladly: (as on the page, as in the test)
 SHORTER = {"from_trace_enum_elbo": ("range(300)", "range(150)")}
 
@@ -176,13 +181,71 @@ SHORTER = {"from_trace_enum_elbo": ("range(300)", "range(150)")}
 def test_a_tutorial_from_the_first_cell_to_the_last(path, monkeypatch):
     monkeypatch.chdir(path.parent)
     namespace = {"__name__": "documentation", "display": str}
-    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    cells = cells_of(path)
     page, test = SHORTER.get(path.stem, ("", ""))
     assert any(page in cell.source for cell in cells)
     for number, cell in enumerate(cells):
         assert cell.outputs or cell.execution_count, f"cell {number} was committed without being run"
         source = cell.source.replace(page, test) if page else cell.source
         exec(compile(source, f"{path.name}, cell {number}", "exec", dont_inherit=True), namespace)
+
+
+class Shorter(ast.NodeTransformer):
+    """Four steps or draws where there are hundreds, and no word on what comes out of them."""
+
+    FEW, COUNTS = 4, ("steps", "num_draws", "number", "budget")
+
+    def few(self, node):
+        long = isinstance(node, ast.Constant) and isinstance(node.value, int) and node.value >= 20
+        return ast.copy_location(ast.Constant(self.FEW), node) if long else node
+
+    def visit_Assert(self, node):
+        return ast.copy_location(ast.Pass(), node)
+
+    def visit_keyword(self, node):
+        self.generic_visit(node)
+        if node.arg in self.COUNTS:
+            node.value = self.few(node.value)
+        return node
+
+    def visit_arguments(self, node):
+        for i, (argument, default) in enumerate(zip(node.args[::-1], node.defaults[::-1], strict=False)):
+            if argument.arg in self.COUNTS:
+                node.defaults[-1 - i] = self.few(default)
+        return node
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        if getattr(node.func, "id", getattr(node.func, "attr", "")) in ("range", "run", "epochs"):
+            node.args = [self.few(x) for x in node.args]
+        return node
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tutorial_in_four_steps(monkeypatch):
+    """Every cell of the shortest runs; what it finds is not looked at."""
+    path = ROOT / "docs" / "tutorials" / "from_pyro_baselines.ipynb"
+    monkeypatch.chdir(path.parent)
+    namespace = {"__name__": "documentation", "display": str}
+    for number, cell in enumerate(cells_of(path)):
+        tree = ast.fix_missing_locations(Shorter().visit(ast.parse(cell.source)))
+        exec(compile(tree, f"{path.name}, cell {number}", "exec", dont_inherit=True), namespace)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_tutorial_imports_is_there_and_takes_these_arguments(path):
+    found = {}
+    for cell in cells_of(path):
+        assert cell.outputs or cell.execution_count, f"committed without being run: {cell.source}"
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("ppl_estimators"):
+                exec(ast.unparse(node), found)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and callable(found.get(node.func.id)):
+                if not any(k.arg is None for k in node.keywords) and not any(
+                    isinstance(a, ast.Starred) for a in node.args
+                ):
+                    inspect.signature(found[node.func.id]).bind(*node.args, **{k.arg: k.value for k in node.keywords})
+    assert len(found) > 1
 
 
 def commands():

@@ -20,6 +20,8 @@ from numpyro.optim import SGD
 from pyro import infer as pyro_infer
 
 from ppl_estimators import (
+    ARM,
+    ARMS,
     UGC,
     BitFlip,
     DisARM,
@@ -36,8 +38,10 @@ from ppl_estimators import (
 from ppl_estimators.commands import programs
 from ppl_estimators.diagnostics import GradientMonitor, compare, gradient_report, recommend
 from ppl_estimators.diagnostics.groups import keys, mapping_of
+from ppl_estimators.diagnostics.reference import Reference
 from ppl_estimators.numpyro import EstimatorELBO as NumPyroELBO
 from ppl_estimators.pyro import EstimatorELBO as PyroELBO
+from ppl_estimators.pyro.gradients import Gradients as PyroGradients
 
 PYRO = SimpleNamespace(
     name="pyro", sample=pyro.sample, param=pyro.param, plate=pyro.plate, d=pd, array=torch.tensor, elbo=PyroELBO,
@@ -112,7 +116,6 @@ def pair(lib):
     return model, guide
 
 
-@pytest.mark.slow
 @BOTH
 def test_one_bit_is_summed(lib):
     found = recommend(*bit(lib), budget=60)
@@ -141,8 +144,7 @@ def test_a_smooth_normal_is_pathwise(lib):
         assert abs(row.variance - variance) < 5 * variance * np.sqrt(3 / row.num_draws), label
 
 
-@pytest.mark.slow
-@BOTH
+@pytest.mark.parametrize("lib", [pytest.param(PYRO, marks=pytest.mark.slow), NUMPYRO], ids=lambda lib: lib.name)
 def test_a_jump_is_not_differentiated(lib):
     found = recommend(*normal(lib, 0.3, 0.8, jump=True), budget=100)
     assert not found.mapping["z"].pathwise
@@ -332,6 +334,126 @@ def test_no_estimator_works(two_candidates):
         recommend(model, guide, budget=50)
 
 
+# ---- the search, where variances and times are made up --------------------------------------------------------------
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """`Gradients` whose draws are ``0.7 + bias + √variance ε``, a number for each site: the ε are those of the draw's
+    number, so that variances are in their proportions exactly. ``facts``: ``{estimator: (variance, ms, bias)}``, or
+    what it raises; ``measured``: one mapping after another."""
+    module = sys.modules["ppl_estimators.diagnostics.recommend"]
+    facts, measured = {}, []
+
+    class MadeUp(PyroGradients):
+        @property
+        def part_names(self):
+            return ["(explicit)", *self.plan().sites]
+
+        def facts(self):
+            chosen = self.plan().estimators
+            found = {name: facts.get(e, (1e3, 50.0, 0.0)) for name, e in chosen.items()}
+            for one in found.values():
+                if isinstance(one, Exception):
+                    raise one
+            return found
+
+        def seconds(self, steps):
+            measured.append(dict(self.plan().estimators))
+            return [sum(ms for _, ms, _ in self.facts().values()) / 1e3] * steps
+
+        def draws(self, number, seed=0, chunk=None, start=0):
+            found = self.facts()
+            noise = np.array([np.random.default_rng([seed, start + i]).normal(size=9) for i in range(number)])
+            gradients = {
+                f"a_{site}": 0.7 + bias + variance**0.5 * noise[:, i]
+                for i, (site, (variance, _, bias)) in enumerate(found.items())
+            }
+            yield np.zeros(number), gradients
+
+        def parts(self, number, seed=0):
+            ((losses, gradients),) = self.draws(number, seed)
+            names = self.part_names
+            yield losses, {n: np.where(np.array(names) == n[2:], g[:, None], 0.0) for n, g in gradients.items()}
+
+    def reference(program, plan, *_):
+        return Reference("made up", {f"a_{site}": np.float64(0.7) for site in plan.sites})
+
+    monkeypatch.setattr("ppl_estimators.diagnostics.measured.gradients_class", lambda library: MadeUp)
+    monkeypatch.setattr(module, "reference_for", reference)
+    monkeypatch.setattr(module, "candidates", lambda: list(facts))
+    return SimpleNamespace(facts=facts, measured=measured)
+
+
+def test_the_better_half_goes_on_and_what_is_biased_or_fails_does_not(made_up):
+    """The best is neither the quietest nor the fastest."""
+    made_up.facts.update({
+        MeasureValued(): (500.0, 1.0, 0.0), Enumerate(): (1.0, 100.0, 0.0), BitFlip(): (60.0, 0.5, 0.0),
+        DisARM(): (2.0, 1.0, 0.0), UGC(): (0.1, 0.1, 1.0), ARMS(4): RuntimeError("disk on fire"),
+        ARM(): (8.0, 1.0, 0.0), ARMS(2): (300.0, 1.0, 0.0),
+    })  # fmt: skip
+    found = recommend(*bit(PYRO), budget=400)
+    assert found.mapping == {"z": DisARM()}
+    (choice,) = found.choices
+    assert (choice.runner_up, choice.considered) == ("ARM()", 8)
+    assert choice.price == pytest.approx(4)
+    # seven run: six without a bias, of which three, then two go on, each time to twice the draws
+    drawn = {r.label: r.num_draws for r in choice.evidence.rows}
+    assert drawn == {
+        "DisARM()": 400, "ARM()": 400, "BitFlip()": 100,
+        "Enumerate()": 50, "ARMS(2)": 50, "MeasureValued()": 50, "UGC()": 50,
+    }  # fmt: skip
+    assert [r.label for r in choice.evidence.rows if r.biased] == ["UGC()"]
+    assert choice.evidence["UGC()"].bias > 0.9
+    assert list(choice.evidence.failed) == ["ARMS(4)"]
+    assert "disk on fire" in choice.evidence.failed["ARMS(4)"]
+    assert choice.evidence["BitFlip()"].variance_times_milliseconds == pytest.approx(
+        15 * choice.evidence["DisARM()"].variance_times_milliseconds, rel=0.5
+    )
+    _answers(found, PYRO)
+
+
+def test_the_noisiest_site_is_searched_first_and_alike_sites_together(made_up):
+    """w is loud at its default, so what is chosen there is held while the bits are judged."""
+    made_up.facts.update({
+        DisARM(): (2.0, 1.0, 0.0), Enumerate(): (4.0, 1.0, 0.0),
+        StickingTheLanding(): (10.0, 1.0, 0.0), Pathwise(): (90.0, 1.0, 0.0),
+    })  # fmt: skip
+
+    def model():
+        z = sum(pyro.sample(f"z{i}", pd.Bernoulli(0.4)) for i in range(3))
+        pyro.sample("x", pd.Normal(z + pyro.sample("w", pd.Normal(0.0, 1.0)), 1.0), obs=torch.tensor(1.3))
+
+    def guide():
+        for i in range(3):
+            pyro.sample(f"z{i}", pd.Bernoulli(logits=pyro.param(f"a_z{i}", torch.tensor(0.3))))
+        pyro.sample("w", pd.Normal(pyro.param("a_w", torch.tensor(0.3)), 1.0))
+
+    found = recommend(model, guide, budget=100)
+    assert found.mapping == {"z*": DisARM(), "w": StickingTheLanding()}
+    assert [c.sites for c in found.choices] == [("z0", "z1", "z2"), ("w",)]
+    assert found["z1"].runner_up == "Enumerate()"
+    # all sites: 3 · 2 + 10 and 4 ms; with the runner-up 3 · 4 + 10
+    assert found["z1"].price == pytest.approx(22 / 16, rel=0.2)
+    steps = [m["w"] for m in made_up.measured]
+    first = next(i for i, m in enumerate(made_up.measured) if m["z0"] != made_up.measured[0]["z0"])
+    assert {Pathwise(), StickingTheLanding()} <= set(steps[:first])
+    assert set(steps[first : first + 5]) == {StickingTheLanding()}
+
+
+def test_what_adds_too_many_evaluations_is_not_tried(made_up):
+    made_up.facts.update({Enumerate(): (0.0, 1.0, 0.0), SumAndSample(2): (9.0, 1.0, 0.0)})
+    found = recommend(*many(PYRO), budget=50)
+    assert found.mapping == {"z": SumAndSample(2)}
+    assert "adds 39 evaluations" in found["z"].evidence.failed["Enumerate()"]
+
+
+def test_where_every_estimator_has_a_bias(made_up):
+    made_up.facts.update({Enumerate(): (1.0, 1.0, 5.0), DisARM(): (1.0, 1.0, -5.0)})
+    with pytest.raises(EstimatorError, match=r"site 'z': no estimator .* Biased: Enumerate\(\), DisARM\(\)"):
+        recommend(*bit(PYRO), budget=50)
+
+
 # ---- programs with a bug --------------------------------------------------------------------------------------------
 
 
@@ -487,9 +609,8 @@ def test_what_runs_alone_but_not_in_a_gradient(lib):
 # ---- the library's own programs -------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("program", programs.BUILT_IN)
-@BOTH
+@pytest.mark.parametrize("lib", [PYRO, pytest.param(NUMPYRO, marks=pytest.mark.slow)], ids=lambda lib: lib.name)
 def test_report_compare_and_monitor_work_on_every_program(lib, program):
     model, guide, args = programs.load(program, lib.name)
     report = gradient_report(lib.elbo(num_particles=2), model, guide, *args, num_draws=20, timing_steps=1)

@@ -43,7 +43,7 @@ class SmoothedTriple(Estimator):
         """The drawn value, with the mean size of its perturbation for a slope."""
         x = ops.like(noise["value"], site.logits if site.family == BERNOULLI else next(iter(site.named.values())))
         path = in_natural_units(ops, site, _size(ops, site, x))
-        return Draw(x + path - ops.stop_gradient(path))
+        return Draw(x + (path - ops.stop_gradient(path)))  # exactly x: a library checks that counts are whole
 
 
 def _size(ops: Ops, site: Site, x: Array) -> Array:

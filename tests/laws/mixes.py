@@ -6,7 +6,7 @@
 `ON_AVERAGE`: the mean of many draws is the exact gradient, within five standard errors.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,7 @@ from ppl_estimators import (
     SumAroundMode,
     UnorderedSet,
 )
+from ppl_estimators.core.estimator import Estimator
 
 
 @dataclass(frozen=True)
@@ -338,12 +339,62 @@ NUMPYRO_REFUSES = {("over_time", "disarm"), ("over_time", "enumerate")}
 #: a Python branch on a value needs particles one after another in Pyro, and that is slow
 PYRO_SEQUENTIAL = {"branching", "branching_guide"}
 PYRO_SLOW = {("branching", "leave_one_out"), ("branching", "disarm"), ("branching_guide", "disarm")}
+LEFT_OUT = {"numpyro": NUMPYRO_REFUSES, "pyro": PYRO_SLOW}
 
 
-def pairs(table: Mapping[str, list[Mix]], without: Collection[tuple[str, str]] = ()) -> list[Any]:
+#: of an estimator the engine sees these facts, and whether it looks at relaxed values; the rest is arithmetic
+FACTS = [name for name in Estimator.__annotations__ if name not in ("unbiased", "families", "min_particles", "instead")]
+
+
+def profile(mix: Mix) -> frozenset[Any]:
+    """What the engine sees of a mix."""
+    if mix.estimators is None:
+        return frozenset({"auto"})
+
+    def facts(estimator: Any) -> tuple[Any, ...]:
+        relaxes = type(estimator).relaxations is not Estimator.relaxations
+        return (*(getattr(estimator, name) for name in FACTS), relaxes, mix.hook, mix.particles > 1)
+
+    return frozenset(facts(estimator) for estimator in mix.estimators.values())
+
+
+def quick(table: Mapping[str, list[Mix]]) -> dict[tuple[str, str], tuple[str, ...]]:
+    """``{(case, mix): libraries}``: the cells that `make test` runs, and where.
+
+    In Pyro each profile with each case, and each set of profiles that stands together somewhere; every other one of
+    these in NumPyro too, where each must be compiled: each profile and each case is there, if not each pair. The other
+    cells are slow: what is left to see there, that an estimator's arithmetic is right and that the two libraries
+    agree, is exact in `tests/exact`.
+    """
+    chosen: dict[tuple[str, str], tuple[str, ...]] = {}
+    together: set[frozenset[Any]] = set()
+    for row, (case, mixes) in enumerate(table.items()):
+        seen: set[Any] = set()
+        turn = row  # along a row and down a column
+        for mix in mixes:
+            facts = profile(mix)
+            if facts - seen or (len(facts) > 1 and facts not in together):
+                there = tuple(library for library, out in LEFT_OUT.items() if (case, mix.name) not in out)
+                chosen[case, mix.name] = there if turn % 2 or "pyro" not in there else ("pyro",)
+                turn += 1
+            seen |= facts
+            together.add(facts)
+    return chosen
+
+
+def every_pair(table: Mapping[str, list[Mix]]) -> list[Any]:
+    return [pytest.param(name, mix, id=f"{name}-{mix.name}") for name, mixes in table.items() for mix in mixes]
+
+
+def pairwise(table: Mapping[str, list[Mix]], library: str) -> list[Any]:
+    here = quick(table)
     return [
-        pytest.param(name, mix, id=f"{name}-{mix.name}")
+        pytest.param(
+            *(name, mix),
+            id=f"{name}-{mix.name}",
+            marks=() if library in here.get((name, mix.name), ()) else pytest.mark.slow,
+        )
         for name, mixes in table.items()
         for mix in mixes
-        if (name, mix.name) not in without
+        if (name, mix.name) not in LEFT_OUT[library]
     ]

@@ -9,6 +9,7 @@ import pyro
 import pytest
 import torch
 from measure import (
+    SIGMAS,
     Measured,
     assert_exact,
     assert_exact_over_states,
@@ -28,10 +29,10 @@ from mixes import (
     ON_AVERAGE,
     PAIRS_OF_STATES,
     PYRO_SEQUENTIAL,
-    PYRO_SLOW,
     Mix,
+    every_pair,
     kept,
-    pairs,
+    pairwise,
 )
 from pyro.infer import SVI
 
@@ -87,7 +88,7 @@ def measure(name: str, mix: Mix, steps: int, seed: int = 0, **kwargs: Any) -> Me
 # Gradients.
 
 
-@pytest.mark.parametrize(("name", "mix"), pairs(EVERY_STATE))
+@pytest.mark.parametrize(("name", "mix"), every_pair(EVERY_STATE))
 def test_exact_over_states(name: str, mix: Mix) -> None:
     """Laws 1 to 4, 8, 10, 12, one particle at a time: nothing statistical in it."""
     case = CASES[name]
@@ -105,13 +106,15 @@ def test_leave_one_out_is_exact_over_pairs_of_states(name: str, vectorize: bool)
     assert_exact_over_states(measured, case)
 
 
-@pytest.mark.parametrize(("name", "mix"), pairs(EVERY_DRAW))
+@pytest.mark.parametrize(("name", "mix"), every_pair(EVERY_DRAW))
 def test_every_draw_is_exact(name: str, mix: Mix) -> None:
     exact = CASES[name].exact_gradient()
     assert_exact(measure(name, mix, 10), {k: exact[k] for k in mix.exact})
 
 
-@pytest.mark.parametrize(("name", "mix"), [p for p in pairs(ON_AVERAGE) if p.values[0] not in PYRO_SEQUENTIAL])
+@pytest.mark.parametrize(
+    ("name", "mix"), [p for p in pairwise(ON_AVERAGE, "pyro") if p.values[0] not in PYRO_SEQUENTIAL]
+)
 def test_unbiased(name: str, mix: Mix) -> None:
     """Thousands of particles in one vectorised run."""
     case = CASES[name]
@@ -128,7 +131,7 @@ def test_unbiased(name: str, mix: Mix) -> None:
 @pytest.mark.parametrize("vectorize", [True, False])
 @pytest.mark.parametrize(
     ("name", "mix"),
-    [p for p in pairs(ON_AVERAGE) if p.values[0] in COPIED and p.values[1].particles > 1],
+    [p for p in pairwise(ON_AVERAGE, "pyro") if p.values[0] in COPIED and p.values[1].particles > 1],
 )
 def test_unbiased_with_few_particles(name: str, mix: Mix, vectorize: bool) -> None:
     """Two to eight particles of thousands of copies: what the particles share is per copy."""
@@ -143,7 +146,7 @@ def test_unbiased_with_few_particles(name: str, mix: Mix, vectorize: bool) -> No
     assert_unbiased(with_power(batch, exact), exact)
 
 
-@pytest.mark.parametrize(("name", "mix"), [p for p in pairs(ON_AVERAGE, PYRO_SLOW) if p.values[0] in PYRO_SEQUENTIAL])
+@pytest.mark.parametrize(("name", "mix"), [p for p in pairwise(ON_AVERAGE, "pyro") if p.values[0] in PYRO_SEQUENTIAL])
 def test_unbiased_one_after_another(name: str, mix: Mix) -> None:
     """Where a Python branch on a value forbids vectorised particles."""
     case = CASES[name]
@@ -156,7 +159,7 @@ def test_unbiased_one_after_another(name: str, mix: Mix) -> None:
     assert_mean_loss(measured, case)
 
 
-@pytest.mark.parametrize(("name", "mix"), pairs(AVERAGED))
+@pytest.mark.parametrize(("name", "mix"), pairwise(AVERAGED, "pyro"))
 def test_the_averaged_model_is_unbiased(name: str, mix: Mix) -> None:
     case = CASES[name]
 
@@ -178,10 +181,24 @@ def test_a_site_in_one_branch_is_exact_over_states() -> None:
 
 @pytest.mark.parametrize("estimator", [Enumerate(), DisARM()], ids=repr)
 def test_a_counterfactual_run_meets_a_site_that_was_not_there(estimator: Any) -> None:
+    """Where z1 = 0 was drawn, z2 is drawn in the other run alone: at single draws by hand, and as often as q says."""
     case = CASES["dynamic"]
-    mix = Mix("counterfactual", {"z1": estimator, "*": Enumerate()})
-    measured = with_power(lambda seed: measure("dynamic", mix, 300, seed), case.exact_gradient())
-    assert_unbiased(measured, case.exact_gradient())
+    f, a = np.real(case.table(case.params)[1]), case.params["a"]
+    measured = measure("dynamic", Mix("counterfactual", {"z1": estimator, "*": Enumerate()}), 400)
+    factor = {Enumerate(): sigmoid(a) * sigmoid(-a), DisARM(): 0.5 * sigmoid(abs(a))}[estimator]
+    possible = np.append(-factor * (f[1:] - f[0]), 0.0)  # z2 = 0, z2 = 1; both draws of DisARM alike
+    distance = np.abs(measured.gradients["a"][:, None] - possible)
+    assert distance.min(-1).max() < 1e-10
+    found, state = distance.argmin(-1), states_of(measured.losses, case)
+    assert (found == 2).any() == (estimator == DisARM())
+    for z2 in (0, 1):
+        assert set(found[state == 1 + z2]) <= {z2, 2}
+    ones = found[(state == 0) & (found != 2)]
+    q, n = sigmoid(case.params["b"]), len(ones)
+    assert n > 40
+    assert abs(ones.mean() - q) < SIGMAS * np.sqrt(q * (1 - q) / n)
+    summed = np.where(state > 0, -q * (1 - q) * (f[2] - f[1]), 0.0)
+    np.testing.assert_allclose(measured.gradients["b"], summed, atol=1e-10)
 
 
 def test_antithetic_run_takes_the_other_branch() -> None:
