@@ -3,6 +3,7 @@
 #   make demo        train the digits network in both libraries; table, results.json and figure
 #   make test        the tests, those marked slow left out: under ten minutes on two idle cores
 #   make test-all    all tests: every estimator in every program, notebooks, examples and the demo to their end
+#   make programs    300 random programs in both libraries against exact sums; PROGRAMS="--first 300" for others
 #   make benchmarks  the speed and variance tables of the docs
 #   make docs        the generated pages, and the site in build/docs; NOTEBOOKS=force runs the tutorials anew
 #   make figures     the figures of the docs, drawn again from benchmarks/results
@@ -14,10 +15,11 @@
 VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
-DEMO   ?=
-PYTEST ?=
+DEMO     ?=
+PYTEST   ?=
+PROGRAMS ?=
 
-.PHONY: help demo test test-all benchmarks docs figures lint clean
+.PHONY: help demo test test-all programs benchmarks docs figures lint clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -32,6 +34,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(PYTEST)
+
+programs: $(STAMP)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PY) -m programs $(PROGRAMS)
 
 benchmarks: $(STAMP)
 	@for script in benchmarks/[!_]*.py; do \

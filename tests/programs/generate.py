@@ -1,0 +1,202 @@
+"""A program from a seed."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import replace
+
+import numpy as np
+
+from ppl_estimators.core.estimator import Estimator
+
+from .build import estimator
+from .description import Axes, Factor, Latent, Observed, Parents, Program, Under
+from .oracle import states
+
+Random = np.random.Generator
+
+#: a program with more states than this is thrown away
+STATES = 4_000
+
+BASELINES = (
+    "", "Constant(-1.5)", "LeaveOneOut()", "MovingAverage(0.8)", "OptimalConstant()", "OptimalConstant(0.8)",
+    "Learned(hidden=3)", "MovingAverage(0.8) + Learned(hidden=3)", "LeaveOneOut() + Learned(hidden=3)",
+)  # fmt: skip
+ANY = (
+    *(f"Reinforce({b})" for b in BASELINES), "NVIL(hidden=3)", "VarGrad()", "MeasureValued()",
+)  # fmt: skip
+WITH_MEAN = (  # of families with a mean that is a number
+    "ControlVariate(double, double_mean, 0.7)", "ControlVariate(double, double_mean)",
+    "ControlVariate(double, double_mean, decay=0.8)",
+    "ControlVariate(double, double_mean, -0.4, baseline=MovingAverage(0.8))",
+)  # fmt: skip
+DISCRETE = (
+    "Enumerate()", "StochasticTriple()", "RELAX(hidden=3)", "RELAX(hidden=3, model_term=True)", "REBAR()", "MuProp()",
+    "MuProp(MovingAverage(0.8))", "DoubleControlVariate(-0.5)",
+)  # fmt: skip
+BERNOULLI = (
+    "DisARM()", "DisARM()", "ARM()", "ARMS(3)", "ARMS(4)", "BitFlip()", "BitFlip(2)", "UGC()", "Stein(hidden=3)",
+    "RELAX(hidden=3, baseline=None)", "REBAR(0.7)",
+)  # fmt: skip
+CATEGORICAL = (
+    "SumAndSample(1)", "SumAndSample(2)", "UnorderedSet(2)", "UnorderedSet(3)", "DisARMStickBreaking()",
+    "DisARMStickBreaking('ascending')", "DisARMTree()", "CoupledImportance()", "ARSM()",
+)  # fmt: skip
+COUNTS = ("StochasticTriple()", "SumAroundMode(2)", "SumAroundMode(8)", "MeasureValued()")
+NORMAL = ("Pathwise()", "Pathwise()", "StickingTheLanding()", "ImplicitPathwise()", "LAX(hidden=3)", "DeltaMethod()",
+          "DeltaMethod(decay=0.8)")  # fmt: skip
+#: what an unbiased estimator needs that no site here has
+ELSEWHERE = {"GeneralizedPathwise": "gamma sites", "RejectionPathwise": "gamma sites"}
+FAMILIES = {"bernoulli": 0.5, "categorical": 0.11, "onehot": 0.13, "binomial": 0.06, "poisson": 0.04, "normal": 0.16}
+POOLS = {
+    "bernoulli": DISCRETE + BERNOULLI,
+    "categorical": DISCRETE + CATEGORICAL,
+    "onehot": DISCRETE + CATEGORICAL,
+    "binomial": COUNTS,
+    "poisson": COUNTS,
+    "normal": NORMAL,
+}
+
+
+def single(rng: Random, family: str) -> str:
+    general = ANY if family in ("categorical", "onehot") else ANY + WITH_MEAN
+    return str(rng.choice(POOLS[family] if rng.random() < 0.65 else general))
+
+
+COMPOSITIONS = ("Repeat", "Average", "Combine", "Antithetic", "ImportanceSampled")
+
+
+def composition(rng: Random, family: str, depth: int = 0) -> str:
+    """A composition that can be constructed."""
+    while True:
+        parts = [
+            composition(rng, family, depth + 1) if depth < 1 and rng.random() < 0.25 else single(rng, family)
+            for _ in range(2)
+        ]
+        kind = str(rng.choice(COMPOSITIONS))
+        if kind == "Repeat":
+            code = f"Repeat({rng.integers(2, 4)}, {parts[0]})"
+        elif kind in ("Average", "Combine"):
+            code = f"{kind}(({parts[0]}, {parts[1]}))"
+        elif kind == "Antithetic":
+            code = f"Antithetic({parts[0]})"
+        else:
+            code = f"ImportanceSampled(Reinforce({rng.choice(BASELINES)}))"
+        try:
+            estimator(code)
+        except (TypeError, ValueError):  # what an estimator refuses to be made of
+            continue
+        return code
+
+
+def an_estimator(rng: Random, family: str) -> str | None:
+    """None: the default. Whether it suits the site is for its `check` to say."""
+    x = rng.random()
+    return None if x < 0.1 else composition(rng, family) if x < 0.35 else single(rng, family)
+
+
+def generate(seed: int) -> Program:
+    rng = np.random.default_rng([2026, seed])
+    while True:
+        program = _program(rng)
+        if states(program) <= STATES:
+            return program
+
+
+def _program(rng: Random) -> Program:
+    layout = tuple(str(a) for a in rng.permutation(["a", "b", "u"])[: rng.choice(4, p=[0.1, 0.35, 0.4, 0.15])])
+    reverse = bool(rng.random() < 0.4)
+    latents: list[Latent] = []
+    for index in range(rng.integers(1, 5)):
+        family = str(
+            rng.choice(
+                list(FAMILIES),
+                p=list(FAMILIES.values()),
+            )
+        )
+        axes = _axes(rng, layout, event=0.15)
+        latents.append(
+            Latent(
+                f"z{index}",
+                family,
+                axes,
+                guide=_parents(rng, latents, 0.4),
+                under_guide=_under(rng, axes, layout),
+                tied=tuple(a for a in axes if a in "ab" and rng.random() < 0.2),
+                shared=bool(rng.random() < 0.2),
+                auxiliary=bool(rng.random() < 0.1),
+                estimator=an_estimator(rng, family),
+            )
+        )
+    both = [z for z in latents if not z.auxiliary]
+    for index, z in enumerate(latents):
+        if not z.auxiliary:
+            number = int(z.name[1:])
+            before = [x for x in both if (int(x.name[1:]) > number) == reverse and x is not z]
+            # handlers of both sides agree as a rule, but need not
+            under = z.under_guide if rng.random() < 0.7 else _under(rng, z.axes, layout)
+            latents[index] = replace(z, model=_parents(rng, before, 0.35), under_model=under)
+    observed = []
+    for index in range(rng.integers(1, 3)):
+        axes = _axes(rng, layout, event=0.1)
+        observed.append(
+            Observed(
+                f"x{index}",
+                axes,
+                _parents(rng, both, 0.7),
+                _under(rng, axes, layout),
+                learned=bool(rng.random() < 0.4),
+                shared=bool(rng.random() < 0.2),
+            )
+        )
+    factors = []
+    if rng.random() < 0.3:
+        side = "guide" if rng.random() < 0.4 else "model"
+        parents = _parents(rng, latents if side == "guide" else both, 0.6)
+        factors = [Factor("f0", _axes(rng, layout, event=0.0), parents, side)]
+    particles = int(rng.choice([1, 2, 3, 5], p=[0.6, 0.15, 0.15, 0.1]))
+    return Program(
+        tuple(latents), tuple(observed), tuple(factors), layout, reverse,
+        reverse_plates=bool(rng.random() < 0.5),
+        nested=bool(rng.random() < 0.5),
+        particles=particles,
+        vectorized=bool(rng.random() < 0.7),
+        average_model=bool(rng.random() < 0.15),
+    )  # fmt: skip
+
+
+def _axes(rng: Random, layout: Axes, event: float) -> Axes:
+    axes = [a for a in layout if rng.random() < (0.35 if a == "u" else 0.55)]
+    return (*axes, "e") if rng.random() < event else tuple(axes)
+
+
+def _parents(rng: Random, sites: list[Latent], chance: float) -> Parents:
+    return {
+        z.name: round(float(rng.uniform(0.3, 1.0) * rng.choice([-1, 1])), 1) for z in sites if rng.random() < chance
+    }
+
+
+def _under(rng: Random, axes: Axes, layout: Axes) -> Under:
+    """Masks lie within the site, scales may be wider."""
+    scale: float | Axes | None = None
+    mask: bool | Axes | None = None
+    own = tuple(a for a in axes if a != "e")
+    x, y = rng.random(), rng.random()
+    if x < 0.1:
+        scale = 2.5
+    elif x < 0.25:
+        scale = tuple(a for a in (own if rng.random() < 0.8 else layout) if rng.random() < 0.7) or None
+    if y < 0.15:
+        mask = tuple(a for a in own if rng.random() < 0.7) or bool(rng.random() < 0.5)
+    return Under(scale, mask)
+
+
+def parts(code: str) -> tuple[str, ...]:
+    """The estimators that a composition is made of, as code."""
+    spec = estimator(code)
+    return tuple(
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call) and isinstance(estimator(ast.unparse(node)), Estimator)
+        and estimator(ast.unparse(node)) != spec
+    )  # fmt: skip
