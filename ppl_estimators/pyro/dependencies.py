@@ -1,61 +1,93 @@
 """Which latent sites each tensor depends on, followed while guide and model run.
 
-A torch function mode sees every operation and notes the sites behind its result, as bits of an integer. Turning a
-tensor into a Python value (`if z:`, `.item()`, `.numpy()`) makes everything after depend on it.
+A torch function mode sees the operations of the running thread and notes the sites behind each result, as bits of an
+integer. What it cannot follow is assumed, never denied:
+
+- a tensor that exists when the first site is drawn depends on nothing; one that turns up later and that no observed
+  operation returned (TorchScript, `vmap`, threads, `nn.Parameter(z)`, pickle, C++) depends on all sites drawn so far;
+- a tensor changed by an operation that was not seen (its version has moved) depends on all sites drawn so far; one
+  changed by an operation that was seen, by any alias of its memory, also on what was written;
+- turning a tensor into a Python value (`if z:`, `.item()`, `.numpy()`, `.data_ptr()`) makes everything after depend on
+  it.
+
+Not seen: Python numbers that another thread reads out of a tensor and hands back.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+import types
 import weakref
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 
+import pyro
 import torch
 from pyro.distributions.distribution import COERCIONS
+from pyro.poutine.trace_struct import Trace
 from torch.distributions import Distribution, Transform
+from torch.distributions.constraints import Constraint
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 #: a set of sites: bit i stands for the site that was drawn i-th
 Sites = int
 
-# Questions about a tensor that its data do not answer.
+# Questions about a tensor that its data do not answer, or only in words.
 _METADATA = frozenset(
     "__get__ size dim ndimension numel nelement stride element_size is_floating_point is_complex is_contiguous "
-    "__len__ type get_device storage_offset data_ptr untyped_storage storage __hash__ __repr__ __str__ "
+    "__len__ type get_device storage_offset __hash__ __repr__ __str__ "
     "register_hook backward retain_grad broadcast_shapes result_type can_cast is_same_size is_tensor is_signed "
-    "is_inference has_names requires_grad_ is_shared is_pinned register_post_accumulate_grad_hook __set__ is_cuda "
-    "is_set_to is_conj is_neg _is_view is_nonzero_static __dlpack_device__ __setstate__ __reduce_ex__ "
-    "promote_types".split()
+    "is_inference has_names requires_grad_ is_shared is_pinned register_post_accumulate_grad_hook is_cuda "
+    "is_set_to is_conj is_neg _is_view is_nonzero_static __dlpack_device__ promote_types".split()
 )
-# They look at the shape, type and device of their last argument, not at its data.
-_LIKE = frozenset("zeros_like ones_like empty_like rand_like randn_like new_zeros new_ones new_empty".split())
+# They look at the shape, type and device of their first argument, not at its data.
+_LIKE = frozenset(
+    "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new new_zeros new_ones new_empty "
+    "new_full new_tensor".split()
+)
+# Likewise of all but the first.
 _AS = frozenset("expand_as view_as reshape_as type_as to".split())
 # The shape of their result answers questions about the data.
 _SHAPES = ("nonzero", "argwhere", "unique", "_unique", "masked_select", "repeat_interleave", "bincount")
+# Statements that change their first argument and return nothing.
+_STATEMENTS = frozenset(("__setitem__", "__set__", "__setstate__"))
+# With `training`, they change the buffers among their arguments, and no version moves.
+_RUNNING = frozenset(("batch_norm", "instance_norm"))
 # Python wrappers of torch: what their caller wants the answer for is what counts.
 _WRAPPERS = frozenset((__name__, "torch._tensor", "torch.functional", "torch.overrides"))
 # Validation inside these packages asks for Python booleans, but only to raise errors.
 _CHECKS = ("torch.distributions.", "pyro.distributions.", "pyro.util", "pyro.poutine.scale_messenger")
 # Their constructors make everything that a distribution holds from what they are given.
 _LIBRARIES = ("torch.distributions.", "pyro.distributions.")
-_PLAIN = (bool, int, float, str, torch.Size, type(None))
+# What their objects compute, they compute from what they hold.
+_KNOWN = ("torch.", "pyro.")
+_PLAIN = (bool, int, float, str, torch.Size, type(None), torch.dtype, torch.device, Constraint)
+
+
+class _Written(NamedTuple):
+    """Memory that observed operations wrote to. Holding it keeps its address from being used again."""
+
+    memory: torch.UntypedStorage
+    deps: Sites
+    version: int  # of the tensor, after the last of them
 
 
 class Provenance(TorchFunctionMode):
-    """Follows latent values through torch operations; use as a context manager around guide and model.
-
-    TorchScript functions and C++ extensions called without torch functions are not seen: their differentiable results
-    count as depending on every site drawn so far.
-    """
+    """Follows latent values through torch operations; use as a context manager around guide and model."""
 
     def __init__(self) -> None:
         super().__init__()
         self.order: list[str] = []
         self.control: Sites = 0  # behind Python control flow
-        self._of: dict[int, tuple[weakref.ref[torch.Tensor], Sites]] = {}  # by id, which lives as long as its tensor
-        self._written = False
+        # by id, which lives as long as its tensor; with the version that was looked at
+        self._of: dict[int, tuple[weakref.ref[torch.Tensor], Sites, int]] = {}
+        self._written: dict[int, _Written] = {}
+        self._marked = False  # something that depends on a site was written
+        self._roots: tuple[Any, ...] = ()
+        self._parameters: set[str] = set()  # names in the parameter store when the first site was drawn
         self._aside = 0
         self._popped = False
 
@@ -72,38 +104,47 @@ class Provenance(TorchFunctionMode):
         COERCIONS.remove(self._construct)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **kwargs) if kwargs else func(*args)
         if self._aside:
-            return result
-        deps = self._behind(args)
+            return func(*args, **kwargs) if kwargs else func(*args)
+        deps = self._behind(args)  # before the arguments change
         if kwargs:
             deps |= self._behind(kwargs.values())
+            result = func(*args, **kwargs)
+            if "out" in kwargs:
+                self._write(kwargs["out"], deps)
+        else:
+            result = func(*args)
         if deps:
-            deps = self._special(getattr(func, "__name__", ""), args, kwargs, deps)
+            deps = self._special(getattr(func, "__name__", ""), args, kwargs or {}, deps)
         if isinstance(result, torch.Tensor):
             if not (args and result is args[0]):
                 self._record(result, deps)
+            elif self._version(result) != self._of[id(result)][2]:
+                self._write(result, deps)
+        elif result is None:
+            name = getattr(func, "__name__", "")
+            if name in _STATEMENTS or (name.endswith("_") and not name.endswith("__")):
+                self._write(args[0], deps)
         elif isinstance(result, (tuple, list)):
             self._results(func, result, deps)
-        elif deps and result is not None:
+        elif deps:
             self._python_value(func, deps)
         return result
 
-    def _special(self, name: str, args: Any, kwargs: Any, deps: Sites) -> Sites:
+    def _special(self, name: str, args: Any, kwargs: Mapping[str, Any], deps: Sites) -> Sites:
         """What the result of an operation depends on, given what its arguments do; notes what else it does."""
         if name in _LIKE:
-            return 0
+            return self._behind(args[1:]) | self._behind(kwargs.values())
         if name in _AS:
             return self.of(args[0])
-        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i"):
-            self._write(args[0], deps)
-        elif name.startswith(_SHAPES) or (name == "where" and len(args) == 1):
+        if name.startswith(_SHAPES) or (name == "where" and len(args) == 1):
             self.control |= deps
         elif name == "__getitem__":
             index = args[1] if isinstance(args[1], (tuple, list)) else (args[1],)
             self.control |= self._behind(i for i in index if isinstance(i, torch.Tensor) and i.dtype == torch.bool)
-        if kwargs and isinstance(kwargs.get("out"), torch.Tensor):
-            self._write(kwargs["out"], deps)
+        elif name in _RUNNING and kwargs.get("training", kwargs.get("use_input_stats", (*args, *[False] * 6)[5])):
+            others = (*args[1:], *(v for k, v in kwargs.items() if k != "input"))
+            self._write([x for x in others if isinstance(x, torch.Tensor) and not x.requires_grad], deps)
         return deps
 
     def _behind(self, args: Iterable[Any]) -> Sites:
@@ -115,25 +156,58 @@ class Provenance(TorchFunctionMode):
                 deps |= self._behind(a)
         return deps
 
-    def of(self, x: Any) -> Sites:
+    # ---- one tensor -------------------------------------------------------------------------------------------------
+
+    def of(self, x: torch.Tensor) -> Sites:
         """The sites behind a tensor."""
         entry = self._of.get(id(x))
-        if entry is not None and entry[0]() is x:
-            deps = entry[1]
-        elif x.is_leaf:
-            deps = 0
-        else:  # a result that no torch function returned while we looked
-            deps = self.drawn
+        if entry is None or entry[0]() is not x:
+            deps = self.drawn  # nothing, before the first draw
             self._record(x, deps)
-        if self._written and x._base is not None:
-            base = self._of.get(id(x._base))
-            if base is not None:
-                deps |= base[1]
+        else:
+            deps = entry[1]
+            if entry[2] != self._version(x):
+                deps |= self._changed(x)
+                self._record(x, deps)
+        if self._marked:
+            written = self._written.get(_memory(x)[1])
+            if written is not None:
+                deps |= written.deps
         return deps
 
+    @staticmethod
+    def _version(x: torch.Tensor) -> int:
+        try:
+            return x._version
+        except RuntimeError:  # inference tensors count no versions
+            return -1
+
     def _record(self, x: torch.Tensor, deps: Sites) -> None:
-        if deps or not x.is_leaf:
-            self._of[id(x)] = (weakref.ref(x), deps)
+        self._of[id(x)] = (weakref.ref(x), deps, self._version(x))
+
+    def _changed(self, x: torch.Tensor) -> Sites:
+        """What was written into a tensor whose version moved: known if the last to move it was seen."""
+        written = self._written.get(_memory(x)[1])
+        return written.deps if written is not None and written.version == x._version else self.drawn
+
+    def _write(self, x: Any, deps: Sites) -> None:
+        """An observed operation changed ``x`` in place, and with it all that shares its memory."""
+        if isinstance(x, (tuple, list)):
+            for item in x:
+                self._write(item, deps)
+        if not isinstance(x, torch.Tensor):
+            return
+        entry = self._of.get(id(x))
+        if entry is not None and entry[0]() is x:
+            deps |= entry[1]
+        memory, key = _memory(x)
+        if memory is None:  # sparse, or inside vmap: who shares its memory cannot be known
+            self.control |= deps
+        else:
+            before = self._written[key].deps if key in self._written else 0
+            self._written[key] = _Written(memory, before | deps, self._version(x))
+            self._marked |= deps != 0
+        self._record(x, deps)
 
     def _results(self, func: Any, results: Iterable[Any], deps: Sites) -> None:
         for item in results:
@@ -143,13 +217,6 @@ class Provenance(TorchFunctionMode):
                 self._results(func, item, deps)
             elif deps:
                 self._python_value(func, deps)
-
-    def _write(self, x: torch.Tensor, deps: Sites) -> None:
-        """An operation that changed ``x`` in place, and with it what ``x`` is a view of."""
-        self._written = True
-        self._record(x, deps | self.of(x))
-        if x._base is not None:
-            self._record(x._base, deps | self.of(x._base))
 
     def _python_value(self, func: Any, deps: Sites) -> None:
         if getattr(func, "__name__", "") in _METADATA or not deps & ~self.control:
@@ -170,8 +237,8 @@ class Provenance(TorchFunctionMode):
         self.leave()
         try:
             made = type.__call__(cls, *args, **kwargs)
-            given = tensors(*args, *kwargs.values())
-            self._adopt(tensors(made), given, self._behind(given))
+            given, clear = holds(*args, *kwargs.values())
+            self._adopt(tensors(made), given, self._behind(given) if clear else self.drawn)
         finally:
             self.resume()
         return made
@@ -183,10 +250,24 @@ class Provenance(TorchFunctionMode):
 
     # ---- what the adapter tells and asks ----------------------------------------------------------------------------
 
-    def begin(self, *arguments: Any) -> None:
-        """Tensors that exist before the first draw depend on nothing."""
-        for x in tensors(*arguments):
-            self._record(x, 0)
+    def begin(self, *roots: Any) -> None:
+        """Model, guide and their arguments, which lead to the tensors that a program holds from before."""
+        self._roots = roots
+
+    def before_draw(self) -> None:
+        """A site is about to be drawn. Whatever exists before the first depends on nothing."""
+        if not self.order:
+            stored = dict(pyro.get_param_store().named_parameters())
+            self._parameters = set(stored)
+            for x in (*stored.values(), *reachable(*self._roots)):
+                self._record(x, 0)
+
+    def parameter(self, name: str, value: torch.Tensor) -> None:
+        """A parameter that the store did not hold starts where it starts, whatever was drawn before."""
+        unconstrained = getattr(value, "unconstrained", None)  # absent: a module's own
+        if name not in self._parameters and unconstrained is not None:
+            self._record(value, 0)
+            self._record(unconstrained(), 0)
 
     def leave(self) -> None:
         """Until `resume`, operations are the adapter's own."""
@@ -200,6 +281,25 @@ class Provenance(TorchFunctionMode):
         self._aside -= 1
         if self._popped and not self._aside:
             super().__enter__()
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Between `leave` and `resume`, operations of the program's own after all."""
+        aside, popped, self._aside = self._aside, self._popped, 0
+        if popped:
+            super().__enter__()
+        try:
+            yield
+        finally:
+            if popped:
+                super().__exit__(None, None, None)
+            self._aside, self._popped = aside, popped
+
+    def adopt(self, x: torch.Tensor) -> None:
+        """Indices of a minibatch: drawn by Pyro, whichever run did it."""
+        self.leave()
+        self._record(x, 0)
+        self.resume()
 
     def behind(self, held: Iterable[Any]) -> Sites:
         """The sites behind tensors, and behind the control flow so far."""
@@ -219,6 +319,18 @@ class Provenance(TorchFunctionMode):
         return frozenset(name for i, name in enumerate(self.order) if deps >> i & 1)
 
 
+def _memory(x: torch.Tensor) -> tuple[torch.UntypedStorage | None, int]:
+    """The memory of a tensor, and its key; it has none if it is sparse or a batch inside `vmap`."""
+    try:
+        memory = x.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return None, 0
+    return memory, memory._cdata
+
+
+# ---- what objects hold -------------------------------------------------------------------------------------------
+
+
 def tensors(*things: Any, through: Any = (Distribution, Transform)) -> list[torch.Tensor]:
     """All tensors that distributions, transforms, modules, containers, partial functions and closures hold."""
     found: list[torch.Tensor] = []
@@ -226,7 +338,16 @@ def tensors(*things: Any, through: Any = (Distribution, Transform)) -> list[torc
     return found
 
 
-def _gather(things: Iterable[Any], through: Any, found: list[torch.Tensor], seen: set[int]) -> None:
+def holds(*things: Any) -> tuple[list[torch.Tensor], bool]:
+    """The same, and whether these are all that the things can compute from: not so for classes of the user's, whose
+    methods may read anything."""
+    found: list[torch.Tensor] = []
+    clear = _gather(things, (Distribution, Transform), found, set())
+    return found, clear
+
+
+def _gather(things: Iterable[Any], through: Any, found: list[torch.Tensor], seen: set[int]) -> bool:
+    clear = True
     for thing in things:
         if isinstance(thing, torch.Tensor):
             found.append(thing)
@@ -236,19 +357,112 @@ def _gather(things: Iterable[Any], through: Any, found: list[torch.Tensor], seen
             if id(thing) in seen:  # a transform and its inverse hold each other
                 continue
             seen.add(id(thing))
-            _gather(vars(thing).values(), through, found, seen)
+            clear &= type(thing).__module__.startswith(_LIBRARIES)
+            clear &= _gather(vars(thing).values(), through, found, seen)
         elif isinstance(thing, (tuple, list)):
-            _gather(thing, through, found, seen)
+            clear &= _gather(thing, through, found, seen)
         elif isinstance(thing, Mapping):
-            _gather(thing.values(), through, found, seen)
+            clear &= _gather(thing.values(), through, found, seen)
         elif isinstance(thing, torch.nn.Module):
             for module in thing.modules():
+                clear &= type(module).__module__.startswith(_KNOWN)
                 _gather((module._parameters, module._buffers), through, found, seen)
                 found += [x for x in vars(module).values() if isinstance(x, torch.Tensor)]
         elif isinstance(thing, functools.partial):
-            _gather((thing.args, thing.keywords), through, found, seen)
-        elif cells := getattr(thing, "__closure__", None):
-            _gather((c.cell_contents for c in cells if c.cell_contents is not thing), through, found, seen)
+            clear &= _gather((thing.func, thing.args, thing.keywords), through, found, seen)
+        elif isinstance(thing, (Distribution, Transform)):  # not asked to go through
+            continue
+        elif not _module(thing).startswith(_KNOWN):
+            clear = False
+        elif id(thing) not in seen:
+            seen.add(id(thing))
+            clear &= _gather(getattr(thing, "__dict__", {}).values(), through, found, seen)
+    return clear
+
+
+def _module(thing: Any) -> str:
+    """Where a function or a class, or the class of an object, was written."""
+    named = isinstance(thing, (types.FunctionType, types.BuiltinFunctionType, type))
+    return getattr(thing if named else type(thing), "__module__", None) or ""
+
+
+# ---- what a program holds from before ------------------------------------------------------------------------------
+
+_OBJECTS = 2000  # looked into at each run; what lies beyond counts as unknown
+_ELEMENTS = 200  # of a container of anything else than tensors
+_ELSEWHERE = frozenset({"torch", "pyro", "numpy", "pandas", "scipy", *sys.stdlib_module_names})
+_ATOMS = frozenset((bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device, Trace))
+
+
+def reachable(*roots: Any) -> list[torch.Tensor]:
+    """Tensors that functions, methods, modules and plain objects of the user's can lead to, through closures, defaults,
+    globals that code names, attributes and containers."""
+    found: list[torch.Tensor] = []
+    seen: set[int] = set()
+    queue = deque(roots)
+    while queue and len(seen) < _OBJECTS:
+        thing = queue.popleft()
+        if isinstance(thing, torch.Tensor):
+            found.append(thing)
+        elif type(thing) not in _ATOMS and id(thing) not in seen:
+            seen.add(id(thing))
+            queue.extend(_parts(thing))
+    return found
+
+
+def _parts(thing: Any) -> Iterable[Any]:
+    if isinstance(thing, Mapping):
+        return _elements(thing.values())
+    if isinstance(thing, (tuple, list, set, frozenset, deque)):
+        return _elements(thing)
+    if isinstance(thing, types.FunctionType):
+        return _parts_of_function(thing)
+    if isinstance(thing, types.MethodType):
+        return (thing.__self__, thing.__func__)
+    if isinstance(thing, functools.partial):
+        return (thing.func, thing.args, thing.keywords)
+    if isinstance(thing, (staticmethod, classmethod)):
+        return (thing.__func__,)
+    if isinstance(thing, property):
+        return (thing.fget,)
+    where = _module(thing).partition(".")[0]
+    if isinstance(thing, type):
+        return () if where in _ELSEWHERE else [*vars(thing).values(), *thing.__bases__]
+    if isinstance(thing, types.ModuleType) or (where in _ELSEWHERE - {"torch", "pyro"} and where != "types"):
+        return ()
+    if isinstance(thing, torch.nn.Module) and type(thing).__module__.startswith("torch.nn."):
+        return (thing._parameters, thing._buffers, thing._modules)
+    slots = (getattr(thing, s, None) for s in getattr(type(thing), "__slots__", ()) if isinstance(s, str))
+    return [*getattr(thing, "__dict__", {}).values(), *slots, type(thing)]
+
+
+def _elements(things: Iterable[Any]) -> Iterable[Any]:
+    if len(things) <= _ELEMENTS or isinstance(next(iter(things)), torch.Tensor):
+        return things
+    return ()
+
+
+def _parts_of_function(function: types.FunctionType) -> list[Any]:
+    parts = [function.__defaults__, function.__kwdefaults__, *vars(function).values()]
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # empty
+            parts.append(cell.cell_contents)
+    if _module(function).partition(".")[0] not in _ELSEWHERE:
+        names = _names(function.__code__)
+        for name in names:
+            value = function.__globals__.get(name)
+            if isinstance(value, types.ModuleType):
+                if value.__name__.partition(".")[0] not in _ELSEWHERE:
+                    parts += [vars(value).get(n) for n in names]
+            elif value is not None:
+                parts.append(value)
+    return parts
+
+
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """Names that code looks up outside of itself, that of the functions inside it included."""
+    inner = [_names(c) for c in code.co_consts if isinstance(c, types.CodeType)]
+    return code.co_names + tuple(n for names in inner for n in names) if inner else code.co_names
 
 
 class StopParameters(TorchFunctionMode):

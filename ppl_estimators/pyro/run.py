@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from ..core import families
 from ..core.errors import EstimatorError, site_error
 from ..core.site import Plate, Site, Term
-from .dependencies import Provenance, Sites, tensors
+from .dependencies import Provenance, Sites, holds
 from .distributions import constant, describe, family, is_masked, log_q, relaxed_log_prob
 
 Array = torch.Tensor
@@ -48,7 +49,13 @@ def plates_of(msg: Message) -> frozenset[Plate]:
 class _Conduct(Messenger):
     """Asks ``draw`` for the values of latent sites, records every site, shares the minibatch between runs."""
 
-    def __init__(self, draw: Draw, record: dict[str, Message], subsamples: dict[str, Array], provenance: Any):
+    def __init__(
+        self,
+        draw: Draw,
+        record: dict[str, Message],
+        subsamples: dict[str, Array],
+        provenance: Provenance | None,
+    ):
         super().__init__()
         self.draw, self.record, self.subsamples, self.provenance = draw, record, subsamples, provenance
 
@@ -57,29 +64,54 @@ class _Conduct(Messenger):
             if msg["value"] is None and msg["name"] in self.subsamples:
                 msg["value"], msg["done"] = self.subsamples[msg["name"]], True
             return
-        follow = self.provenance
         latent = not (msg["is_observed"] or msg["done"])
-        if follow is None:
-            if latent:
-                msg["value"], msg["done"] = self.draw(msg), True
-            return
+        if self.provenance is not None:
+            self._followed(msg, self.provenance, latent)
+        elif latent:
+            msg["value"], msg["done"] = self.draw(msg), True
+
+    def _followed(self, msg: Message, follow: Provenance, latent: bool) -> None:
         follow.leave()
         try:
-            held = tensors(msg["fn"])  # before the draw, which caches tensors inside the distribution
+            held, clear = holds(msg["fn"])  # before the draw, which caches tensors inside the distribution
             deps = follow.behind(held)
             if latent:
+                follow.before_draw()
                 before = follow.drawn
-                msg["value"], msg["done"] = self.draw(msg), True
+                with nullcontext() if clear else follow.again():
+                    msg["value"], msg["done"] = self.draw(msg), True
                 deps |= follow.drawn & ~before  # a distribution may itself draw: a network with random weights
                 if msg["name"] not in follow.order:  # the model only replays
+                    if not clear:
+                        deps |= follow.behind((msg["value"],))
                     follow.drawn_at(msg["name"], msg["fn"], msg["value"], held, deps)
+            if not clear:
+                deps |= self._observed_log_prob(msg, follow)
             msg["behind"] = deps | follow.behind((msg["value"], msg["scale"], msg["mask"]))
         finally:
             follow.resume()
 
+    @staticmethod
+    def _observed_log_prob(msg: Message, follow: Provenance) -> Sites:
+        """What a term depends on whose distribution, the user's own, may compute it from anything: watch it do so."""
+        try:
+            with follow.again():
+                msg["log_p"] = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
+        except Exception:  # it will be raised where the term is wanted
+            return follow.drawn
+        return follow.behind((msg["log_p"],))
+
+    def _pyro_post_param(self, msg: Message) -> None:
+        if self.provenance is not None:
+            self.provenance.leave()
+            self.provenance.parameter(msg["name"], msg["value"])
+            self.provenance.resume()
+
     def _pyro_post_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
             self.subsamples.setdefault(msg["name"], msg["value"])
+            if self.provenance is not None:
+                self.provenance.adopt(msg["value"])
             return
         name = msg["name"]
         if name in self.record:
@@ -104,7 +136,7 @@ def execute(
     """
     traces = Traces(subsamples=subsamples)
     if provenance is not None:
-        provenance.begin(args, kwargs)
+        provenance.begin(guide, model, args, kwargs)
     with _Conduct(draw, traces.guide, subsamples, provenance):
         guide(*args, **kwargs)
     if observes:
@@ -176,9 +208,11 @@ def terms_of(
                 msg["log_q"] = log_q(fn, value)
                 log_p = msg["log_q"].detach()
             else:
-                if side == "guide" and name in local:
-                    value = value.clone()
-                log_p = fn.log_prob(value, *msg["args"], **msg["kwargs"])
+                log_p = msg.pop("log_p", None)
+                if side == "guide" and (name in local or name in hard):
+                    value, log_p = value.clone() if name in local else value, None
+                if log_p is None:
+                    log_p = fn.log_prob(value, *msg["args"], **msg["kwargs"])
             log_p = msg["log_prob"] = scale_and_mask(log_p, msg["scale"], msg["mask"])
             terms.append(Term(side, name, log_p if side == "model" else -log_p, plates_of(msg), deps))
     return terms
