@@ -5,10 +5,17 @@ Each guide draws `z` first. A later site must name it if and only if it was made
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+import types
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -18,8 +25,9 @@ from pyro.distributions.distribution import COERCIONS
 from pyro.nn import PyroModule, PyroSample
 from torch.overrides import _get_current_function_mode
 
-from ppl_estimators import LeaveOneOut, Reinforce
 from ppl_estimators.pyro import EstimatorELBO
+from ppl_estimators.pyro.dependencies import Provenance
+from ppl_estimators.pyro.run import execute
 
 Guide = Callable[[], object]
 with warnings.catch_warnings():
@@ -27,22 +35,20 @@ with warnings.catch_warnings():
     ONCE_TRACED = torch.jit.trace(lambda x: 2 * x, torch.tensor(1.0))
 
 
-def depends_on(guide: Guide) -> dict[str, set[str]]:
-    """For each site of the guide, the sites it depends on, as the ELBO sees it."""
-    sites = [
-        (name, site["fn"]) for name, site in poutine.trace(guide).get_trace().nodes.items() if site["type"] == "sample"
-    ]
+def plain(msg: Any) -> torch.Tensor:
+    value: torch.Tensor = msg["fn"](*msg["args"], **msg["kwargs"])
+    return value
 
-    def model() -> None:
-        for name, fn in sites:
-            prior = dist.Normal(0.0, 1.0) if fn.has_rsample else dist.Bernoulli(0.5)
-            pyro.sample(name, prior.expand(fn.batch_shape + fn.event_shape).to_event())
 
-    elbo = EstimatorELBO(default=Reinforce(LeaveOneOut()), num_particles=2)
-    elbo.loss_and_grads(model, guide)
+def depends_on(guide: Guide, model: Guide | None = None) -> dict[str, set[str]]:
+    """For each site of the guide, and each observed one of the model, the other sites it depends on."""
+    follow = Provenance()
+    with follow:
+        traces = execute(model, guide, (), {}, draw=plain, subsamples={}, provenance=follow)
     assert _get_current_function_mode() is None
     assert COERCIONS == []
-    return {name: set(up) for name, up in elbo._plan.graph.ancestors.items()}
+    seen = {n: m for n, m in traces.model.items() if m["is_observed"]}
+    return {name: set(follow.names(msg["behind"])) - {name} for name, msg in (traces.guide | seen).items()}
 
 
 def draw(name: str, logits: torch.Tensor) -> torch.Tensor:
@@ -151,6 +157,98 @@ def one_distribution_for_two_sites() -> None:
     pyro.sample("u", d)
 
 
+def written_into_fresh_zeros() -> None:
+    """What was written counts, not all that was drawn."""
+    a = pyro.param("a", torch.tensor(0.3))
+    draw("u", a)
+    z = pyro.sample("z", dist.Normal(a, 1.0))
+    x = torch.zeros(3)
+    x[1:] = z
+    draw("w", x.sum())
+
+
+def another_view_of_the_same_memory() -> None:
+    a, z = start()
+    x, y = torch.zeros(4), torch.zeros(4)
+    left, right, mine = x[:2], x[2:], y[:2]
+    left.data.copy_(z)
+    mine.fill_(1.0)  # changes its version, with nothing
+    draw("w", a + x.sum() + right.sum())
+    draw("u", a + y.sum())
+
+
+def the_data_of_a_weight() -> None:
+    a, z = start()
+    layer, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    layer.weight.data = z.expand(2, 2)
+    other.weight.data = a.detach().expand(2, 2)
+    draw("w", layer(torch.ones(2)).sum())
+    draw("u", a)
+
+
+def running_statistics() -> None:
+    a, z = start()
+    norm = torch.nn.BatchNorm1d(1)
+    norm(z.expand(2, 1) * torch.tensor([[1.0], [2.0]]))
+    draw("w", a + norm.running_mean.sum())
+    draw("u", a)
+
+
+def a_distribution_that_holds_an_object() -> None:
+    a, z = start()
+    pyro.sample("w", Held(Box(types.SimpleNamespace(logits=a * z))))
+    pyro.sample("u", Held(Box(types.SimpleNamespace(logits=a))))
+
+
+def wrapped_and_transformed() -> None:
+    a, z = start()
+    pyro.sample("w", Held(Box(types.SimpleNamespace(logits=a * z))).expand([2]).mask(True).to_event(1))
+    shift = [ShiftBy({"by": [a]})]
+    pyro.sample("u", dist.TransformedDistribution(dist.Normal(0.0, 1.0), shift))
+
+
+@dataclass
+class Box:
+    inner: Any
+
+
+class Held(dist.Bernoulli):
+    """A user's subclass, which reads its logits out of the objects that it was given."""
+
+    def __init__(self, box: Box):
+        self.box = box
+        super().__init__(logits=torch.zeros(()))
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        new = Held(self.box)
+        super().expand(batch_shape, _instance=new)
+        return new
+
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+        return dist.Bernoulli(logits=self.box.inner.logits.expand(self.batch_shape)).log_prob(value)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> torch.Tensor:  # noqa: B008
+        return dist.Bernoulli(logits=self.box.inner.logits.expand(self.batch_shape)).sample(sample_shape)
+
+
+class ShiftBy(torch.distributions.Transform):
+    domain = codomain = dist.constraints.real
+    bijective = True
+
+    def __init__(self, held: dict[str, list[torch.Tensor]]):
+        super().__init__()
+        self.held = held
+
+    def _call(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.held["by"][0]
+
+    def _inverse(self, y: torch.Tensor) -> torch.Tensor:
+        return y - self.held["by"][0]
+
+    def log_abs_det_jacobian(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+
 @pytest.mark.parametrize(
     "guide",
     [
@@ -165,10 +263,162 @@ def one_distribution_for_two_sites() -> None:
         parameters_shared_with_another_site,
         computed_before_the_first_draw,
         one_distribution_for_two_sites,
+        written_into_fresh_zeros,
+        another_view_of_the_same_memory,
+        the_data_of_a_weight,
+        running_statistics,
+        a_distribution_that_holds_an_object,
+        wrapped_and_transformed,
     ],
 )
 def test_values(guide: Guide) -> None:
     assert depends_on(guide) == {"z": set(), "w": {"z"}, "u": set()}
+
+
+# ---- held from before the first draw: depends on nothing -------------------------------------------------------------
+
+CONSTANT = torch.tensor(0.5)
+SETTINGS = {"offsets": [torch.tensor(0.1)]}
+
+
+def helper() -> torch.Tensor:
+    return max(x + CONSTANT for x in SETTINGS["offsets"])
+
+
+class Program:
+    """A user's plain object, with networks and data in its attributes."""
+
+    slope = torch.tensor(2.0)
+
+    def __init__(self) -> None:
+        self.networks = {"a": torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Softplus())}
+        self.data = np.float32(1.0), torch.tensor([0.7])
+        self.prior = dist.Normal(torch.tensor(0.5), 2.0)
+
+    def guide(self) -> None:
+        start()
+        pyro.sample("w", dist.Normal(self.networks["a"](self.data[1]).sum() + helper() + self.slope, 1.0))
+        pyro.sample("u", self.prior)
+        pyro.sample("v", dist.Bernoulli(logits=pyro.param("b", torch.tensor(0.3), dist.constraints.positive)))
+        with pyro.plate("rows", 4, subsample_size=2) as rows:
+            pyro.sample("t", dist.Normal(self.weights()[rows] + torch.as_tensor(self.data[0]), 1.0))
+
+    def weights(self) -> torch.Tensor:
+        return torch.cat([CONSTANT.expand(3), torch.full((1,), 2.0)])
+
+
+def test_what_a_program_holds_from_before() -> None:
+    for _ in range(2):  # the store is empty at first
+        assert depends_on(Program().guide) == {"z": set(), "w": set(), "u": set(), "v": set(), "t": set()}
+
+
+def test_equal_steps_have_equal_dependencies() -> None:
+    """No id of a tensor that is gone is taken for another's."""
+
+    def guide() -> None:
+        a, z = start()
+        for i in range(5):
+            x = torch.zeros(3)
+            for t in range(3):
+                x[t] = float(i)
+            y = torch.zeros(3)
+            y[:2] = z
+            draw(f"u{i}", a + x.sum())
+            draw(f"w{i}", a + y[1:].sum())
+
+    found = [depends_on(guide) for _ in range(20)]
+    assert found[0]["u4"] == set()
+    assert found[0]["w4"] == {"z"}
+    assert all(f == found[0] for f in found)
+
+
+# ---- what cannot be followed: depends on all that was drawn before ---------------------------------------------------
+
+
+def in_a_thread(z: torch.Tensor) -> torch.Tensor:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: 2 * z).result()
+
+
+def written_by_a_thread(z: torch.Tensor) -> torch.Tensor:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(BUFFER.copy_, z).result()
+    return BUFFER.clone()
+
+
+def written_by_a_thread_under_cover(z: torch.Tensor) -> torch.Tensor:
+    """A write that is seen follows one that was not."""
+    buffer = torch.zeros(())
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(buffer.copy_, z).result()
+    buffer.add_(1.0)
+    return buffer
+
+
+def through_a_file(z: torch.Tensor) -> torch.Tensor:
+    file = io.BytesIO()
+    torch.save(z, file)
+    file.seek(0)
+    return torch.load(file)
+
+
+def by_a_c_pointer(z: torch.Tensor) -> torch.Tensor:
+    import ctypes
+
+    buffer = torch.zeros(())
+    ctypes.memmove(buffer.data_ptr(), z.data_ptr(), 4)
+    return buffer
+
+
+def by_its_gradient(z: torch.Tensor) -> torch.Tensor:
+    return torch.func.grad(lambda x: z.detach() * x**2)(torch.tensor(1.0))
+
+
+BUFFER = torch.zeros(())
+UNSEEN: list[Callable[[torch.Tensor], torch.Tensor]] = [
+    in_a_thread,
+    written_by_a_thread,
+    written_by_a_thread_under_cover,
+    through_a_file,
+    by_a_c_pointer,
+    by_its_gradient,
+    torch.vmap(lambda x: 2 * x),
+    lambda z: ONCE_TRACED(z),
+    lambda z: torch.nn.Parameter(z),
+    lambda z: copy.copy(z),
+    lambda z: pickle.loads(pickle.dumps(z)),
+    lambda z: torch.from_numpy(z.numpy()),
+    lambda z: torch.nested.nested_tensor([z.reshape(1)]).to_padded_tensor(0.0),
+]
+
+
+@pytest.mark.parametrize("unseen", UNSEEN)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_cannot_be_followed(unseen: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def guide() -> None:
+        a = pyro.param("a", torch.tensor(0.3))
+        z = draw("z", a.expand(1) if unseen is UNSEEN[6] else a)
+        with torch.no_grad():
+            draw("w", a + unseen(z).sum())
+
+    assert depends_on(guide) == {"z": set(), "w": {"z"}}
+
+
+def test_a_likelihood_of_the_users_own() -> None:
+    """The term depends on what its log_prob returned, not on all that was drawn."""
+
+    def guide() -> None:
+        start()
+        draw("y", torch.tensor(0.1))
+
+    def model() -> None:
+        z, y = (pyro.sample(n, dist.Bernoulli(0.5)) for n in "zy")
+        pyro.sample("of_z", Held(Box(types.SimpleNamespace(logits=2 * z))), obs=torch.tensor(1.0))
+        pyro.sample("of_y", Held(Box(types.SimpleNamespace(logits=y - 1))), obs=torch.tensor(1.0))
+
+    found = depends_on(guide, model)
+    assert found["of_z"] == {"z"}
+    assert found["of_y"] == {"y"}
 
 
 # ---- control flow: everything after depends on z ---------------------------------------------------------------------
@@ -256,7 +506,7 @@ def test_a_distribution_that_draws() -> None:
 
 def test_an_error_leaves_nothing_behind() -> None:
     def guide() -> None:
-        _, z = start()
+        start()
         pyro.sample("w", dist.Normal(z, -1.0))
 
     with pytest.raises(ValueError, match="scale"):

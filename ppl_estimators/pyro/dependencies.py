@@ -53,7 +53,8 @@ _AS = frozenset("expand_as view_as reshape_as type_as to".split())
 # The shape of their result answers questions about the data.
 _SHAPES = ("nonzero", "argwhere", "unique", "_unique", "masked_select", "repeat_interleave", "bincount")
 # Statements that change their first argument and return nothing.
-_STATEMENTS = frozenset(("__setitem__", "__set__", "__setstate__"))
+_STATEMENTS = frozenset(("__setitem__", "__setstate__"))
+_SET_DATA = torch.Tensor.data.__set__
 # With `training`, they change the buffers among their arguments, and no version moves.
 _RUNNING = frozenset(("batch_norm", "instance_norm"))
 # Python wrappers of torch: what their caller wants the answer for is what counts.
@@ -64,7 +65,9 @@ _CHECKS = ("torch.distributions.", "pyro.distributions.", "pyro.util", "pyro.pou
 _LIBRARIES = ("torch.distributions.", "pyro.distributions.")
 # What their objects compute, they compute from what they hold.
 _KNOWN = ("torch.", "pyro.")
-_PLAIN = (bool, int, float, str, torch.Size, type(None), torch.dtype, torch.device, Constraint)
+_ATOMS = frozenset(
+    (bool, int, float, complex, str, bytes, slice, type(None), type(...), torch.Size, torch.dtype, torch.device, Trace)
+)
 
 
 class _Written(NamedTuple):
@@ -87,7 +90,7 @@ class Provenance(TorchFunctionMode):
         self._written: dict[int, _Written] = {}
         self._marked = False  # something that depends on a site was written
         self._roots: tuple[Any, ...] = ()
-        self._parameters: set[str] = set()  # names in the parameter store when the first site was drawn
+        self.stored: set[str] = set()  # names in the parameter store when the first site was drawn
         self._aside = 0
         self._popped = False
 
@@ -119,11 +122,13 @@ class Provenance(TorchFunctionMode):
         if isinstance(result, torch.Tensor):
             if not (args and result is args[0]):
                 self._record(result, deps)
-            elif self._version(result) != self._of[id(result)][2]:
-                self._write(result, deps)
+            else:
+                self._returned(result, deps)
         elif result is None:
             name = getattr(func, "__name__", "")
-            if name in _STATEMENTS or (name.endswith("_") and not name.endswith("__")):
+            if func == _SET_DATA:  # other memory, which nobody wrote to
+                self._record(args[0], self.of(args[1]))
+            elif name in _STATEMENTS or (name.endswith("_") and not name.endswith("__")):
                 self._write(args[0], deps)
         elif isinstance(result, (tuple, list)):
             self._results(func, result, deps)
@@ -150,9 +155,10 @@ class Provenance(TorchFunctionMode):
     def _behind(self, args: Iterable[Any]) -> Sites:
         deps = 0
         for a in args:
-            if isinstance(a, torch.Tensor):
+            kind = type(a)
+            if kind is torch.Tensor or (kind not in _ATOMS and isinstance(a, torch.Tensor)):
                 deps |= self.of(a)
-            elif isinstance(a, (tuple, list)):
+            elif kind is tuple or kind is list or isinstance(a, (tuple, list)):
                 deps |= self._behind(a)
         return deps
 
@@ -161,34 +167,41 @@ class Provenance(TorchFunctionMode):
     def of(self, x: torch.Tensor) -> Sites:
         """The sites behind a tensor."""
         entry = self._of.get(id(x))
+        try:
+            version = x._version
+        except RuntimeError:  # inference tensors count no versions
+            version = -1
         if entry is None or entry[0]() is not x:
             deps = self.drawn  # nothing, before the first draw
-            self._record(x, deps)
+            self._of[id(x)] = (weakref.ref(x), deps, version)
         else:
             deps = entry[1]
-            if entry[2] != self._version(x):
+            if entry[2] != version:
                 deps |= self._changed(x)
-                self._record(x, deps)
+                self._of[id(x)] = (entry[0], deps, version)
         if self._marked:
             written = self._written.get(_memory(x)[1])
             if written is not None:
                 deps |= written.deps
         return deps
 
-    @staticmethod
-    def _version(x: torch.Tensor) -> int:
-        try:
-            return x._version
-        except RuntimeError:  # inference tensors count no versions
-            return -1
-
     def _record(self, x: torch.Tensor, deps: Sites) -> None:
-        self._of[id(x)] = (weakref.ref(x), deps, self._version(x))
+        try:
+            version = x._version
+        except RuntimeError:
+            version = -1
+        self._of[id(x)] = (weakref.ref(x), deps, version)
 
     def _changed(self, x: torch.Tensor) -> Sites:
         """What was written into a tensor whose version moved: known if the last to move it was seen."""
         written = self._written.get(_memory(x)[1])
         return written.deps if written is not None and written.version == x._version else self.drawn
+
+    def _returned(self, x: torch.Tensor, deps: Sites) -> None:
+        """An observed operation returned its first argument: changed, if its version moved."""
+        before = self._of[id(x)][2]
+        if before < 0 or before != x._version:
+            self._write(x, deps)
 
     def _write(self, x: Any, deps: Sites) -> None:
         """An observed operation changed ``x`` in place, and with it all that shares its memory."""
@@ -200,14 +213,14 @@ class Provenance(TorchFunctionMode):
         entry = self._of.get(id(x))
         if entry is not None and entry[0]() is x:
             deps |= entry[1]
+        self._record(x, deps)
         memory, key = _memory(x)
         if memory is None:  # sparse, or inside vmap: who shares its memory cannot be known
             self.control |= deps
-        else:
-            before = self._written[key].deps if key in self._written else 0
-            self._written[key] = _Written(memory, before | deps, self._version(x))
-            self._marked |= deps != 0
-        self._record(x, deps)
+            return
+        before = self._written[key].deps if key in self._written else 0
+        self._written[key] = _Written(memory, before | deps, self._of[id(x)][2])
+        self._marked |= deps != 0
 
     def _results(self, func: Any, results: Iterable[Any], deps: Sites) -> None:
         for item in results:
@@ -236,16 +249,18 @@ class Provenance(TorchFunctionMode):
             return None
         self.leave()
         try:
+            given, clear = holds(*args, *kwargs.values())  # before it computes what they hold lazily
+            deps = self._behind(given) if clear else self.drawn
             made = type.__call__(cls, *args, **kwargs)
-            given, clear = holds(*args, *kwargs.values())
-            self._adopt(tensors(made), given, self._behind(given) if clear else self.drawn)
+            self._adopt(tensors(made), given, deps)
         finally:
             self.resume()
         return made
 
     def _adopt(self, held: list[torch.Tensor], known: list[torch.Tensor], deps: Sites) -> None:
+        before = set(map(id, known))
         for x in held:
-            if not any(x is k for k in known):
+            if id(x) not in before:
                 self._record(x, deps)
 
     # ---- what the adapter tells and asks ----------------------------------------------------------------------------
@@ -258,16 +273,17 @@ class Provenance(TorchFunctionMode):
         """A site is about to be drawn. Whatever exists before the first depends on nothing."""
         if not self.order:
             stored = dict(pyro.get_param_store().named_parameters())
-            self._parameters = set(stored)
+            self.stored = set(stored)
             for x in (*stored.values(), *reachable(*self._roots)):
                 self._record(x, 0)
 
     def parameter(self, name: str, value: torch.Tensor) -> None:
         """A parameter that the store did not hold starts where it starts, whatever was drawn before."""
-        unconstrained = getattr(value, "unconstrained", None)  # absent: a module's own
-        if name not in self._parameters and unconstrained is not None:
+        unconstrained = getattr(value, "unconstrained", None)
+        if unconstrained is not None:  # else a module's own
             self._record(value, 0)
             self._record(unconstrained(), 0)
+        self.stored.add(name)
 
     def leave(self) -> None:
         """Until `resume`, operations are the adapter's own."""
@@ -349,15 +365,16 @@ def holds(*things: Any) -> tuple[list[torch.Tensor], bool]:
 def _gather(things: Iterable[Any], through: Any, found: list[torch.Tensor], seen: set[int]) -> bool:
     clear = True
     for thing in things:
-        if isinstance(thing, torch.Tensor):
-            found.append(thing)
-        elif isinstance(thing, _PLAIN):
+        kind = type(thing)
+        if kind in _ATOMS:
             continue
+        if kind is torch.Tensor or isinstance(thing, torch.Tensor):
+            found.append(thing)
         elif isinstance(thing, through):
             if id(thing) in seen:  # a transform and its inverse hold each other
                 continue
             seen.add(id(thing))
-            clear &= type(thing).__module__.startswith(_LIBRARIES)
+            clear &= kind.__module__.startswith(_LIBRARIES)
             clear &= _gather(vars(thing).values(), through, found, seen)
         elif isinstance(thing, (tuple, list)):
             clear &= _gather(thing, through, found, seen)
@@ -370,7 +387,7 @@ def _gather(things: Iterable[Any], through: Any, found: list[torch.Tensor], seen
                 found += [x for x in vars(module).values() if isinstance(x, torch.Tensor)]
         elif isinstance(thing, functools.partial):
             clear &= _gather((thing.func, thing.args, thing.keywords), through, found, seen)
-        elif isinstance(thing, (Distribution, Transform)):  # not asked to go through
+        elif isinstance(thing, (Distribution, Transform, Constraint)):  # not asked to go through
             continue
         elif not _module(thing).startswith(_KNOWN):
             clear = False
@@ -391,7 +408,8 @@ def _module(thing: Any) -> str:
 _OBJECTS = 2000  # looked into at each run; what lies beyond counts as unknown
 _ELEMENTS = 200  # of a container of anything else than tensors
 _ELSEWHERE = frozenset({"torch", "pyro", "numpy", "pandas", "scipy", *sys.stdlib_module_names})
-_ATOMS = frozenset((bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device, Trace))
+_WALKED = ("torch.", "pyro.", "types")  # objects of these may hold what is the user's
+_MODULE = {*vars(torch.nn.Module()), "_pyro_params"} - {"_parameters", "_buffers", "_modules"}
 
 
 def reachable(*roots: Any) -> list[torch.Tensor]:
@@ -399,44 +417,52 @@ def reachable(*roots: Any) -> list[torch.Tensor]:
     globals that code names, attributes and containers."""
     found: list[torch.Tensor] = []
     seen: set[int] = set()
-    queue = deque(roots)
-    while queue and len(seen) < _OBJECTS:
-        thing = queue.popleft()
+    queue = list(roots)
+    for thing in queue:  # which grows
+        kind = type(thing)
+        if kind in _ATOMS:
+            continue
         if isinstance(thing, torch.Tensor):
             found.append(thing)
-        elif type(thing) not in _ATOMS and id(thing) not in seen:
+        elif id(thing) not in seen:
             seen.add(id(thing))
-            queue.extend(_parts(thing))
+            if len(seen) > _OBJECTS:
+                break
+            queue += _parts(thing)
     return found
 
 
 def _parts(thing: Any) -> Iterable[Any]:
-    if isinstance(thing, Mapping):
-        return _elements(thing.values())
-    if isinstance(thing, (tuple, list, set, frozenset, deque)):
-        return _elements(thing)
-    if isinstance(thing, types.FunctionType):
+    kind = type(thing)
+    if kind is types.FunctionType:
         return _parts_of_function(thing)
-    if isinstance(thing, types.MethodType):
+    if issubclass(kind, dict):
+        return _elements(thing.values())
+    if issubclass(kind, (tuple, list, set, frozenset, deque)):
+        return _elements(thing)
+    if kind is types.MethodType:
         return (thing.__self__, thing.__func__)
-    if isinstance(thing, functools.partial):
-        return (thing.func, thing.args, thing.keywords)
-    if isinstance(thing, (staticmethod, classmethod)):
+    if kind in (staticmethod, classmethod):
         return (thing.__func__,)
-    if isinstance(thing, property):
+    if kind is property:
         return (thing.fget,)
-    where = _module(thing).partition(".")[0]
-    if isinstance(thing, type):
-        return () if where in _ELSEWHERE else [*vars(thing).values(), *thing.__bases__]
-    if isinstance(thing, types.ModuleType) or (where in _ELSEWHERE - {"torch", "pyro"} and where != "types"):
+    if kind is functools.partial:
+        return (thing.func, thing.args, thing.keywords)
+    where = _module(thing)
+    root = where.partition(".")[0]
+    if issubclass(kind, type):
+        return () if root in _ELSEWHERE else [*vars(thing).values(), *thing.__bases__]
+    if kind is types.ModuleType or (root in _ELSEWHERE and not where.startswith(_WALKED)):
         return ()
-    if isinstance(thing, torch.nn.Module) and type(thing).__module__.startswith("torch.nn."):
-        return (thing._parameters, thing._buffers, thing._modules)
-    slots = (getattr(thing, s, None) for s in getattr(type(thing), "__slots__", ()) if isinstance(s, str))
-    return [*getattr(thing, "__dict__", {}).values(), *slots, type(thing)]
+    if issubclass(kind, torch.nn.Module):
+        if where.startswith("torch.nn."):
+            return (*thing._parameters.values(), *thing._buffers.values(), *thing._modules.values())
+        return [v for k, v in vars(thing).items() if k not in _MODULE] + [kind]
+    slots = (getattr(thing, s, None) for s in getattr(kind, "__slots__", ()) if isinstance(s, str))
+    return [*getattr(thing, "__dict__", {}).values(), *slots, kind]
 
 
-def _elements(things: Iterable[Any]) -> Iterable[Any]:
+def _elements(things: Any) -> Iterable[Any]:
     if len(things) <= _ELEMENTS or isinstance(next(iter(things)), torch.Tensor):
         return things
     return ()
@@ -448,14 +474,12 @@ def _parts_of_function(function: types.FunctionType) -> list[Any]:
         with suppress(ValueError):  # empty
             parts.append(cell.cell_contents)
     if _module(function).partition(".")[0] not in _ELSEWHERE:
-        names = _names(function.__code__)
-        for name in names:
-            value = function.__globals__.get(name)
-            if isinstance(value, types.ModuleType):
-                if value.__name__.partition(".")[0] not in _ELSEWHERE:
-                    parts += [vars(value).get(n) for n in names]
-            elif value is not None:
+        names, held = _names(function.__code__), function.__globals__
+        for value in [held[n] for n in names if n in held]:
+            if type(value) is not types.ModuleType:
                 parts.append(value)
+            elif value.__name__.partition(".")[0] not in _ELSEWHERE:
+                parts += [vars(value)[n] for n in names if n in vars(value)]
     return parts
 
 

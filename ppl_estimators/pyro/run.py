@@ -102,10 +102,11 @@ class _Conduct(Messenger):
         return follow.behind((msg["log_p"],))
 
     def _pyro_post_param(self, msg: Message) -> None:
-        if self.provenance is not None:
-            self.provenance.leave()
-            self.provenance.parameter(msg["name"], msg["value"])
-            self.provenance.resume()
+        follow = self.provenance
+        if follow is not None and follow.order and msg["name"] not in follow.stored:
+            follow.leave()
+            follow.parameter(msg["name"], msg["value"])
+            follow.resume()
 
     def _pyro_post_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
