@@ -178,12 +178,12 @@ def another_view_of_the_same_memory() -> None:
 
 
 def the_data_of_a_weight() -> None:
-    a, z = start()
     layer, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    a, z = start()
     layer.weight.data = z.expand(2, 2)
     other.weight.data = a.detach().expand(2, 2)
     draw("w", layer(torch.ones(2)).sum())
-    draw("u", a)
+    draw("u", a + other(torch.ones(2)).sum())
 
 
 def running_statistics() -> None:
@@ -200,11 +200,26 @@ def a_distribution_that_holds_an_object() -> None:
     pyro.sample("u", Held(Box(types.SimpleNamespace(logits=a))))
 
 
+def a_distribution_that_reads_a_global() -> None:
+    a, z = start()
+    for name, x in (("w", a * z), ("u", a)):
+        STATE["logits"] = x
+        pyro.sample(name, Global(logits=torch.zeros(())))
+
+
 def wrapped_and_transformed() -> None:
     a, z = start()
     pyro.sample("w", Held(Box(types.SimpleNamespace(logits=a * z))).expand([2]).mask(True).to_event(1))
     shift = [ShiftBy({"by": [a]})]
     pyro.sample("u", dist.TransformedDistribution(dist.Normal(0.0, 1.0), shift))
+
+
+STATE: dict[str, torch.Tensor] = {}
+
+
+class Global(dist.Bernoulli):
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+        return dist.Bernoulli(logits=STATE["logits"]).log_prob(value)
 
 
 @dataclass
@@ -268,6 +283,7 @@ class ShiftBy(torch.distributions.Transform):
         the_data_of_a_weight,
         running_statistics,
         a_distribution_that_holds_an_object,
+        a_distribution_that_reads_a_global,
         wrapped_and_transformed,
     ],
 )
@@ -506,7 +522,7 @@ def test_a_distribution_that_draws() -> None:
 
 def test_an_error_leaves_nothing_behind() -> None:
     def guide() -> None:
-        start()
+        _, z = start()
         pyro.sample("w", dist.Normal(z, -1.0))
 
     with pytest.raises(ValueError, match="scale"):
