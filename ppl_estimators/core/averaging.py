@@ -56,13 +56,15 @@ def averages(plan: Plan, group: Group) -> bool:
 
 
 def weights(
-    ops: Ops, plan: Plan, group: Group, sites: Mapping[str, Site], draws: Mapping[str, Draw], like: Array
+    ops: Ops, plan: Plan, group: Group, sites: Mapping[str, Site], draws: Mapping[str, Draw], like: Array | None
 ) -> Array:
     """``[1 + A, *plates]``, constants of differentiation."""
     name, *others = group.sites
     estimator = plan.estimators[name]
     if others or estimator.exchangeable:  # each site's values are draws of its own, so each of the joint ones is
-        return ops.full_like(ops.indices(1 + group.alternatives, like), 1 / (1 + group.alternatives), dtype=like.dtype)
+        number = 1 + group.alternatives
+        like = 1.0 * draws[name].value if like is None else like  # whose distribution has no logits
+        return ops.full_like(ops.indices(number, like), 1 / number, dtype=like.dtype)
     return ops.stop_gradient(estimator.weights(ops, sites[name], draws[name]))
 
 
@@ -74,14 +76,16 @@ def possible(ops: Ops, site: Site, weight: Array, value: Array, drawn: Array) ->
 
 def counted(plan: Plan, group: Group, terms: Sequence[Term]) -> list[Term]:
     """The terms below ``group`` whose own gradient can be had at another value: not -log q of a score site (it has
-    none) or of one that sticks the landing, nor where a value drawn again carries only a part of its gradient."""
+    none) or of one that sticks the landing, nor where a value drawn again carries only a part of its gradient. A
+    factor or an observed site of the guide is a cost like those of the model."""
+    latent = plan.estimators
     redrawn = plan.graph.descendants(frozenset(group.sites))
     partial = frozenset(n for n in redrawn if plan.estimators[n].corrected)
     return [
         t
         for t in terms
         if not t.depends_on & partial
-        and (t.side == "model" or (plan.estimators[t.site].pathwise and t.site not in plan.sticking))
+        and (t.side == "model" or t.site not in latent or (latent[t.site].pathwise and t.site not in plan.sticking))
     ]
 
 

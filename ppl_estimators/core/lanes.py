@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from .families import ONEHOT
+from .families import BERNOULLI, ONEHOT, category, encoded
 from .ops import Array, Ops
 from .site import Site
 
@@ -18,6 +18,17 @@ def numbers(ops: Ops, site: Site, like: Array) -> Array:
     for axis, size in zip(site.lane_axes, site.lane_shape, strict=True):
         shape[axis] = size
     return ops.reshape(ops.indices(math.prod(shape), like), tuple(shape))
+
+
+def shifted(ops: Ops, site: Site, value: Array, index: Array) -> Array:
+    """A discrete ``value`` with lane ``index // (C - 1)`` moved on by ``1 + index % (C - 1)`` categories; every plate
+    element at once."""
+    c = site.categories
+    here = numbers(ops, site, value) == index // (c - 1)
+    if site.family == BERNOULLI:
+        return ops.where(here, 1 - value, value)
+    drawn = category(ops, site.family, value)
+    return encoded(ops, site.family, ops.where(here, (drawn + 1 + index % (c - 1)) % c, drawn), site.logits)
 
 
 def each(ops: Ops, site: Site, x: Array) -> Array:

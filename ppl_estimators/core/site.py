@@ -180,12 +180,6 @@ class Site:
         """The ``F`` of ``features(x)``."""
         return math.prod(x.shape[self.lead :]) // math.prod(self.plate_shape)
 
-    def rows(self, ops: Ops, x: Array) -> Array:
-        """What a user gave as ``[*lead, *plates, ...]``, one row per plate element: ``[*lead, 1 or sizes, F]``."""
-        n = self.lead + self.nesting
-        plates = (*(1,) * (len(self.batch_shape) - self.nesting), *x.shape[self.lead : n])
-        return ops.reshape(x, (*x.shape[: self.lead], *plates, math.prod(x.shape[n:])))
-
 
 def sum_to(ops: Ops, value: Array, plates: frozenset[Plate], batch_ndim: int) -> Array:
     """Sum ``value [*batch]`` over every batch dimension but those of ``plates``; the result has ``batch_ndim``

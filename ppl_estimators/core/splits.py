@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from .families import BERNOULLI, category, encoded, threshold
 from .ops import Array, Ops
+from .site import Costs, Draw, Local, Site
 
 
 class Splits(NamedTuple):
@@ -68,3 +70,41 @@ def path(ops: Ops, splits: Splits, index: Array, like: Array) -> Array:
     categories = len(splits.left) + 1
     held = ops.like(splits.left, like) + ops.like(splits.right, like)
     return ops.matmul(ops.one_hot(index, categories, like), ops.permute_dims(held, (1, 0)))
+
+
+def ordering(ops: Ops, logits: Array, order: str) -> Array:
+    """Categories in the order in which they are tried, ``[..., C]``."""
+    if order == "given":
+        return ops.broadcast_to(ops.indices(logits.shape[-1], logits), logits.shape)
+    return ops.argsort(-logits if order == "descending" else logits, axis=-1)
+
+
+def antithetic(ops: Ops, site: Site, tree: Splits, order: Array, u: Array) -> Draw:
+    """z from the bits of u, z̃ from those of 1 − u: each is a draw of its own."""
+    a = split_logits(ops, tree, ops.take_last(site.logits, order))
+    b, b_tilde = threshold(ops, BERNOULLI, a, u), threshold(ops, BERNOULLI, a, 1 - u)
+    z, z_tilde = (ops.take_last(order, leaf(ops, tree, x)[..., None])[..., 0] for x in (b, b_tilde))
+    extra = {"b": b, "b_tilde": b_tilde, "z_tilde": z_tilde, "order": order}
+    return Draw(encoded(ops, site.family, z, site.logits), extra)
+
+
+def visited(ops: Ops, site: Site, tree: Splits, draw: Draw) -> tuple[Array, Array]:
+    """m and m̃: which splits z and z̃ meet, zeros and ones ``[K, *batch, *event, C - 1]``."""
+    order = draw.extra["order"]
+    found = []
+    for z in (category(ops, site.family, draw.value), draw.extra["z_tilde"]):
+        place = ops.argmax(ops.like(order == z[..., None], site.logits), axis=-1)
+        found.append(path(ops, tree, place, site.logits))
+    return found[0], found[1]
+
+
+def disarm(ops: Ops, site: Site, tree: Splits, draw: Draw, costs: Costs) -> Local:
+    """DisARM at splits that both meet, score function at splits that one of them meets. Nothing where z = z̃."""
+    b, b_tilde = draw.extra["b"], draw.extra["b_tilde"]
+    a = split_logits(ops, tree, ops.take_last(site.logits, draw.extra["order"]))
+    m, m_tilde = visited(ops, site, tree, draw)
+    p = ops.sigmoid(a)
+    both = m * m_tilde * (b - b_tilde) * ops.sigmoid(ops.abs(a))
+    one = m * (1 - m_tilde) * (b - p) - m_tilde * (1 - m) * (b_tilde - p)
+    gradient = 0.5 * site.spread(ops, costs.value - costs.alternatives[0], trailing=1) * (both + one)
+    return Local(ops.stop_gradient(gradient) * a)

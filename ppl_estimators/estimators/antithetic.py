@@ -9,15 +9,13 @@ from typing import ClassVar
 from ..core.errors import site_error
 from ..core.estimator import Estimator, Noise
 from ..core.families import DISCRETE, threshold
-from ..core.keep import prefixed
 from ..core.ops import Array, Ops
 from ..core.site import Draw, Site
-from .disarm import DisARM
-from .repeat import Repeat, _check_estimator
+from .several import Repeated, compares, joined
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Antithetic(Repeat):
+class Antithetic(Repeated):
     """A pair of draws from mirrored noise, u and 1 − u, for an estimator that sees one draw.
 
     Approximates  ∇_a E_{z ~ q_a}[f(z)]
@@ -36,28 +34,28 @@ class Antithetic(Repeat):
     Variational Inference", arXiv:1810.02555.
     """
 
-    n: ClassVar[int] = 2  # type: ignore[misc]
     estimator: Estimator
 
-    families: ClassVar[tuple[str, ...] | None] = DISCRETE
+    n: ClassVar[int] = 2  # type: ignore[misc]
 
-    def __post_init__(self) -> None:
-        _check_estimator(self, self.estimator)
+    @property
+    def families(self) -> tuple[str, ...]:  # type: ignore[override]
+        known = super().families
+        return DISCRETE if known is None else tuple(f for f in DISCRETE if f in known)
 
     def check(self, site: Site, particles: int) -> None:
         Estimator.check(self, site, particles)
-        baseline = getattr(self.estimator, "baseline", None)
-        if isinstance(self.estimator, DisARM) or self.estimator.min_particles > 1:
+        if compares(self.estimator):
             raise site_error(
                 site.name,
-                f"{self.estimator!r} compares draws that must not be mirrored images of each other",
-                f"Use {self.estimator!r} alone, or Repeat(2, {self.estimator!r}).",
+                f"{self.estimator!r} takes the mirrored draw for an independent one, which is biased",
+                f"Use MovingAverage() inside Antithetic, or Repeat(2, {self.estimator!r}).",
             )
-        if baseline is not None and baseline.from_particles:
+        if self.estimator.exchangeable and self.estimator.alternatives(site) == 1:
             raise site_error(
                 site.name,
-                f"{baseline!r} takes the mirrored draw for an independent one, which is biased",
-                "Use MovingAverage() inside Antithetic, or Repeat(2, ...) with leave-one-out.",
+                f"{self.estimator!r} compares draws that are mirrored already: the second estimate would be the first",
+                f"Use {self.estimator!r} alone, or Repeat(2, {self.estimator!r}).",
             )
         self.check_parts(site, particles)
 
@@ -76,9 +74,7 @@ class Antithetic(Repeat):
                 seen[k] = threshold(ops, site.family, site.logits, x) if laws[k] == "value" else x
             return self.estimator.draw(ops, site, seen)
 
-        draws = [one(False), one(True)]
-        extra = {k: x for j, d in enumerate(draws) for k, x in prefixed(f"{j}_", {"value": d.value, **d.extra}).items()}
-        return Draw(draws[0].value, extra)
+        return joined([one(False), one(True)])
 
 
 def _mirrored(ops: Ops, u: Array) -> Array:

@@ -35,6 +35,7 @@ class ARSM(Estimator):
 
     families: ClassVar[tuple[str, ...] | None] = (CATEGORICAL, ONEHOT)
     shared: ClassVar[bool] = True
+    exchangeable: ClassVar[bool] = True  # an exchange leaves the law of π as it is
 
     def alternatives(self, site: Site) -> int:
         return len(_swaps(site.categories))

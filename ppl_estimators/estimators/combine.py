@@ -6,17 +6,18 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ..core.errors import site_error
+from ..core.estimator import Estimator
 from ..core.families import DISCRETE, log_prob
 from ..core.keep import Initial, Kept, guarded
 from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
-from .average import Average
+from .several import Mixture
 
 _MOMENTS = "moments"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Combine(Average):
+class Combine(Mixture):
     """Estimators of one site with weights, fitted to past steps, that minimise the variance.
 
     Approximates  ∇_a E_{z ~ q_a}[f(z)]
@@ -37,6 +38,7 @@ class Combine(Average):
     arXiv:1810.12482.
     """
 
+    estimators: tuple[Estimator, ...]
     decay: float = field(default=0.99, kw_only=True)
 
     keeps: ClassVar[bool] = True  # type: ignore[assignment]
@@ -75,8 +77,12 @@ class Combine(Average):
         cost, own = self.part_costs(site, costs)[j], self.part_kept(kept, j)
 
         def surrogate(a: Array) -> Array:
-            log_q = site.sum_event(ops, log_prob(ops, site.family, a, mine.value)) if part.score else None
-            return ops.sum(part.local(ops, site.filled(logits=a, log_q=log_q), mine, cost, own).surrogate)
+            def log_q(value: Array) -> Array:
+                return site.sum_event(ops, log_prob(ops, site.family, a, value))
+
+            at = site.filled(logits=a, named={"logits": a}, log_q=log_q(mine.value) if part.score else None)
+            scores = {label: log_q(v) for label, v in part.scored(mine).items()}
+            return ops.sum(part.local(ops, at, Draw(mine.value, {**mine.extra, **scores}), cost, own).surrogate)
 
         a = ops.stop_gradient(site.logits)
         return ops.stop_gradient(ops.vjp(surrogate, a, ops.ones_like(ops.sum(a))))

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ..core.densities import check_score
 from ..core.errors import site_error
 from ..core.keep import Initial, Kept
 from ..core.ops import Array, Ops
 from ..core.regression import FEWEST, fitted, no_past
 from ..core.site import Costs, Draw, Local, Site
 from .baselines.base import Baseline, WithBaseline
-from .reinforce import check_score
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,6 +46,7 @@ class ControlVariate(WithBaseline):
     baseline: Baseline | None = field(default=None, kw_only=True)
 
     score: ClassVar[bool] = True
+    asks_the_distribution: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,7 +69,7 @@ class ControlVariate(WithBaseline):
                 "Use Reinforce(LeaveOneOut()) with several particles.",
             )
         fewest = 1 + (2 if site.law.discrete else FEWEST)
-        if self.coefficient is None and self.decay is None and particles < fewest:
+        if self._fitted and particles < fewest:
             raise site_error(
                 site.name,
                 f"ControlVariate estimates its coefficient from the other particles, got num_particles={particles}"
@@ -88,8 +89,16 @@ class ControlVariate(WithBaseline):
     @property
     def _each_its_own(self) -> bool:
         """Are coefficient and baseline both taken from the other particles?"""
-        estimated = self.coefficient is None and self.decay is None
-        return estimated and self.baseline is not None and self.baseline.from_particles
+        return self._fitted and self.baseline is not None and self.baseline.from_particles
+
+    @property
+    def _fitted(self) -> bool:
+        """Is the coefficient taken from the other particles?"""
+        return self.coefficient is None and self.decay is None
+
+    @property
+    def compares(self) -> bool:
+        return self._fitted or super().compares
 
     @property
     def keeps(self) -> bool:

@@ -12,7 +12,6 @@ from ..core.families import CATEGORICAL, ONEHOT, encoded, score
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
-from .disarm_stick_breaking import antithetic, ordering, visited
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -48,7 +47,7 @@ class CoupledImportance(Estimator):
 
     def draw(self, ops: Ops, site: Site, noise: Mapping[str, Array]) -> Draw:
         sticks = splits.sticks(site.categories)
-        return antithetic(ops, site, sticks, ordering(ops, site.logits, "ascending"), noise["u"])
+        return splits.antithetic(ops, site, sticks, splits.ordering(ops, site.logits, "ascending"), noise["u"])
 
     def alternative(self, ops: Ops, site: Site, draw: Draw, index: Array) -> Array:
         return encoded(ops, site.family, draw.extra["z_tilde"], site.logits)
@@ -57,7 +56,7 @@ class CoupledImportance(Estimator):
         b, b_tilde = draw.extra["b"], draw.extra["b_tilde"]
         sticks = splits.sticks(site.categories)
         a = splits.split_logits(ops, sticks, ops.take_last(site.logits, draw.extra["order"]))
-        m, m_tilde = visited(ops, site, sticks, draw)
+        m, m_tilde = splits.visited(ops, site, sticks, draw)
         both, zero = m * m_tilde, ops.zeros_like(a)
         passed = (both > 0) & (b == 0) & (b_tilde == 0)  # sticks before n
         s = ops.where(passed, ops.sigmoid(a), zero)

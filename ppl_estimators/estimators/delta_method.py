@@ -70,6 +70,10 @@ class DeltaMethod(WithBaseline):
             )
 
     @property
+    def compares(self) -> bool:
+        return self.decay is None or super().compares
+
+    @property
     def keeps(self) -> bool:
         return self.decay is not None or super().keeps
 

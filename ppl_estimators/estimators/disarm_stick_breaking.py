@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..core import splits
 from ..core.estimator import Estimator, Noise
-from ..core.families import BERNOULLI, CATEGORICAL, ONEHOT, category, encoded, threshold
+from ..core.families import CATEGORICAL, ONEHOT, encoded
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
@@ -58,48 +58,11 @@ class DisARMStickBreaking(Estimator):
         return {"u": Noise("uniform", (*site.logits.shape[:-1], site.categories - 1))}
 
     def draw(self, ops: Ops, site: Site, noise: Mapping[str, Array]) -> Draw:
-        return antithetic(ops, site, splits.sticks(site.categories), ordering(ops, site.logits, self.order), noise["u"])
+        order = splits.ordering(ops, site.logits, self.order)
+        return splits.antithetic(ops, site, splits.sticks(site.categories), order, noise["u"])
 
     def alternative(self, ops: Ops, site: Site, draw: Draw, index: Array) -> Array:
         return encoded(ops, site.family, draw.extra["z_tilde"], site.logits)
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
-        return disarm_over_splits(ops, site, splits.sticks(site.categories), draw, costs)
-
-
-def ordering(ops: Ops, logits: Array, order: str) -> Array:
-    """Categories in the order in which they are tried, ``[..., C]``."""
-    if order == "given":
-        return ops.broadcast_to(ops.indices(logits.shape[-1], logits), logits.shape)
-    return ops.argsort(-logits if order == "descending" else logits, axis=-1)
-
-
-def antithetic(ops: Ops, site: Site, tree: splits.Splits, order: Array, u: Array) -> Draw:
-    """z from the bits of u, z̃ from those of 1 − u: each is a draw of its own."""
-    a = splits.split_logits(ops, tree, ops.take_last(site.logits, order))
-    b, b_tilde = threshold(ops, BERNOULLI, a, u), threshold(ops, BERNOULLI, a, 1 - u)
-    z, z_tilde = (ops.take_last(order, splits.leaf(ops, tree, x)[..., None])[..., 0] for x in (b, b_tilde))
-    extra = {"b": b, "b_tilde": b_tilde, "z_tilde": z_tilde, "order": order}
-    return Draw(encoded(ops, site.family, z, site.logits), extra)
-
-
-def visited(ops: Ops, site: Site, tree: splits.Splits, draw: Draw) -> tuple[Array, Array]:
-    """m and m̃: which splits z and z̃ meet, zeros and ones ``[K, *batch, *event, C - 1]``."""
-    order = draw.extra["order"]
-    found = []
-    for z in (category(ops, site.family, draw.value), draw.extra["z_tilde"]):
-        place = ops.argmax(ops.like(order == z[..., None], site.logits), axis=-1)
-        found.append(splits.path(ops, tree, place, site.logits))
-    return found[0], found[1]
-
-
-def disarm_over_splits(ops: Ops, site: Site, tree: splits.Splits, draw: Draw, costs: Costs) -> Local:
-    """DisARM at splits that both meet, score function at splits that one of them meets. Nothing where z = z̃."""
-    b, b_tilde = draw.extra["b"], draw.extra["b_tilde"]
-    a = splits.split_logits(ops, tree, ops.take_last(site.logits, draw.extra["order"]))
-    m, m_tilde = visited(ops, site, tree, draw)
-    p = ops.sigmoid(a)
-    both = m * m_tilde * (b - b_tilde) * ops.sigmoid(ops.abs(a))
-    one = m * (1 - m_tilde) * (b - p) - m_tilde * (1 - m) * (b_tilde - p)
-    gradient = 0.5 * site.spread(ops, costs.value - costs.alternatives[0], trailing=1) * (both + one)
-    return Local(ops.stop_gradient(gradient) * a)
+        return splits.disarm(ops, site, splits.sticks(site.categories), draw, costs)

@@ -12,7 +12,6 @@ from ..core.families import CATEGORICAL, ONEHOT, encoded
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
-from .disarm_stick_breaking import antithetic, disarm_over_splits, ordering
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,10 +45,11 @@ class DisARMTree(Estimator):
         return {"u": Noise("uniform", (*site.logits.shape[:-1], site.categories - 1))}
 
     def draw(self, ops: Ops, site: Site, noise: Mapping[str, Array]) -> Draw:
-        return antithetic(ops, site, splits.tree(site.categories), ordering(ops, site.logits, "given"), noise["u"])
+        order = splits.ordering(ops, site.logits, "given")
+        return splits.antithetic(ops, site, splits.tree(site.categories), order, noise["u"])
 
     def alternative(self, ops: Ops, site: Site, draw: Draw, index: Array) -> Array:
         return encoded(ops, site.family, draw.extra["z_tilde"], site.logits)
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
-        return disarm_over_splits(ops, site, splits.tree(site.categories), draw, costs)
+        return splits.disarm(ops, site, splits.tree(site.categories), draw, costs)

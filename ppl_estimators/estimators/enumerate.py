@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ..core import lanes
 from ..core.estimator import Estimator
-from ..core.families import BERNOULLI, DISCRETE, category, encoded, possible, probabilities
+from ..core.families import BERNOULLI, DISCRETE, category, possible, probabilities
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
@@ -42,14 +42,7 @@ class Enumerate(Estimator):
         return site.lanes * (site.categories - 1)
 
     def alternative(self, ops: Ops, site: Site, draw: Draw, index: Array) -> Array:
-        """Lane ``index // (C - 1)`` moved on by ``1 + index % (C - 1)`` categories; every plate element at once."""
-        c = site.categories
-        lane, shift = index // (c - 1), 1 + index % (c - 1)
-        here = lanes.numbers(ops, site, draw.value) == lane
-        if site.family == BERNOULLI:
-            return ops.where(here, 1 - draw.value, draw.value)
-        drawn = category(ops, site.family, draw.value)
-        return encoded(ops, site.family, ops.where(here, (drawn + shift) % c, drawn), site.logits)
+        return lanes.shifted(ops, site, draw.value, index)
 
     def weights(self, ops: Ops, site: Site, draw: Draw) -> Array:
         p, c = probabilities(ops, site.family, site.logits), site.categories

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..core.errors import site_error
@@ -12,6 +12,7 @@ from ..core.estimator import Estimator, Noise
 from ..core.families import BERNOULLI, CATEGORICAL, DISCRETE, GAMMA, NORMAL, ONEHOT, POISSON, log_prob, threshold
 from ..core.keep import Initial, Kept, Network
 from ..core.ops import Array, Ops
+from ..core.particles import times
 from ..core.site import Costs, Draw, Local, Site
 from .reinforce import Reinforce
 
@@ -58,6 +59,12 @@ class ImportanceSampled(Estimator):
             raise site_error(
                 site.name,
                 f"{baseline!r} takes draws from the proposal for draws from the site, which is biased",
+                "Use MovingAverage() or Learned() inside ImportanceSampled.",
+            )
+        if self.estimator.wants_score_norm:
+            raise site_error(
+                site.name,
+                f"ImportanceSampled has no score norm of the proposal's draw for {baseline!r}",
                 "Use MovingAverage() or Learned() inside ImportanceSampled.",
             )
 
@@ -108,15 +115,16 @@ class ImportanceSampled(Estimator):
         return draw.extra["other"]
 
     def scored(self, draw: Draw) -> dict[str, Array]:
-        return {"log_q": draw.extra["other"]}
+        return {"log_q of other": draw.extra["other"]}
+
+    def weights(self, ops: Ops, site: Site, draw: Draw) -> Array:
+        """q / (q + r) of either draw: together they see every value as often as q does."""
+        ratios = [self._log_ratio(ops, site, x) for x in (draw.value, draw.extra["other"])]
+        return ops.sigmoid(ops.stack(ratios, axis=0))
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
-        def pair(x: Any) -> Any:
-            return ops.concat([x, x], axis=0) if hasattr(x, "shape") and x.ndim else x
-
-        both = replace(site, logits=pair(site.logits), named={k: pair(x) for k, x in site.named.items()})
-        both = replace(both, scale=pair(site.scale), log_q=ops.concat([site.log_q, draw.extra["log_q"]], axis=0))
-        kept = replace(kept, given={k: pair(x) for k, x in kept.given.items()})
+        log_q = ops.concat([site.log_q, draw.extra["log_q of other"]], axis=0)
+        both = times(ops, site, 2, costs.value, log_q)
         values = ops.concat([draw.value, draw.extra["other"]], axis=0)
         signal = ops.concat([costs.value, costs.alternatives[0]], axis=0)
         rest, auxiliary, state = self.estimator.subtract(ops, both, signal, kept)

@@ -6,19 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..core.estimator import Estimator
 from ..core.families import LOCATION_SCALE, standard_score
-from ..core.keep import Initial, Kept, Network, predict, prefixed, strip
+from ..core.keep import Kept, Network, predict
 from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
-from .baselines.base import Baseline
+from .baselines.base import Baseline, WithLevel
 from .baselines.moving_average import MovingAverage
-
-_LEVEL = "level_"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LAX(Estimator):
+class LAX(WithLevel):
     """A network of the value as control variate, reparameterised, trained on the variance of the gradient.
 
     Approximates  ∇_λ E_{z ~ q_λ}[f(z)],   λ = (μ, s)
@@ -48,24 +45,9 @@ class LAX(Estimator):
     keeps: ClassVar[bool] = True  # type: ignore[assignment]
     instead: ClassVar[str] = "Use RELAX() for discrete sites, Pathwise() or Reinforce(LeaveOneOut()) for others"
 
-    def check(self, site: Site, particles: int) -> None:
-        super().check(site, particles)
-        if self.baseline is not None:
-            self.baseline.check(site, particles)
-
-    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Array]:
-        return prefixed(_LEVEL, self.baseline.given(args, kwargs)) if self.baseline else {}
-
-    def parameters(self, site: Site) -> dict[str, Initial]:
-        return prefixed(_LEVEL, self.baseline.parameters(site)) if self.baseline else {}
-
     def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
         declared = {"control": Network(3 * site.feature_count(site.named["loc"]), self.hidden, self.network)}
-        below = self.baseline.networks(site, strip(_LEVEL, given)) if self.baseline else {}
-        return declared | prefixed(_LEVEL, below)
-
-    def state(self, site: Site) -> dict[str, Initial]:
-        return prefixed(_LEVEL, self.baseline.state(site)) if self.baseline else {}
+        return declared | super().networks(site, given)
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         loc, scale = (ops.stop_gradient(site.named[k]) for k in ("loc", "scale"))
@@ -79,11 +61,9 @@ class LAX(Estimator):
 
         c = network(z)
         slope = ops.vjp(network, z, ops.ones_like(c))
-        cost, auxiliary, state = ops.stop_gradient(costs.value), None, {}
-        if self.baseline is not None:
-            level = self.baseline.evaluate(ops, site, ops.stop_gradient(cost - c), kept.sub(_LEVEL))
-            cost, auxiliary, state = cost - level.value, level.auxiliary, prefixed(_LEVEL, level.state)
-        signal = site.spread(ops, cost - c)
+        cost = ops.stop_gradient(costs.value)
+        level = self.level(ops, site, cost - c, kept)
+        signal = site.spread(ops, cost - level.value - c)
         # ∂ log q / ∂μ = −ψ'(ε) / s, ∂ log q / ∂s = −(1 + ε ψ'(ε)) / s with ψ the log density at μ = 0, s = 1
         epsilon = (z - loc) / scale
         psi = standard_score(ops, site.family, epsilon)
@@ -92,4 +72,5 @@ class LAX(Estimator):
         surrogate = ops.stop_gradient(of_loc) * site.named["loc"] + ops.stop_gradient(of_scale) * site.named["scale"]
         in_scales = scale / site.spread(ops, unit)
         variance = ops.sum((of_loc * in_scales) ** 2) + ops.sum((of_scale * in_scales) ** 2)
-        return Local(surrogate, variance if auxiliary is None else variance + ops.sum(auxiliary), state)
+        auxiliary = variance if level.auxiliary is None else variance + ops.sum(level.auxiliary)
+        return Local(surrogate, auxiliary, level.state)

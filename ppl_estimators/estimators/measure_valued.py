@@ -13,7 +13,6 @@ from ..core.families import BERNOULLI, DISCRETE, EXPONENTIAL, GAMMA, NORMAL, POI
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
-from .enumerate import Enumerate
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -73,7 +72,7 @@ class MeasureValued(Estimator):
 
     def alternative(self, ops: Ops, site: Site, draw: Draw, index: Array) -> Array:
         if site.family in DISCRETE:
-            return Enumerate().alternative(ops, site, draw, index)
+            return lanes.shifted(ops, site, draw.value, index)
         x, count = draw.value, self._per_lane(site)
         here = lanes.numbers(ops, site, x) == index // count
         which = index % count

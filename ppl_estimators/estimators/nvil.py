@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ..core.densities import check_score
 from ..core.keep import Initial, Kept, guarded
 from ..core.ops import Ops
 from ..core.site import Costs, Draw, Local, Site
 from .baselines.base import Baseline, WithBaseline
 from .baselines.learned import Learned
 from .baselines.moving_average import MovingAverage
-from .reinforce import check_score
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from ..core.errors import site_error
-from ..core.estimator import Estimator
-from ..core.site import Site
+from .library_draw import LibraryDraw
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Pathwise(Estimator):
+class Pathwise(LibraryDraw):
     """Reparameterisation: differentiate through the draw itself.
 
     Approximates  ∇_λ E_{z ~ q_λ}[f(z)]
@@ -28,15 +25,3 @@ class Pathwise(Estimator):
     Reference: Kingma & Welling (2014), "Auto-Encoding Variational Bayes", arXiv:1312.6114; Rezende, Mohamed &
     Wierstra (2014), arXiv:1401.4082.
     """
-
-    pathwise: ClassVar[bool] = True
-    library_draw: ClassVar[bool] = True
-    instead: ClassVar[str] = "Use DisARM() for Bernoulli sites, or Reinforce(LeaveOneOut()) for any"
-
-    def check(self, site: Site, particles: int) -> None:
-        if not site.reparameterised:
-            raise site_error(
-                site.name,
-                f"{type(self).__name__} needs a reparameterisable distribution, got {site.distribution}",
-                self.instead + ".",
-            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..core.errors import site_error
+from ..core.densities import check_score
 from ..core.keep import Kept
 from ..core.ops import Ops
 from ..core.site import Costs, Draw, Local, Site
@@ -44,13 +44,3 @@ class Reinforce(WithBaseline):
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         signal, auxiliary, state = self.subtract(ops, site, costs.value, kept)
         return Local(signal * site.log_q, auxiliary, state)
-
-
-def check_score(site: Site) -> None:
-    """A Delta has no density: its log_prob says nothing of how the parameter moves the draw."""
-    if site.distribution == "Delta":
-        raise site_error(
-            site.name,
-            "a Delta has no score function, its draw is its parameter",
-            "Use Pathwise() here; in an autoguide choose the estimator at the auxiliary site behind it.",
-        )

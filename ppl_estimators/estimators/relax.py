@@ -8,18 +8,16 @@ from typing import Any, ClassVar
 
 from ..core.errors import site_error
 from ..core.families import CATEGORICAL, DISCRETE, probabilities
-from ..core.keep import Initial, Kept, Network, predict, prefixed, strip
+from ..core.keep import Initial, Kept, Network, predict
 from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
-from .baselines.base import Baseline
+from .baselines.base import Baseline, WithLevel
 from .baselines.moving_average import MovingAverage
 from .relaxed_control import RelaxedControl, assemble, log_initial, soft_values
 
-_LEVEL = "level_"
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RELAX(RelaxedControl):
+class RELAX(RelaxedControl, WithLevel):
     """A network of the relaxed value as control variate, trained on the variance of the gradient.
 
     Approximates  ∇_a E_{b ~ q_a}[f(b)]
@@ -52,6 +50,10 @@ class RELAX(RelaxedControl):
     families: ClassVar[tuple[str, ...] | None] = DISCRETE
     instead: ClassVar[str] = "Use Pathwise() if the distribution is reparameterisable, or Reinforce(LeaveOneOut())"
 
+    def __post_init__(self) -> None:
+        RelaxedControl.__post_init__(self)
+        WithLevel.__post_init__(self)
+
     def check(self, site: Site, particles: int) -> None:
         super().check(site, particles)
         if self.model_term and site.family == CATEGORICAL:
@@ -60,11 +62,6 @@ class RELAX(RelaxedControl):
                 f"RELAX with the model term needs a relaxable site, got an integer {site.distribution}",
                 "Use OneHotCategorical, or RELAX() without the model term.",
             )
-        if self.baseline is not None:
-            self.baseline.check(site, particles)
-
-    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Array]:
-        return prefixed(_LEVEL, self.baseline.given(args, kwargs)) if self.baseline else {}
 
     def relaxations(self, site: Site) -> int:
         return 2 if self.model_term else 0
@@ -72,15 +69,11 @@ class RELAX(RelaxedControl):
     def parameters(self, site: Site) -> dict[str, Initial]:
         declared = {"log_temperature": log_initial(self.temperature)}
         declared |= {"log_scale": log_initial(self.scale)} if self.model_term else {}
-        return declared | (prefixed(_LEVEL, self.baseline.parameters(site)) if self.baseline else {})
+        return declared | super().parameters(site)
 
     def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
         declared = {"control": Network(2 * site.feature_count(site.logits), self.hidden, self.network)}
-        below = self.baseline.networks(site, strip(_LEVEL, given)) if self.baseline else {}
-        return declared | prefixed(_LEVEL, below)
-
-    def state(self, site: Site) -> dict[str, Initial]:
-        return prefixed(_LEVEL, self.baseline.state(site)) if self.baseline else {}
+        return declared | super().networks(site, given)
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         a = ops.stop_gradient(site.logits)
@@ -101,12 +94,9 @@ class RELAX(RelaxedControl):
             c_tilde = c_tilde + eta * costs.relaxed[1]
             slope_z = slope_z + eta * ops.vjp(soft_z, a, costs.relaxed_slope[0])
             slope_z_tilde = slope_z_tilde + eta * ops.vjp(soft_z_tilde, a, costs.relaxed_slope[1])
-        if self.baseline is None:
-            return assemble(ops, site, draw, costs, c_tilde, slope_z, slope_z_tilde)
-        rest = ops.stop_gradient(costs.value - c_tilde)  # with the model term there is little level left
-        level = self.baseline.evaluate(ops, site, rest, kept.sub(_LEVEL))
+        level = self.level(ops, site, costs.value - c_tilde, kept)  # with the model term there is little left
         local = assemble(ops, site, draw, Costs(costs.value - level.value), c_tilde, slope_z, slope_z_tilde)
         auxiliary = ops.sum(local.auxiliary)
         if level.auxiliary is not None:
             auxiliary = auxiliary + ops.sum(level.auxiliary)
-        return Local(local.surrogate, auxiliary, prefixed(_LEVEL, level.state))
+        return Local(local.surrogate, auxiliary, level.state)

@@ -48,8 +48,8 @@ class Tempered(RelaxedValue):
         return callable(self.temperature)
 
     @property
-    def corrected(self) -> bool:  # type: ignore[override]
-        return self.keeps  # its surrogate is zero, but `local` counts the steps
+    def local_part(self) -> bool:
+        return self.keeps  # its surrogate is zero, but `local` counts the steps; the value carries all of the gradient
 
     def state(self, site: Site) -> dict[str, Initial]:
         return {"steps": Initial()} if self.keeps else {}

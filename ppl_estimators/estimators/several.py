@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 from ..core.errors import site_error
 from ..core.estimator import Estimator, Noise
-from ..core.keep import Kept, prefixed, strip
+from ..core.keep import Initial, Kept, Network, prefixed, strip
 from ..core.ops import Array, Ops
-from ..core.site import Costs, Draw, Site
-from .baselines.optimal_constant import OptimalConstant
-from .control_variate import ControlVariate
+from ..core.particles import times
+from ..core.site import Costs, Draw, Local, Site
+from .baselines.base import WithBaseline
+
+#: a part's own draw, and its log q, among what it needs later; no estimator calls anything of its own so
+_VALUE, _LOG_Q = "drawn value", "drawn log q"
 
 
 class Several(Estimator):
     """Draw j is that of ``parts[j]``, with noise of its own. The run uses the first; the others, and the
-    counterfactual values of all of them, are alternatives."""
+    counterfactual values of all of them, are alternatives. Whatever a part wants measured is measured for its own
+    draws, so parts may be compositions too."""
 
     instead: ClassVar[str] = "Use Pathwise() with several particles"
 
@@ -32,12 +35,25 @@ class Several(Estimator):
         return all(p.unbiased for p in self.parts)
 
     @property
+    def families(self) -> tuple[str, ...] | None:  # type: ignore[override]
+        known = [p.families for p in self.parts if p.families is not None]
+        return tuple(f for f in known[0] if all(f in k for k in known)) if known else None
+
+    @property
     def shared(self) -> bool:  # type: ignore[override]
         return all(p.shared or not p.lanewise for p in self.parts)
 
     @property
     def lanewise(self) -> bool:  # type: ignore[override]
         return any(p.lanewise for p in self.parts)
+
+    @property
+    def exchangeable(self) -> bool:  # type: ignore[override]
+        return all(map(_draws_only, self.parts))
+
+    @property
+    def weighted(self) -> bool:
+        return all(p.weighted or _draws_only(p) for p in self.parts) and not self.exchangeable
 
     @property
     def downstream(self) -> str:  # type: ignore[override]
@@ -54,15 +70,14 @@ class Several(Estimator):
     def check_parts(self, site: Site, particles: int) -> None:
         name = type(self).__name__
         for p in self.parts:
-            if p.pathwise or isinstance(p, ControlVariate) or site.time:
+            if p.pathwise or asks_the_distribution(p) or site.time:
                 where = "inside a scan" if site.time else f"with {p!r}"
                 raise site_error(
                     site.name,
                     f"{name} evaluates several draws of a score-function estimator, which it cannot {where}",
                     self.instead + ", or Reinforce(LeaveOneOut()).",
                 )
-            baseline = getattr(p, "baseline", None)
-            if baseline is not None and any(isinstance(b, OptimalConstant) for b in baseline.parts):
+            if wants_score_norm(p):
                 raise site_error(
                     site.name, f"{name} has no score norm for {p!r}", "Use MovingAverage() or LeaveOneOut() there."
                 )
@@ -81,19 +96,20 @@ class Several(Estimator):
         return {k: n for j, p in enumerate(self.parts) for k, n in prefixed(f"{j}_", p.noise(site)).items()}
 
     def draw(self, ops: Ops, site: Site, noise: Mapping[str, Array]) -> Draw:
-        draws = [p.draw(ops, site, strip(f"{j}_", noise)) for j, p in enumerate(self.parts)]
-        extra = {k: x for j, d in enumerate(draws) for k, x in prefixed(f"{j}_", {"value": d.value, **d.extra}).items()}
-        return Draw(draws[0].value, extra)
+        return joined([p.draw(ops, site, strip(f"{j}_", noise)) for j, p in enumerate(self.parts)])
 
     @staticmethod
     def part_draw(draw: Draw, j: int) -> Draw:
         extra = strip(f"{j}_", draw.extra)
-        return Draw(extra.pop("value"), extra)
+        return Draw(extra.pop(_VALUE), extra)
 
     def scored(self, draw: Draw) -> dict[str, Array]:
-        if not self.score:
-            return {}
-        return {f"{j}_log_q": draw.extra[f"{j}_value"] for j in range(len(self.parts))}
+        found = {}
+        for j, p in enumerate(self.parts):
+            if p.score:
+                mine = self.part_draw(draw, j)
+                found |= prefixed(f"{j}_", {_LOG_Q: mine.value, **p.scored(mine)})
+        return found
 
     def _offsets(self, site: Site) -> list[int]:
         """Where the evaluations of each part begin, the drawn value being number 0."""
@@ -120,6 +136,20 @@ class Several(Estimator):
                 value = pick((inside >= 0) & (inside < count), other, value)
         return value
 
+    def weights(self, ops: Ops, site: Site, draw: Draw) -> Array | None:
+        """Those of each part, of its own draw and values, over the number of parts."""
+        if not self.weighted:
+            return None
+        found: list[Array | None] = []
+        for j, p in enumerate(self.parts):
+            found.append(None if _draws_only(p) else p.weights(ops, site, self.part_draw(draw, j)))
+        like = next(w for w in found if w is not None)[:1]
+        for j, p in enumerate(self.parts):
+            if found[j] is None:
+                count = 1 + p.alternatives(site)
+                found[j] = ops.concat([ops.full_like(like, 1 / count)] * count, axis=0)
+        return ops.concat(found, axis=0) / len(self.parts)
+
     def relaxations(self, site: Site) -> int:
         return sum(p.relaxations(site) for p in self.parts)
 
@@ -140,7 +170,7 @@ class Several(Estimator):
         raise IndexError(index)
 
     def part_kept(self, kept: Kept, j: int) -> Kept:
-        return kept.sub(f"{j}_")
+        raise NotImplementedError
 
     # ---- what each part sees ----------------------------------------------------------------------------------------
 
@@ -157,9 +187,138 @@ class Several(Estimator):
         return found
 
     def part_site(self, site: Site, draw: Draw, j: int) -> Site:
-        return replace(site, log_q=draw.extra[f"{j}_log_q"]) if self.score else site
+        return site.filled(log_q=draw.extra[f"{j}_{_LOG_Q}"] if self.parts[j].score else None)
 
 
-def declared(parts: Sequence[Estimator], what: str, *args: Any) -> dict[str, Any]:
-    """What the parts declare, under the prefix of their number."""
-    return {k: v for j, p in enumerate(parts) for k, v in prefixed(f"{j}_", getattr(p, what)(*args)).items()}
+class Mixture(Several):
+    """Different estimators, each with what it keeps under its own number."""
+
+    estimators: tuple[Estimator, ...]
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        object.__setattr__(self, "estimators", tuple(self.estimators))
+        if len(self.estimators) < 2:
+            raise ValueError(f"{name}(estimators) needs two or more, got {len(self.estimators)}.")
+        for e in self.estimators:
+            if not isinstance(e, Estimator):
+                raise TypeError(f"{name}(estimators) takes estimators, got {e!r}.")
+
+    @property
+    def parts(self) -> tuple[Estimator, ...]:
+        return self.estimators
+
+    def check(self, site: Site, particles: int) -> None:
+        self.check_parts(site, particles)
+
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Array]:
+        return _numbered([p.given(args, kwargs) for p in self.parts])
+
+    def parameters(self, site: Site) -> dict[str, Initial]:
+        return _numbered([p.parameters(site) for p in self.parts])
+
+    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
+        return _numbered([p.networks(site, strip(f"{j}_", given)) for j, p in enumerate(self.parts)])
+
+    def state(self, site: Site) -> dict[str, Initial]:
+        return _numbered([p.state(site) for p in self.parts])
+
+    def part_kept(self, kept: Kept, j: int) -> Kept:
+        return kept.sub(f"{j}_")
+
+    def part_locals(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> list[Local]:
+        return [
+            p.local(ops, self.part_site(site, draw, j), self.part_draw(draw, j), c, self.part_kept(kept, j))
+            for j, (p, c) in enumerate(zip(self.parts, self.part_costs(site, costs), strict=True))
+        ]
+
+    @staticmethod
+    def trained(ops: Ops, locals_: list[Local]) -> tuple[Array | None, dict[str, Array]]:
+        """The parts' auxiliary objectives added, and their states under their numbers."""
+        auxiliary = [ops.sum(local.auxiliary) for local in locals_ if local.auxiliary is not None]
+        return (sum(auxiliary) if auxiliary else None), _numbered([local.state for local in locals_])
+
+
+class Repeated(Several):
+    """One estimator with ``n`` draws in each particle, which are to it what particles are."""
+
+    n: int
+    estimator: Estimator
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.n, int) or self.n < 2:
+            raise ValueError(f"{type(self).__name__}(n) needs an integer of 2 or more, got {self.n!r}.")
+        if not isinstance(self.estimator, Estimator):
+            raise TypeError(f"{type(self).__name__} takes an estimator such as DisARM(), got {self.estimator!r}.")
+
+    @property
+    def parts(self) -> tuple[Estimator, ...]:
+        return (self.estimator,) * self.n
+
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Array]:
+        return self.estimator.given(args, kwargs)
+
+    def parameters(self, site: Site) -> dict[str, Initial]:
+        return self.estimator.parameters(site)
+
+    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
+        return self.estimator.networks(site, given)
+
+    def state(self, site: Site) -> dict[str, Initial]:
+        return self.estimator.state(site)
+
+    def part_kept(self, kept: Kept, j: int) -> Kept:
+        return kept
+
+    def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
+        """The estimator's own, with n·K draws where there are K particles."""
+        n, parts = self.n, self.part_costs(site, costs)
+        draws = [self.part_draw(draw, j) for j in range(n)]
+
+        def side_by_side(arrays: list[Array | None], axis: int = 0) -> Array | None:
+            return None if arrays[0] is None else ops.concat(arrays, axis=axis)
+
+        extra = {k: side_by_side([d.extra[k] for d in draws]) for k in draws[0].extra}
+        many = times(ops, site, n, costs.value, extra.pop(_LOG_Q, None))
+        cost = Costs(
+            side_by_side([c.value for c in parts]),
+            side_by_side([c.alternatives for c in parts], 1),
+            side_by_side([c.relaxed for c in parts], 1),
+            side_by_side([c.relaxed_slope for c in parts], 1),
+        )
+        local = self.estimator.local(ops, many, Draw(side_by_side([d.value for d in draws]), extra), cost, kept)
+        auxiliary = None if local.auxiliary is None else ops.sum(local.auxiliary) / n
+        return Local(ops.sum(local.surrogate) / n, auxiliary, local.state)
+
+
+def joined(draws: Sequence[Draw]) -> Draw:
+    """What each part drew, and needs later, under its number."""
+    return Draw(draws[0].value, _numbered([{_VALUE: d.value, **d.extra} for d in draws]))
+
+
+def _numbered(of_parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {k: x for j, mine in enumerate(of_parts) for k, x in prefixed(f"{j}_", mine).items()}
+
+
+def _draws_only(p: Estimator) -> bool:
+    """Is every value that it evaluates a draw from the site?"""
+    return p.exchangeable or type(p).alternatives is Estimator.alternatives
+
+
+# ---- what a part may be asked, whatever it is made of ----------------------------------------------------------------
+
+
+def compares(p: Estimator) -> bool:
+    """Does it compare its draws, so that they must be independent?"""
+    if isinstance(p, Several):
+        return any(map(compares, p.parts))
+    return p.min_particles > 1 or (isinstance(p, WithBaseline) and p.compares)
+
+
+def asks_the_distribution(p: Estimator) -> bool:
+    """Does it want functions of the user's evaluated on the library's distribution?"""
+    return isinstance(p, WithBaseline) and p.asks_the_distribution
+
+
+def wants_score_norm(p: Estimator) -> bool:
+    return isinstance(p, WithBaseline) and p.wants_score_norm

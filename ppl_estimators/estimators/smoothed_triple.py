@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..core.counts import in_natural_units
 from ..core.estimator import Estimator
 from ..core.families import BERNOULLI, BINOMIAL, GEOMETRIC, POISSON
 from ..core.ops import Array, Ops
 from ..core.site import Draw, Site
-from .stochastic_triple import in_natural_units
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .pathwise import Pathwise
+from ..core.densities import check_density
+from ..core.site import Site
+from .library_draw import LibraryDraw
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class StickingTheLanding(Pathwise):
+class StickingTheLanding(LibraryDraw):
     """Reparameterisation without the score part of −log q.
 
     Approximates  ∇_λ E_{z ~ q_λ}[log p(x, z) − log q_λ(z)]
@@ -26,3 +28,7 @@ class StickingTheLanding(Pathwise):
 
     Reference: Roeder, Wu & Duvenaud (2017), "Sticking the Landing", arXiv:1703.09194.
     """
+
+    def check(self, site: Site, particles: int) -> None:
+        super().check(site, particles)
+        check_density(site)

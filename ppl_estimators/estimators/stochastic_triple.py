@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..core.counts import in_natural_units
 from ..core.estimator import Estimator, Noise
 from ..core.families import BERNOULLI, BINOMIAL, CATEGORICAL, DISCRETE, GEOMETRIC, ONEHOT, POISSON
 from ..core.keep import Kept
@@ -116,14 +117,3 @@ def _sides(ops: Ops, z: Array) -> tuple[Array, Array]:
     """Categories below and above that of the one-hot ``z``, as zeros and ones."""
     upto = ops.cumulative_sum(z, axis=-1)
     return 1 - upto, upto - z
-
-
-def in_natural_units(ops: Ops, site: Site, gradient: Array) -> Array:
-    """A surrogate whose gradient in the logit or log rate is ``gradient``, through the parameter that the site has."""
-    if site.family == BERNOULLI:
-        return ops.stop_gradient(gradient) * site.logits
-    name = "rate" if site.family == POISSON else "probs"
-    x = ops.stop_gradient(site.named[name])
-    slope = x if name == "rate" else x * (1 - x)  # d parameter / d natural parameter
-    safe = ops.where(slope > 0, slope, ops.ones_like(slope))
-    return ops.stop_gradient(ops.where(slope > 0, gradient / safe, ops.zeros_like(gradient))) * site.named[name]

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core import lanes
+from ..core.counts import in_natural_units
 from ..core.estimator import Estimator
 from ..core.families import COUNTS, GEOMETRIC, POISSON, possible
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
-from .stochastic_triple import in_natural_units
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -246,7 +246,14 @@ def score_norm(site: Site, fn: dist.Distribution, value: Array) -> Array:
             s = jnp.sum(s, axis=-1)
         return site.sum_lanes(OPS, s)
     base, found = unwrapped(fn), parameters(fn)
-    if not found or type(base).arg_constraints.keys() != found.keys():
+    batch = (*fn.batch_shape, *fn.event_shape)
+    counts = {  # of trials: whole numbers are no parameters to learn
+        key: jnp.broadcast_to(getattr(base, key), batch)
+        for key, constraint in type(base).arg_constraints.items()
+        if key in vars(base) and (key not in found or constraint.is_discrete)
+    }
+    found = {k: x for k, x in found.items() if k not in counts}
+    if not found or type(base).arg_constraints.keys() != found.keys() | counts.keys():
         raise site_error(
             site.name,
             f"OptimalConstant needs the score in the distribution's own parameters, and {site.distribution} does not "
@@ -255,7 +262,7 @@ def score_norm(site: Site, fn: dist.Distribution, value: Array) -> Array:
         )
 
     def total(p: dict[str, Array]) -> Array:
-        return jnp.sum(type(base)(**p, validate_args=False).log_prob(value))
+        return jnp.sum(type(base)(**p, **counts, validate_args=False).log_prob(value))
 
     norms = []
     for x in jax.grad(total)(jax.lax.stop_gradient(found)).values():

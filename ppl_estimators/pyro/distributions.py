@@ -250,7 +250,11 @@ def score_norm(site: Site, fn: TorchDistribution, value: Array) -> Array:
         s = families.score(OPS, site.family, site.logits.detach(), value) ** 2
         return site.sum_lanes(OPS, s if site.family == families.BERNOULLI else s.sum(-1))
     base, found = unwrapped(fn), {k: v.detach().requires_grad_() for k, v in parameters(fn).items()}
-    if not found or not found.keys() <= type(base).arg_constraints.keys():
+    known = type(base).arg_constraints
+    if {"probs", "logits"} <= known.keys():  # one law, whichever was given, and whatever was looked at since
+        found.pop("probs", None)
+        found["logits"] = base.logits.detach().expand((*fn.batch_shape, *fn.event_shape)).clone().requires_grad_()
+    if not found or not found.keys() <= known.keys():
         raise site_error(
             site.name,
             f"OptimalConstant needs the score in the distribution's own parameters, and {site.distribution} does not "
@@ -259,7 +263,7 @@ def score_norm(site: Site, fn: TorchDistribution, value: Array) -> Array:
         )
     with torch.enable_grad():
         total = type(base)(**found, validate_args=False).log_prob(value.detach()).sum()
-        slopes = torch.autograd.grad(total, list(found.values()))
+        slopes = torch.autograd.grad(total, [x for k, x in found.items() if not known[k].is_discrete])
     n = len(site.batch_shape)
     squares = sum((s**2).sum(tuple(range(n, s.ndim))) if s.ndim > n else s**2 for s in slopes)
     undeclared = tuple(i for i in site.lane_axes if i < n)

@@ -3,6 +3,7 @@ variance, integrated over the noise."""
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -11,20 +12,28 @@ import pyro
 import pyro.distributions as tdist
 import pytest
 import torch
-from injected import InjectedJax, cells, jax_gradients
+from injected import InjectedJax, cells, grid, jax_gradients
 
 from ppl_estimators import (
     ARMS,
+    ARSM,
+    Antithetic,
+    Average,
+    Combine,
     Constant,
     DisARM,
     Enumerate,
     EstimatorWarning,
+    GumbelSoftmax,
+    ImportanceSampled,
     Reinforce,
+    Repeat,
     SumAndSample,
     UnorderedSet,
 )
 from ppl_estimators.core.errors import EstimatorError
 from ppl_estimators.numpyro import EstimatorELBO as JaxELBO
+from ppl_estimators.numpyro import with_estimators
 from ppl_estimators.pyro import EstimatorELBO as TorchELBO
 
 pytestmark = pytest.mark.usefixtures("double_precision")
@@ -43,6 +52,154 @@ def bit():
 
 def bit_guide():
     numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("a", jnp.asarray(LOGIT))))
+
+
+class OneAfterAnother(InjectedJax):
+    """Draws from the site itself are read one after another: ``value [K, n]``."""
+
+    def _sample(self, name, fn, key):
+        self.calls = getattr(self, "calls", -1) + 1
+        given = self.table[name]["value"][self.row]
+        return given[self.calls % given.shape[0]].astype(jax.eval_shape(fn.sample, key).dtype), []
+
+
+TAU = 2.0
+R = 1 / (1 + np.exp(-LOGIT / TAU))  # the proposal's
+SHARE = P / (P + R)  # q / (q + r) at 1
+WIDE = ImportanceSampled(Reinforce(), TAU)
+#: composition, draws of its own, cells of other noise, and the variance of the mean over its values
+COMPOSED = [
+    (Repeat(3, Reinforce()), 3, {}, P * (1 - P) / 3),
+    (Repeat(2, DisARM()), 0, {"0_u": (P, 1 - P), "1_u": (P, 1 - P)}, P * (1 - 2 * P) / 4),
+    (Antithetic(Reinforce()), 0, {"value": (P, 1 - P)}, P * (1 - 2 * P) / 2),
+    (Average((DisARM(), Reinforce())), 1, {"0_u": (P, 1 - P)}, (4 * P * (1 - 2 * P) / 2 + P * (1 - P)) / 9),
+    (Average((Enumerate(), Reinforce())), 2, {}, P * (1 - P) / 4),
+    (Average((Repeat(2, Reinforce()), Enumerate())), 3, {}, P * (1 - P) / 8),
+    (Combine((Reinforce(), Enumerate())), 2, {}, P * (1 - P) / 4),
+    (WIDE, 1, {"wide": (1 - R,)}, SHARE**2 * (P * (1 - P) + R * (1 - R))),
+    (Repeat(2, WIDE), 2, {"0_wide": (1 - R,), "1_wide": (1 - R,)}, SHARE**2 * (P * (1 - P) + R * (1 - R)) / 2),
+]
+
+
+@pytest.mark.parametrize(("spec", "count", "noise", "variance"), COMPOSED, ids=lambda x: repr(x) if callable(x) else "")
+def test_compositions_average_over_all_that_they_evaluate(spec, count, noise, variance):
+    own = [(np.array([0.0, 1.0]), np.array([1 - P, P]))] * count
+    values, weight = grid(*own, *(cells(*breaks) for breaks in noise.values()))
+    tables = {label: x[:, None] for label, x in zip(noise, values[count:], strict=True)}
+    if count:
+        tables["value"] = np.stack(values[:count], -1)[:, None]
+    elbo = OneAfterAnother({"z": spec}, average_model=True)
+    params = {"a": jnp.asarray(LOGIT), "theta": jnp.asarray(0.4)}
+    state = {"z$state": {"moments": jnp.eye(2)}} if isinstance(spec, Combine) else {}
+    guide = with_estimators(bit_guide, {"z": spec})
+    found = jax_gradients(elbo, bit, guide, params, {"z": tables}, **state)[1][:, -1]
+    np.testing.assert_allclose(-(weight @ found), P, atol=1e-10)
+    np.testing.assert_allclose(weight @ found**2 - P**2, variance, atol=1e-10)
+
+
+def test_every_exchange_of_arsm_is_a_draw():
+    """Sampled: the mean over the four values of three categories, which single draws miss by twice as much."""
+    u = np.random.default_rng(0).uniform(size=(200_000, 1, 3))
+    params, p = {"a": jnp.asarray(LOGITS), "theta": jnp.asarray(0.4)}, np.exp(LOGITS)
+    elbo = InjectedJax({"z": ARSM()}, average_model=True)
+    found = -jax_gradients(elbo, category, category_guide, params, {"z": {"u": u}})[1][:, -1]
+    assert abs(found.mean() - p @ VALUE) < 5 * found.std() / 200_000**0.5
+    assert found.var() < 0.6 * (p @ VALUE**2 - (p @ VALUE) ** 2)
+
+
+@pytest.mark.parametrize("law", ["Normal", "Poisson"])
+def test_draws_of_any_law_are_averaged(law):
+    """Repeat() of a score function, at sites without logits: the mean over its draws, in both libraries."""
+    given = (0.0, 1.0) if law == "Normal" else (1.0,)
+    x, theta = jnp.asarray([2.0, 1.0]), {"theta": jnp.asarray(0.4)}
+
+    def model(sample, factor, theta):
+        z = sample()
+        seen.append(z)
+        factor("f", theta * z)
+
+    def draw():
+        return numpyro.sample("z", getattr(dist, law)(*given))
+
+    elbo = OneAfterAnother({"z": Repeat(2, Reinforce())}, average_model=True)
+    elbo.table, seen = {"z": {"value": x[None]}}, []
+
+    def loss(p):
+        return elbo.loss(jax.random.key(0), p, lambda: model(draw, numpyro.factor, numpyro.param("theta", 0.0)), draw)
+
+    np.testing.assert_allclose(jax.grad(loss)(theta)["theta"], -x.mean(), atol=1e-12)
+
+    def torch_draw():
+        return pyro.sample("z", getattr(tdist, law)(*map(torch.tensor, given)))
+
+    pyro.clear_param_store()
+    elbo, parameter = TorchELBO({"z": Repeat(2, Reinforce())}, average_model=True), torch.tensor(0.4)
+    for _ in range(2):  # the first step looks at the structure too
+        seen, parameter.grad = [], None
+        parameter.requires_grad_()
+        elbo.loss_and_grads(lambda: model(torch_draw, pyro.factor, parameter), torch_draw)
+    assert len(seen) == 2
+    np.testing.assert_allclose(parameter.grad, -sum(seen).detach() / 2, atol=1e-12)
+
+
+def torch_factor(name, x):
+    pyro.factor(name, x, has_rsample=True)
+
+
+@pytest.mark.parametrize("library", ["numpyro", "pyro"])
+def test_a_factor_of_the_guide_is_a_cost(library):
+    """Its own gradient is averaged as that of any cost: of theta z, over both values of an enumerated bit."""
+
+    def program(p, d, factor, one):
+        def model():
+            p.sample("z", d.Bernoulli(logits=0.2 * one))
+            p.sample("x", d.Normal(0.0 * one, 1.0), obs=0.5 * one)
+
+        def guide():
+            theta = p.param("theta", 0.4 * one)
+            factor("f", theta * p.sample("z", d.Bernoulli(logits=LOGIT * one)))
+            p.sample("y", d.Normal(theta, 1.0), obs=0.5 * one, infer={"is_auxiliary": True})
+
+        return model, guide
+
+    wanted = P + (0.5 - 0.4)  # the loss holds log q
+    if library == "numpyro":
+        model, guide = program(numpyro, dist, numpyro.factor, jnp.asarray(1.0))
+        elbo = InjectedJax({"z": Enumerate()}, average_model=True)
+        tables = {"z": {"value": np.array([[0.0], [1.0]])}}
+        found = jax_gradients(elbo, model, guide, {"theta": jnp.asarray(0.4)}, tables)[1][:, 0]
+    else:
+        model, guide = program(pyro, tdist, torch_factor, torch.tensor(1.0))
+        elbo, found = TorchELBO({"z": Enumerate()}, average_model=True), []
+        for seed in range(4):
+            pyro.clear_param_store()
+            pyro.set_rng_seed(seed)
+            elbo.loss_and_grads(model, guide)
+            found.append(pyro.param("theta").grad.item())
+    np.testing.assert_allclose(found, wanted, atol=1e-12)
+
+
+def test_a_constant_schedule_is_a_temperature():
+    """The gradient of a relaxed site below a pair, averaged over the pair: the same whichever way 0.5 is given."""
+
+    def model():
+        z = numpyro.sample("z", dist.Bernoulli(0.4))
+        y = numpyro.sample("y", dist.Bernoulli(logits=0.3 - z))
+        numpyro.sample("x", dist.Normal(numpyro.param("w", 0.7) * (z + 2 * y), 1.0), obs=1.3)
+
+    def guide():
+        z = numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("a", 0.4)))
+        numpyro.sample("y", dist.Bernoulli(logits=numpyro.param("b", 0.2) + 0.5 * z))
+
+    rng = np.random.default_rng(0)
+    tables = {n: {"u": rng.uniform(size=(6, 1))} for n in "zy"}
+    params = {"a": jnp.asarray(0.4), "b": jnp.asarray(0.2), "w": jnp.asarray(0.7)}
+    found = []
+    for temperature, state in ((0.5, {}), (lambda step: 0.5 + 0 * step, {"y$state": {"steps": jnp.asarray(3.0)}})):
+        spec = {"z": DisARM(), "y": GumbelSoftmax(temperature)}
+        elbo = InjectedJax(spec, average_model=True)
+        found.append(jax_gradients(elbo, model, with_estimators(guide, spec), params, tables, **state)[1])
+    np.testing.assert_allclose(found[0], found[1], atol=1e-14)
 
 
 VALUE = np.array([1.0, -2.0, 0.5])
@@ -178,8 +335,6 @@ def test_nothing_to_average_is_said():
     with pytest.warns(EstimatorWarning, match=r"average_model=True.*does nothing.*DisARM"):
         TorchELBO({"z": Reinforce(Constant(1.0))}, average_model=True, num_particles=1).loss(torch_model, torch_guide)
     with pytest.warns(EstimatorWarning, match=r"average_model=True.*does nothing.*DisARM"):
-        import jax
-
         JaxELBO({"z": Reinforce(Constant(1.0))}, average_model=True).loss(
             jax.random.key(0), {"a": jnp.asarray(0.1), "theta": jnp.asarray(0.4)}, bit, bit_guide
         )

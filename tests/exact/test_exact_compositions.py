@@ -13,13 +13,17 @@ import pytest
 from injected import InjectedJax, cells, grid, jax_gradients, moments
 
 from ppl_estimators import (
+    ARM,
     REBAR,
     Antithetic,
     Average,
     Combine,
     Constant,
+    ControlVariate,
     DisARM,
+    Enumerate,
     EstimatorError,
+    ImportanceSampled,
     LeaveOneOut,
     MovingAverage,
     OptimalConstant,
@@ -179,11 +183,55 @@ def test_combine_keeps_moments_of_the_past_only():
     np.testing.assert_allclose(out["mutable_state"]["b$state"]["moments"], 0.9 * old + 0.1 * np.array(now), atol=1e-12)
 
 
+def wide(tau):
+    """Cells of the proposal's uniforms, its logits divided by ``tau``."""
+    return [cells(1 - 1 / (1 + np.exp(-a / tau))) for a in LOGITS]
+
+
+PLAIN = Reinforce(Constant(0.4))
+WIDE = ImportanceSampled(PLAIN, 2.0)
+#: estimator, how many draws of the site's own, and the cells of what other noise it asks for
+NESTED = [
+    (Average((WIDE, DisARM())), 1, {"0_wide": wide(2.0), "1_u": [cells(p, 1 - p) for p in P]}),
+    (Average((Reinforce(), WIDE)), 2, {"1_wide": wide(2.0)}),
+    (Repeat(2, WIDE), 2, {"0_wide": wide(2.0), "1_wide": wide(2.0)}),
+    (Combine((WIDE, PLAIN)), 2, {"0_wide": wide(2.0)}),
+    (Combine((Repeat(2, Reinforce(LeaveOneOut())), PLAIN)), 3, {}),
+    (Average((PLAIN, Repeat(2, Reinforce(LeaveOneOut())))), 3, {}),
+    (Average((Repeat(2, Reinforce(LeaveOneOut())), PLAIN)), 3, {}),
+    (Repeat(2, Average((PLAIN, Reinforce()))), 4, {}),
+    (Repeat(2, Repeat(2, PLAIN)), 4, {}),
+    (Average((Antithetic(PLAIN), PLAIN)), 1, {"0_value": [cells(p, 1 - p) for p in P]}),
+    (Combine((Average((PLAIN, Enumerate())), PLAIN)), 3, {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "count", "noise"), NESTED, ids=lambda x: repr(x) if x and x not in (1, 2) else ""
+)
+def test_compositions_of_compositions(estimator, count, noise):
+    """Each part is scored at its own draw, whatever it is made of."""
+    values, weight = draws(count)
+    points, cell = grid(*(axis for axes in noise.values() for axis in axes)) if noise else ([], np.ones(1))
+    i, j = (x.ravel() for x in np.meshgrid(range(len(weight)), range(len(cell)), indexing="ij"))
+    tables = {"value": values["value"][i]}
+    for k, label in enumerate(noise):
+        tables[label] = np.stack(points[2 * k : 2 * k + 2], -1)[j][:, None]
+    uneven = {"b$state": {"moments": jnp.asarray([[2.0, 0.5], [0.5, 3.0]])}}
+    found = gradients(estimator, tables, **(uneven if isinstance(estimator, Combine) else {}))
+    np.testing.assert_allclose(moments(found, weight[i] * cell[j])[0], EXACT, atol=1e-12)
+
+
 def test_what_cannot_be_composed_is_refused():
     tables = {"0_u": np.full((1, 1, 2), 0.3), "value": np.zeros((1, 1, 1, 2))}
     for estimator, message in (
         (Antithetic(DisARM()), r"site 'b': DisARM\(\) compares draws"),
-        (Antithetic(Reinforce(LeaveOneOut())), r"site 'b': LeaveOneOut\(\) takes the mirrored draw"),
+        (Antithetic(ARM()), r"site 'b': ARM\(\) compares draws that are mirrored already"),
+        (Antithetic(Reinforce(LeaveOneOut())), r"site 'b': Reinforce\(LeaveOneOut\(\)\) takes the mirrored draw"),
+        (Antithetic(Repeat(2, Reinforce(LeaveOneOut()))), r"site 'b': Repeat\(.* takes the mirrored draw"),
+        (Average((DisARM(), ControlVariate(abs, abs, 0.5))), r"it cannot with ControlVariate"),
+        (ImportanceSampled(Reinforce(OptimalConstant(0.9))), r"site 'b': ImportanceSampled has no score norm"),
+        (Repeat(2, Repeat(2, Reinforce(OptimalConstant(0.9)))), r"site 'b': Repeat has no score norm"),
         (Repeat(2, Pathwise()), "site 'b': Repeat evaluates several draws"),
         (Average((DisARM(), Reinforce(OptimalConstant(0.9)))), "site 'b': Average has no score norm"),
         (Average((DisARM(), Reinforce(LeaveOneOut()))), "site 'b': LeaveOneOut needs at least two particles"),

@@ -36,7 +36,7 @@ from ppl_estimators.core import splits
 from ppl_estimators.core.families import BERNOULLI, CATEGORICAL, ONEHOT
 from ppl_estimators.core.keep import Kept
 from ppl_estimators.core.site import Costs, Draw, Local, Site
-from ppl_estimators.estimators.disarm_stick_breaking import antithetic, ordering
+from ppl_estimators.core.splits import antithetic, ordering
 from ppl_estimators.numpyro.ops import OPS as JAX
 from ppl_estimators.pyro.ops import OPS as TORCH
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -34,6 +34,8 @@ class Baseline(Spec):
     keeps: ClassVar[bool] = False
     #: is it a weighted mean of the other particles' costs (and so linear in them)?
     from_particles: ClassVar[bool] = False
+    #: does it use the norm of the score (`Site.score_norm`)?
+    wants_score_norm: ClassVar[bool] = False
 
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Array]:
         """Arrays that the spec itself brings along, given the guide's arguments."""
@@ -58,6 +60,12 @@ class Baseline(Spec):
 
     def evaluate(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Baselined:
         value = self.predict(ops, site, cost, kept)
+        if not _fits(value.shape, cost.shape):  # broadcast, it would count the site's gradient several times
+            raise site_error(
+                site.name,
+                f"the baseline {self!r} predicts the shape {tuple(value.shape)} for costs {tuple(cost.shape)}",
+                "Predict one number for each particle and plate element, or 1 along an axis for all.",
+            )
         return Baselined(value, *self.fit(ops, site, cost, kept))
 
     def __add__(self, other: Baseline) -> Sum:
@@ -89,6 +97,10 @@ class Sum(Baseline):
     @property
     def from_particles(self) -> bool:  # type: ignore[override]
         return any(part.from_particles for part in self.terms)
+
+    @property
+    def wants_score_norm(self) -> bool:  # type: ignore[override]
+        return any(part.wants_score_norm for part in self.terms)
 
     @property
     def parts(self) -> tuple[Baseline, ...]:
@@ -134,10 +146,28 @@ class Sum(Baseline):
         return Baselined(total, auxiliary, state)
 
 
+def _fits(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Does ``shape`` broadcast to ``wanted``, and leave it as it is?"""
+    pairs = zip(reversed(shape), reversed(wanted), strict=False)
+    return len(shape) <= len(wanted) and all(n in (1, w) for n, w in pairs)
+
+
 class WithBaseline(Estimator):
     """An estimator that subtracts a baseline from its learning signal, in its attribute ``baseline``."""
 
     baseline: Baseline | None
+
+    #: does it want functions of the user's evaluated on the library's distribution (``measured``)?
+    asks_the_distribution: ClassVar[bool] = False
+
+    @property
+    def compares(self) -> bool:
+        """Does it compare draws with one another, which must then be independent?"""
+        return self.baseline is not None and self.baseline.from_particles
+
+    @property
+    def wants_score_norm(self) -> bool:
+        return self.baseline is not None and self.baseline.wants_score_norm
 
     def __post_init__(self) -> None:
         if self.baseline is not None and not isinstance(self.baseline, Baseline):
@@ -175,3 +205,29 @@ class WithBaseline(Estimator):
             return ops.stop_gradient(signal), None, {}
         b = self.baseline.evaluate(ops, site, signal, kept)
         return ops.stop_gradient(signal - b.value), b.auxiliary, b.state
+
+
+_LEVEL = "level_"
+
+
+class WithLevel(WithBaseline):
+    """An estimator with a control variate of its own, whose baseline takes the level that this leaves over."""
+
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Array]:
+        return prefixed(_LEVEL, super().given(args, kwargs))
+
+    def parameters(self, site: Site) -> dict[str, Initial]:
+        return prefixed(_LEVEL, super().parameters(site))
+
+    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
+        return prefixed(_LEVEL, super().networks(site, strip(_LEVEL, given)))
+
+    def state(self, site: Site) -> dict[str, Initial]:
+        return prefixed(_LEVEL, super().state(site))
+
+    def level(self, ops: Ops, site: Site, rest: Array, kept: Kept) -> Baselined:
+        """Of what the control variate leaves over, ``rest [K, *plates]``."""
+        if self.baseline is None:
+            return Baselined(ops.zeros_like(rest))
+        found = self.baseline.evaluate(ops, site, ops.stop_gradient(rest), kept.sub(_LEVEL))
+        return Baselined(found.value, found.auxiliary, prefixed(_LEVEL, found.state))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ...core.errors import site_error
 from ...core.keep import Kept, Network, predict
 from ...core.ops import Array, Ops
 from ...core.site import Site
@@ -56,19 +57,43 @@ class Learned(Baseline):
         return {"baseline": Network(width, self.hidden, self.network)}
 
     def predict(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Array:
-        return ops.stop_gradient(self._forward(ops, site, kept)) * site.subsampling
+        return ops.stop_gradient(self._forward(ops, site, cost, kept)) * site.subsampling
 
     def fit(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> tuple[Array | None, Mapping[str, Array]]:
         target = ops.stop_gradient(cost / site.subsampling)
-        return (target - self._forward(ops, site, kept)) ** 2, {}
+        return (target - self._forward(ops, site, cost, kept)) ** 2, {}
 
-    def _forward(self, ops: Ops, site: Site, kept: Kept) -> Array:
+    def _forward(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Array:
         """C_psi(x): [K, *plates]."""
         if "inputs" in kept.given:
-            x = site.rows(ops, kept.given["inputs"])
+            x = self._rows(ops, site, kept.given["inputs"], cost.shape[0])
         else:
             x = ops.concat([site.features(ops, p) for p in site.parameters], axis=-1)
         return predict(site.name, kept.networks["baseline"], ops.stop_gradient(x))
+
+    @staticmethod
+    def _rows(ops: Ops, site: Site, x: Array, count: int) -> Array:
+        """``x [*plates, ...]``, with the particles first where it was computed in each, as one row for each plate
+        element: ``[1 or count, 1s or sizes, F]``."""
+        outer = len(site.batch_shape) - site.nesting
+        wanted = site.plate_shape[outer:]
+
+        def split(lead: int) -> Array | None:
+            sizes = tuple(x.shape[lead : lead + site.nesting])
+            if not fits_each(sizes, wanted) or (lead and count % x.shape[0]):
+                return None
+            features = math.prod(x.shape[lead + site.nesting :])
+            return ops.reshape(x, (*(x.shape[:1] if lead else (1,)), *(1,) * outer, *sizes, features))
+
+        rows = next((r for r in map(split, (1, 0)[x.ndim == 0 :]) if r is not None), None)
+        if rows is None:
+            raise site_error(
+                site.name,
+                f"Learned(inputs=...) got the shape {tuple(x.shape)}, the particles first, where the plates have "
+                f"{wanted}",
+                "Give one row of features for each plate element: the sizes of the plates, then whatever there is.",
+            )
+        return for_each_draw(ops, rows, count)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -86,11 +111,40 @@ class Given(Baseline):
         return {"value": self.value(*args, **kwargs) if callable(self.value) else self.value}
 
     def predict(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Array:
-        return ops.stop_gradient(self._value(ops, site, kept))
+        return ops.stop_gradient(self._value(ops, site, cost, kept))
 
     def fit(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> tuple[Array | None, Mapping[str, Array]]:
-        return (ops.stop_gradient(cost) - self._value(ops, site, kept)) ** 2, {}
+        return (ops.stop_gradient(cost) - self._value(ops, site, cost, kept)) ** 2, {}
 
     @staticmethod
-    def _value(ops: Ops, site: Site, kept: Kept) -> Array:
-        return ops.sum(site.rows(ops, kept.given["value"]), axis=-1)
+    def _value(ops: Ops, site: Site, cost: Array, kept: Kept) -> Array:
+        """``[1 or K, *plates or 1s]``; axes count from the right, and a last one of size 1 may follow."""
+        x, wanted, count = kept.given["value"], site.plate_shape, cost.shape[0]
+
+        def aligned(lead: int, last: int) -> Array | None:
+            own = tuple(x.shape[lead : x.ndim - last])
+            missing = len(wanted) - len(own)
+            if missing < 0 or not fits_each(own, wanted[missing:]) or (lead and count % x.shape[0]):
+                return None
+            return ops.reshape(x, (*(x.shape[:1] if lead else (1,)), *(1,) * missing, *own))
+
+        last = (0, 1) if x.ndim and x.shape[-1] == 1 else (0,)
+        tried = (aligned(lead, cut) for cut in last for lead in (1, 0) if lead + cut <= x.ndim)
+        value = next((v for v in tried if v is not None), None)
+        if value is None:
+            raise site_error(
+                site.name,
+                f"Given(value) got the shape {tuple(x.shape)}, the particles first, where the plates have {wanted}",
+                f"Give one number for each plate element, {wanted}, or one for all, ().",
+            )
+        return for_each_draw(ops, value, count)
+
+
+def fits_each(sizes: Sequence[int], wanted: Sequence[int]) -> bool:
+    return len(sizes) == len(wanted) and all(n in (1, w) for n, w in zip(sizes, wanted, strict=True))
+
+
+def for_each_draw(ops: Ops, x: Array, count: int) -> Array:
+    """``x [K, ...]`` for as many draws as there are: those of a composition come one after another, K of each."""
+    repeats = 1 if x.shape[0] == 1 else count // x.shape[0]
+    return ops.concat([x] * repeats, axis=0) if repeats > 1 else x

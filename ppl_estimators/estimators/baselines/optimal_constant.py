@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...core.errors import site_error
 from ...core.keep import Initial, Kept, guarded
@@ -31,6 +32,8 @@ class OptimalConstant(Baseline):
     """
 
     decay: float | None = None
+
+    wants_score_norm: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.decay is not None and not 0 <= self.decay < 1:

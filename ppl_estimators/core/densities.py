@@ -1,0 +1,27 @@
+"""Where a log probability says how the parameters move the draw, and where it doesn't."""
+
+from __future__ import annotations
+
+from .errors import site_error
+from .site import Site
+
+
+def check_score(site: Site) -> None:
+    """A Delta has no density: its log_prob says nothing of how the parameter moves the draw."""
+    if site.distribution == "Delta":
+        raise site_error(
+            site.name,
+            "a Delta has no score function, its draw is its parameter",
+            "Use Pathwise() here; in an autoguide choose the estimator at the auxiliary site behind it.",
+        )
+    check_density(site)
+
+
+def check_density(site: Site) -> None:
+    """The density of a straight-through draw is that of a relaxed value, which the hard one doesn't show."""
+    if site.distribution.endswith("StraightThrough"):
+        raise site_error(
+            site.name,
+            f"the value of a {site.distribution} is hard, and its density is that of the relaxed value behind it",
+            "Use Pathwise() here, or OneHotCategorical with an estimator such as GumbelStraightThrough().",
+        )

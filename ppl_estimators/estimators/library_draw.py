@@ -1,0 +1,25 @@
+"""What the estimators share whose value is the library's own reparameterised draw."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ..core.errors import site_error
+from ..core.estimator import Estimator
+from ..core.site import Site
+
+
+class LibraryDraw(Estimator):
+    """Base: the value comes from the distribution's `rsample`, and carries its gradient."""
+
+    pathwise: ClassVar[bool] = True
+    library_draw: ClassVar[bool] = True
+    instead: ClassVar[str] = "Use DisARM() for Bernoulli sites, or Reinforce(LeaveOneOut()) for any"
+
+    def check(self, site: Site, particles: int) -> None:
+        if not site.reparameterised:
+            raise site_error(
+                site.name,
+                f"{type(self).__name__} needs a reparameterisable distribution, got {site.distribution}",
+                self.instead + ".",
+            )
