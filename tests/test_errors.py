@@ -198,7 +198,8 @@ def test_enumerated_sites_are_refused_with_the_fix(lib, side):
         if side == "guide":
             lib.sample("k", lib.dist.Bernoulli(logits=lib.array(0.3)), infer={"enumerate": "parallel"})
 
-    with pytest.raises(EstimatorError, match=r"site 'k': marked infer=.*Enumerate\(\)"):
+    fix = {"guide": r"Enumerate\(\)", "model": "TraceEnum_ELBO"}[side]  # where the guide lacks it, none of ours helps
+    with pytest.raises(EstimatorError, match=rf"site 'k': marked infer=.*{fix}"):
         lib.loss(lib.ELBO(), model, guide)
 
 

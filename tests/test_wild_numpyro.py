@@ -3,16 +3,39 @@ models and guides that do not match, JAX's own modes."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
 import pytest
+from jax import random
+from numpyro import handlers
+from numpyro.contrib.control_flow import cond, scan
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import AffineTransform, ExpTransform, Transform
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
 
-from ppl_estimators.numpyro import dependencies
+from ppl_estimators import (
+    ControlVariate,
+    Enumerate,
+    EstimatorError,
+    EstimatorWarning,
+    LeaveOneOut,
+    MovingAverage,
+    Pathwise,
+    Reinforce,
+)
+from ppl_estimators.numpyro import EstimatorELBO, dependencies
 from ppl_estimators.numpyro.dependencies import mark, scan_layout
+from ppl_estimators.numpyro.distributions import reparameterised
 
 # ---- the walker ----------------------------------------------------------------------------------------------------
 
@@ -130,3 +153,521 @@ def test_operations_without_a_derivative_are_found_on_the_way_to_a_drawn_value()
     assert stuck.pop("b") == "io_callback"
     assert re.fullmatch("pure_callback|while loop", stuck.pop("a"))
     assert not stuck  # neither c, which only decides how often, nor d, whose way has a derivative or carries none
+
+
+# ---- distributions that a user writes ------------------------------------------------------------------------------
+
+
+class Written(dist.Distribution):
+    """A distribution of one parameter that declares no arg_constraints, so that NumPyro takes it to be
+    reparameterised."""
+
+    support = constraints.real
+
+    def __init__(self, a: Any):
+        self.a = a
+        super().__init__(jnp.shape(a), ())
+
+    def log_prob(self, value: Any) -> Any:
+        return dist.Normal(self.a, 1.0).log_prob(value)
+
+
+class Shifted(Written):
+    """Has the derivative that it claims, beside a comparison that changes nothing."""
+
+    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
+        noise = random.normal(key, (*sample_shape, *self.batch_shape))
+        return jnp.where(noise > self.a, noise + self.a, self.a + noise)
+
+
+class Stopped(Written):
+    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
+        return random.normal(key, (*sample_shape, *self.batch_shape)) + jax.lax.stop_gradient(self.a)
+
+
+class Rejected(Written):
+    """Tries until the draw lies above -1: the number of tries depends on a, and has no derivative."""
+
+    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
+        def again(state: Any) -> Any:
+            key, _ = state
+            key, use = random.split(key)
+            return key, random.normal(use) + self.a
+
+        return jax.lax.while_loop(lambda s: s[1] < -1.0, again, (key, jnp.asarray(-2.0)))[1]
+
+
+class Simulated(Written):
+    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        return jax.pure_callback(lambda a, u: np.float32(a + u), shape, self.a, random.normal(key))
+
+
+class Mixed(Written):
+    """Two bumps at -loc and +loc: a derivative in ``loc``, none in the weight."""
+
+    def __init__(self, a: Any, loc: Any):
+        self.loc = loc
+        super().__init__(a)
+
+    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
+        side = jnp.where(random.bernoulli(key, jax.nn.sigmoid(self.a)), 1.0, -1.0)
+        return self.loc * side + random.normal(key)
+
+
+class Ranks(Written):
+    """Integers 0 ... 3 with probabilities in proportion to exp(-a k)."""
+
+    support = constraints.nonnegative_integer
+
+    def log_probs(self) -> Any:
+        return jax.nn.log_softmax(-jnp.asarray(self.a)[..., None] * jnp.arange(4.0), -1)
+
+    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
+        return random.categorical(key, self.log_probs(), shape=(*sample_shape, *self.batch_shape))
+
+    def log_prob(self, value: Any) -> Any:
+        return jnp.take_along_axis(self.log_probs(), jnp.asarray(value)[..., None].astype(int), -1)[..., 0]
+
+
+class FloatRanks(Ranks):
+    """The same as floating-point numbers, on a support that says nothing of it."""
+
+    support = constraints.real
+
+    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
+        return super().sample(key, sample_shape).astype(float)
+
+
+class Rounded(Transform):
+    domain = codomain = constraints.real
+
+    def __call__(self, x: Any) -> Any:
+        return jnp.round(x)
+
+    def _inverse(self, y: Any) -> Any:
+        return y
+
+    def log_abs_det_jacobian(self, x: Any, y: Any, intermediates: Any = None) -> Any:
+        return jnp.zeros_like(x)
+
+    def tree_flatten(self) -> Any:
+        return (), ((), {})
+
+
+def rounded(a: Any) -> dist.Distribution:
+    return dist.TransformedDistribution(dist.Normal(a, 1.0), [AffineTransform(a, 1.0), Rounded()])
+
+
+CLAIMS: dict[str, tuple[Callable[[Any], dist.Distribution], bool]] = {
+    "shifted": (Shifted, True),
+    "shifted in a plate": (lambda a: Shifted(a).expand([3]).to_event(1), True),
+    "stopped": (Stopped, False),
+    "rejected": (Rejected, False),
+    "simulated": (Simulated, False),
+    "mixed": (lambda a: Mixed(0.5, a), True),
+    "mixed, each its own": (lambda a: Mixed(jnp.sin(a), jnp.cos(a)), False),
+    "integers": (Ranks, False),
+    "integers as floats": (FloatRanks, False),
+    "rounded": (rounded, False),
+    "Normal": (lambda a: dist.Normal(a, 1.0), True),
+    "Gamma": (lambda a: dist.Gamma(jnp.exp(a), 1.0), True),
+    "log-normal by hand": (lambda a: dist.TransformedDistribution(dist.Normal(a, 1.0), ExpTransform()), True),
+    "point": (lambda a: dist.Delta(a), True),
+    "point of integers": (lambda a: dist.Delta(jnp.asarray(3)), True),
+    "Poisson": (lambda a: dist.Poisson(jnp.exp(a)), False),
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_what_a_distribution_claims_of_its_draws_is_checked(name):
+    make, right = CLAIMS[name]
+    found = []
+    jax.make_jaxpr(lambda a: found.append(reparameterised(make(a))))(0.4)
+    assert found == [right]
+    assert reparameterised(make(jnp.asarray(0.4))) is right  # outside of any trace as well
+
+
+def loss(model: Any, guide: Any, params: Any = None, **kwargs: Any) -> Any:
+    """An update is planned and traced, and nothing computed."""
+    elbo = EstimatorELBO(**kwargs)
+    return jax.eval_shape(jax.value_and_grad(lambda p: elbo.loss(random.key(0), p, model, guide)), params or {})[0]
+
+
+def of_one_site(law: Callable[[Any], dist.Distribution]) -> tuple[Callable[[], None], Callable[[], None]]:
+    def model() -> None:
+        z = numpyro.sample("z", law(jnp.asarray(1.0)))
+        numpyro.sample("x", dist.Normal(2.0 * z, 1.0), obs=2.0)
+
+    def guide() -> None:
+        numpyro.sample("z", law(numpyro.param("a", jnp.asarray(0.4))))
+
+    return model, guide
+
+
+def gradient(elbo: Any, model: Any, guide: Any, params: dict[str, Any], keys: int) -> dict[str, Any]:
+    """Its mean over as many keys."""
+
+    def loss(p: dict[str, Any], key: Any) -> Any:
+        return elbo.loss(key, p, model, guide)
+
+    each = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(params, random.split(random.key(3), keys))
+    return jax.tree.map(lambda x: (x.mean(0), x.std(0) / keys**0.5), each)
+
+
+@pytest.mark.parametrize("law", [Ranks, FloatRanks])
+def test_a_users_discrete_distribution_gets_its_gradient_by_default(law):
+    def exact(a: Any) -> Any:
+        k = jnp.arange(4)
+        log_q, log_p = law(a[None]).log_prob(k), law(jnp.ones(1)).log_prob(k) + dist.Normal(2.0 * k, 1.0).log_prob(2.0)
+        return -jnp.sum(jnp.exp(log_q) * (log_p - log_q))
+
+    a = jnp.asarray(0.4)
+    mean, error = gradient(EstimatorELBO(num_particles=8), *of_one_site(law), {"a": a}, 4000)["a"]
+    right = jax.grad(exact)(a)
+    assert abs(mean - right) < 5 * error
+    assert error < 0.02 * abs(right)
+
+
+@pytest.mark.parametrize("law", [Ranks, Stopped, rounded])
+def test_pathwise_asked_for_without_a_derivative_is_refused(law):
+    model, guide = of_one_site(law)
+    with pytest.raises(EstimatorError, match=r"site 'z': Pathwise needs a reparameterisable .*Reinforce\(LeaveOneOut"):
+        EstimatorELBO({"z": Pathwise()}).loss(random.key(0), {"a": jnp.asarray(0.4)}, model, guide)
+
+
+MOVING: dict[str, Callable[[Any], dist.Distribution]] = {
+    "Uniform": lambda a: dist.Uniform(0.0, a),
+    "in a plate": lambda a: dist.Uniform(-1.0, a).expand([2]).to_event(1),
+    "Pareto": lambda a: dist.Pareto(a, 2.0),
+    "truncated": lambda a: dist.TruncatedNormal(0.0, 1.0, low=-a),
+    "shifted": lambda a: dist.TransformedDistribution(dist.Exponential(1.0), AffineTransform(a, 1.0)),
+    "stretched": lambda a: dist.TransformedDistribution(dist.Uniform(0.0, 1.0), AffineTransform(0.0, a)),
+    "shifted log-normal": lambda a: dist.TransformedDistribution(
+        dist.Normal(0.0, 1.0), [ExpTransform(), AffineTransform(a, 1.0)]
+    ),
+}
+STANDING: dict[str, Callable[[Any], dist.Distribution]] = {
+    "bounds of arrays": lambda a: dist.Uniform(jnp.zeros(2), jnp.ones(2)).to_event(1),
+    "truncated": lambda a: dist.TruncatedNormal(a, 1.0, low=-1.0, high=jnp.asarray(2.0)),
+    "Pareto": lambda a: dist.Pareto(1.0, a),
+    "stretched": lambda a: dist.TransformedDistribution(dist.Exponential(1.0), AffineTransform(0.0, a)),
+    "log-normal": lambda a: dist.TransformedDistribution(
+        dist.Normal(0.0, 1.0), [AffineTransform(a, a), ExpTransform()]
+    ),
+    "affine": lambda a: dist.TransformedDistribution(dist.Normal(0.0, 1.0), AffineTransform(a, a)),
+    "Binomial": lambda a: dist.Binomial(3, jax.nn.sigmoid(a)),
+}
+SCORES = [Reinforce(MovingAverage()), Reinforce(LeaveOneOut()), ControlVariate(jnp.sin, lambda d: d.mean, 1.0)]
+
+
+def loss_of(law: Any, estimators: Any = None) -> Any:
+    def model() -> None:
+        numpyro.sample("z", law(jnp.asarray(0.4)))
+
+    def guide() -> None:
+        numpyro.sample("z", law(numpyro.param("a", 0.4)))
+
+    return loss(model, guide, {"a": 0.4}, estimators=estimators, num_particles=2)
+
+
+@pytest.mark.parametrize("name", MOVING)
+@pytest.mark.parametrize("estimator", SCORES, ids=repr)
+def test_a_support_that_moves_has_no_score_function(name, estimator):
+    with pytest.raises(EstimatorError, match=r"site 'z': the support of \w+ moves .* Use Pathwise\(\) here"):
+        loss_of(MOVING[name], {"z": estimator})
+    assert loss_of(MOVING[name]).shape == ()  # the fix
+
+
+@pytest.mark.parametrize("name", STANDING)
+def test_a_support_that_stands_has_one(name):
+    assert loss_of(STANDING[name], {"z": Reinforce(LeaveOneOut())}).shape == ()
+
+
+@pytest.mark.parametrize("upstream", [Pathwise(), Reinforce(LeaveOneOut())], ids=repr)
+def test_a_support_that_a_continuous_draw_moves(upstream):
+    """Whether the draw upstream is differentiated is decided later, so that both are refused; a bit never is."""
+
+    def program(law: Callable[[], dist.Distribution]) -> Callable[[], None]:
+        def both() -> None:
+            w = numpyro.sample("w", law())
+            numpyro.sample("z", dist.Uniform(0.0, 1.0 + w**2))
+
+        return both
+
+    score = Reinforce(LeaveOneOut())
+    continuous, bit = program(lambda: dist.Normal(0.0, 1.0)), program(lambda: dist.Bernoulli(0.3))
+    with pytest.raises(EstimatorError, match="site 'z': the support of Uniform moves"):
+        loss(continuous, continuous, estimators={"w": upstream, "z": score}, num_particles=2)
+    assert loss(bit, bit, estimators={"w": Enumerate(), "z": score}, num_particles=2).shape == ()
+
+
+@pytest.mark.parametrize("plate", [False, True], ids=["one", "plate"])
+@pytest.mark.parametrize("prior", [dist.Dirichlet(jnp.ones(4)), dist.ZeroSumNormal(1.0, (4,))], ids=["simplex", "sum"])
+def test_autonormal_where_the_constraint_changes_the_shape(prior, plate):
+    def model() -> None:
+        p = numpyro.sample("p", prior.expand([5]).to_event(1) if plate else prior)
+        numpyro.sample("x", dist.Normal(p.sum() + p.max(), 1.0), obs=0.2)
+
+    guide = AutoNormal(model)
+    svi = SVI(model, guide, optax.adam(0.01), EstimatorELBO())
+    params = svi.get_params(svi.init(random.key(0)))
+
+    def losses(elbo: Any) -> Any:
+        each = jax.vmap(lambda key: elbo.loss(key, params, model, guide))
+        return jax.jit(each)(random.split(random.key(1), 500))
+
+    stock, ours = losses(Trace_ELBO()), losses(EstimatorELBO())
+    assert abs(stock.mean() - ours.mean()) < 5 * math.hypot(stock.std(), ours.std()) / 500**0.5
+
+
+# ---- model and guide that do not match -----------------------------------------------------------------------------
+
+
+def normal(name: str, *shape: int, plates: dict[str, tuple[int, ...]] | None = None, event: int = 0) -> Any:
+    """A program with one Normal site inside ``plates`` {name: (size, dim or None, subsample or None)}."""
+
+    def program() -> None:
+        opened = [numpyro.plate(n, size, sub, dim=dim) for n, (size, dim, sub) in (plates or {}).items()]
+        with handlers.scale(scale=1.0):
+            for p in opened:
+                p.__enter__()
+            numpyro.sample(name, dist.Normal(jnp.zeros(shape), 1.0).to_event(event))
+            for p in reversed(opened):
+                p.__exit__(None, None, None)
+
+    return program
+
+
+SQUARE = {"a": (3, -2, None), "b": (3, -1, None)}
+DISAGREE = {
+    "shapes": (normal("u"), normal("u", 3), r"site 'u': shape \(3,\) in the guide, \(\) in the model"),
+    "event dimensions": (normal("u", 3), normal("u", 3, event=1), r"site 'u': 1 event dimensions in the guide, 0 in"),
+    "dims of plates": (
+        normal("u", plates=SQUARE),
+        normal("u", plates={"a": (3, -1, None), "b": (3, -2, None)}),
+        r"site 'u': plate '[ab]' is dimension -\d in the guide, -\d in the model",
+    ),
+    "subsampled plates": (
+        normal("u", plates={"rows": (6, None, 3)}),
+        normal("u", plates={"lines": (6, None, 3)}),
+        r"site 'u': plate 'lines' of the guide and plate 'rows' of the model subsample different",
+    ),
+    "sizes of plates": (
+        normal("u", plates={"rows": (6, None, 3)}),
+        normal("u", plates={"rows": (3, None, None)}),
+        r"plate 'rows': 3 of 3 elements in the guide, 3 of 6 elements in the model",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DISAGREE)
+def test_model_and_guide_that_disagree_on_a_latent_site(name):
+    model, guide, message = DISAGREE[name]
+    with pytest.raises(EstimatorError, match=message):
+        loss(model, guide)
+
+
+def test_what_model_and_guide_may_differ_in():
+    plated, bare = normal("u", plates={"rows": (3, None, None)}), normal("u", 3)
+    assert loss(plated, bare).shape == ()
+    assert loss(bare, plated).shape == ()
+    assert loss(normal("u", 3), normal("u", 1, 3)).shape == ()
+    subsampled = normal("u", plates={"rows": (6, None, 3)})
+    assert loss(subsampled, subsampled).shape == ()
+    assert loss(subsampled, handlers.scale(bare, scale=2.0)).shape == ()  # scaled by hand
+    with pytest.warns(EstimatorWarning, match="site 'u': plate 'rows' subsamples it in the model but not in the guide"):
+        assert loss(subsampled, bare).shape == ()
+
+
+def test_a_parameter_and_a_site_of_one_name():
+    def site() -> None:
+        numpyro.sample("u", dist.Normal(0.0, 1.0))
+
+    def both() -> None:
+        numpyro.sample("u", dist.Normal(numpyro.param("m", 0.0), 1.0))
+        numpyro.param("u", 2.0)
+
+    for model, guide in ((site, both), (both, site)):
+        with pytest.raises(EstimatorError, match="site 'u': a parameter has the same name") as caught:
+            loss(model, guide, {"m": 0.0, "u": 2.0})
+        assert isinstance(caught.value, AssertionError)  # as NumPyro's own
+
+
+def test_names_used_twice_raise_what_numpyro_raises():
+    def twice() -> None:
+        numpyro.sample("u", dist.Normal(0.0, 1.0))
+        numpyro.sample("u", dist.Normal(0.0, 1.0))
+
+    def plate_too() -> None:
+        numpyro.sample("u", dist.Normal(0.0, 1.0))
+        with numpyro.plate("u", 2):
+            numpyro.sample("v", dist.Normal(0.0, 1.0))
+
+    for program in (twice, plate_too):
+        with pytest.raises(AssertionError, match="site 'u': the name is used twice"):
+            loss(program, program)
+
+
+def hidden(inside: str, infer: dict[str, Any]) -> Any:
+    """A coin in a scan or a branch of the model."""
+
+    def coin(carry: Any, _: Any = None) -> Any:
+        z = numpyro.sample("z", dist.Bernoulli(0.3), infer=infer)
+        return carry + z, None
+
+    def model() -> None:
+        p = numpyro.sample("p", dist.Normal(0.0, 1.0))
+        if inside == "scan":
+            total, _ = scan(coin, p, None, length=3)
+        else:
+            total, _ = cond(p > 0, coin, coin, p)
+        numpyro.sample("x", dist.Normal(total, 1.0), obs=0.3)
+
+    return model
+
+
+@pytest.mark.parametrize("inside", ["scan", "cond"])
+@pytest.mark.parametrize("infer", [{}, {"enumerate": "parallel"}], ids=["plain", "marked"])
+def test_a_latent_in_the_models_control_flow_is_never_drawn_from_the_prior(inside, infer):
+    with pytest.raises(EstimatorError, match=r"site 'z': .*(the guide does not draw|absent from the guide)"):
+        loss(hidden(inside, infer), normal("p"))
+
+
+def test_a_latent_in_a_branch_of_both_does_not_take_the_guides_value():
+    with pytest.raises(
+        EstimatorError, match="site 'z': inside numpyro's cond, where the model cannot take the guide's"
+    ):
+        loss(hidden("cond", {}), hidden("cond", {}), num_particles=2)
+
+
+def test_the_refusal_of_a_mark_gives_advice_that_works():
+    def program(law: dist.Distribution, **infer: Any) -> Callable[[], None]:
+        def draws() -> None:
+            z = numpyro.sample("z", law, infer=infer)
+            assert jnp.ndim(z) == int(bool(infer))  # as the enumerated program has it
+
+        return draws
+
+    for law, advice, estimator in (
+        (dist.Bernoulli(0.3), r"EstimatorELBO\({\"z\": Enumerate\(\)}\)", Enumerate()),
+        (dist.Poisson(2.0), r"EstimatorELBO\({\"z\": Reinforce\(LeaveOneOut\(\)\)}, num", Reinforce(LeaveOneOut())),
+    ):
+        marked, plain = program(law, enumerate="parallel"), program(law)
+        with pytest.raises(EstimatorError, match=f"site 'z': marked .*{advice}"):
+            loss(marked, marked)
+        assert loss(plain, plain, estimators={"z": estimator}, num_particles=2).shape == ()
+        with pytest.raises(EstimatorError, match=r"site 'z': marked .*add numpyro.sample\('z', \.\.\.\)") as caught:
+            loss(marked, normal("u"))
+        assert "Enumerate()" not in str(caught.value)  # which a site that the guide lacks cannot take
+
+
+def test_a_log_probability_that_fails_is_named_and_shows_the_shapes():
+    def model() -> None:
+        w = numpyro.sample("w", dist.Normal(jnp.zeros(3), 1.0).to_event(1))
+        numpyro.sample("x", dist.Normal(w, 1.0), obs=jnp.zeros(4))
+
+    def guide() -> None:
+        numpyro.sample("w", dist.Normal(jnp.zeros(3), 1.0).to_event(1))
+
+    with pytest.raises(
+        EstimatorError, match=r"site 'x': its log probability in the model fails .*incompatible"
+    ) as caught:
+        loss(model, guide)
+    table = str(caught.value).split("Shapes of the model:")[1]
+    assert re.search(r"w dist\s+\|\s+3\s+value\s+\|\s+3\s+x dist\s+3\s+\|\s+value\s+4\s+\|", table)
+
+
+# ---- JAX's own modes -----------------------------------------------------------------------------------------------
+
+
+def mixed_model(y: Any) -> None:
+    w = numpyro.sample("w", dist.Normal(0.0, 1.0))
+    with numpyro.plate("n", len(y)):
+        z = numpyro.sample("z", dist.Bernoulli(0.4))
+        k = numpyro.sample("k", Ranks(jnp.ones(len(y))))
+        numpyro.sample("y", dist.Normal(w + 2 * z + k, 1.0), obs=y)
+
+
+def mixed_guide(y: Any) -> None:
+    m = numpyro.param("m", 0.0)
+    numpyro.sample("w", dist.Normal(m, 0.5))
+    with numpyro.plate("n", len(y)):
+        numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("l", jnp.zeros(len(y)))))
+        numpyro.sample("k", Ranks(jnp.full(len(y), jnp.exp(m))))
+
+
+def test_no_tracer_outlives_the_survey():
+    y = jnp.array([0.2, 1.9, -0.4, 2.2])
+    elbo = EstimatorELBO(num_particles=2)
+
+    def step(params: Any, key: Any) -> Any:
+        return elbo.loss(key, params, mixed_model, mixed_guide, y)
+
+    with jax.checking_leaks():
+        value = jax.jit(jax.grad(step))({"m": 0.1, "l": jnp.zeros(4)}, random.key(0))
+    assert jnp.isfinite(value["m"])
+
+
+def test_values_are_concrete_without_jit():
+    """`if w > 0.3` works, as with the stock ELBOs, and the gradient is that of the program whose decision is traced."""
+
+    def model(decide: Any) -> None:
+        w = numpyro.sample("w", dist.Normal(0.0, 1.0))
+        z = numpyro.sample("z", dist.Bernoulli(0.3))
+        numpyro.sample("y", dist.Normal(decide(w > 0.3, w, -w) + z, 1.0), obs=0.3)
+
+    def guide(decide: Any) -> None:
+        w = numpyro.sample("w", dist.Normal(numpyro.param("m", 0.0), 0.5))
+        numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("l", 0.2) + decide(w > 0.0, 0.5, -0.5)))
+
+    def value(decide: Any, key: Any) -> Any:
+        elbo = EstimatorELBO({"z": Enumerate()})
+        return jax.value_and_grad(lambda p: elbo.loss(key, p, model, guide, decide))({"m": 0.1, "l": 0.2})
+
+    def python(test: Any, yes: Any, no: Any) -> Any:
+        return yes if test else no
+
+    with pytest.raises(jax.errors.TracerBoolConversionError):
+        value(python, random.key(0))
+    for seed in (0, 1):
+        traced = value(jnp.where, random.key(seed))
+        with jax.disable_jit():
+            concrete = value(python, random.key(seed))
+        np.testing.assert_allclose(*map(np.hstack, map(jax.tree.leaves, (traced, concrete))), rtol=1e-5)
+
+
+def simulated(through: Callable[[Any], Any]) -> tuple[Any, Any]:
+    def model() -> None:
+        t = numpyro.sample("t", dist.Normal(0.0, 1.0))
+        u = numpyro.sample("u", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(through(t) + u, 0.5), obs=1.1)
+
+    def guide() -> None:
+        m = numpyro.param("m", 0.2)
+        numpyro.sample("t", dist.Normal(m, 0.6))
+        numpyro.sample("u", dist.Normal(m, 0.6))
+
+    return model, guide
+
+
+def by_callback(t: Any) -> Any:
+    return jax.pure_callback(
+        lambda t: np.float32(t), jax.ShapeDtypeStruct((), jnp.float32), t, vmap_method="expand_dims"
+    )
+
+
+def by_loop(t: Any) -> Any:
+    return jax.lax.while_loop(lambda s: s < 3.0, lambda s: s + 0.5, t)
+
+
+@pytest.mark.parametrize("through", [by_callback, by_loop])
+def test_an_operation_without_a_derivative_is_named_before_jax_fails(through):
+    model, guide = simulated(through)
+    for estimators in (None, {"t": Pathwise()}):
+        with pytest.raises(EstimatorError, match=r"site 't': Pathwise differ.* passes through a (pure_callb|while l)"):
+            loss(model, guide, {"m": 0.2}, estimators=estimators)
+    remedy = {"t": Reinforce(LeaveOneOut())}
+    assert loss(model, guide, {"m": 0.2}, estimators=remedy, num_particles=2).shape == ()
+    model, guide = simulated(lambda t: through(jax.lax.stop_gradient(t)))
+    assert loss(model, guide, {"m": 0.2}).shape == ()

@@ -7,12 +7,21 @@ from .site import Site
 
 
 def check_score(site: Site) -> None:
-    """A Delta has no density: its log_prob says nothing of how the parameter moves the draw."""
+    """Refuses sites where log q does not say how the parameters move the draw: a Delta has no density, and at an end of
+    the support that moves ∇ ∫ q f has a boundary term, which no score sees."""
     if site.distribution == "Delta":
         raise site_error(
             site.name,
             "a Delta has no score function, its draw is its parameter",
             "Use Pathwise() here; in an autoguide choose the estimator at the auxiliary site behind it.",
+        )
+    if site.support_moves:
+        fix = "Use Pathwise() here." if site.reparameterised else "Draw it in fixed bounds, and shift and scale the draw."
+        raise site_error(
+            site.name,
+            f"the support of {site.distribution} moves with its parameters, and the score function misses what moves "
+            "over the edge",
+            fix,
         )
     check_density(site)
 

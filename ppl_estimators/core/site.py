@@ -50,6 +50,7 @@ class Site:
     event_shape: tuple[int, ...]
     plates: frozenset[Plate]
     reparameterised: bool = False
+    support_moves: bool = False  # where the support ends depends on parameters, or on pathwise draws
     time: bool = False  # drawn inside a scan: a leading batch axis of dependent steps
     scale: Any = 1.0
     logits: Array | None = None

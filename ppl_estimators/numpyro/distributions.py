@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
+from numpyro.distributions.transforms import AffineTransform, Transform
 
 from ..core import families
 from ..core.errors import site_error
 from ..core.plan import requested
 from ..core.site import Plate, Site
+from .dependencies import differentiable
 from .ops import OPS
 
 Array = Any
@@ -111,7 +113,7 @@ def describe(
         batch_shape=tuple(fn.batch_shape),
         event_shape=tuple(fn.event_shape),
         plates=plates,
-        reparameterised=bool(fn.has_rsample),
+        reparameterised=reparameterised(fn),
         time="_scan_current_index" in infer,
         scale=1.0 if scale is None else scale,
         logits=logits,
@@ -121,6 +123,72 @@ def describe(
         requested=requested(name, infer),
         declared=infer.get("_with_estimators"),
     )
+
+
+def still(site: Site, fn: dist.Distribution) -> Site:
+    """The facts of a site, with shapes in place of arrays."""
+    scale = site.scale if isinstance(site.scale, (int, float)) else _shape(site.scale)
+    arrays = jax.tree.map(_shape, {"value": site.value, "logits": site.logits, "named": dict(site.named)})
+    return site.filled(**arrays, scale=scale, law=site.law.still(site.value))
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+
+
+def reparameterised(fn: dist.Distribution) -> bool:
+    """Is a draw differentiable in every parameter that it depends on?
+
+    ``has_rsample`` is a claim: it is true of every class that declares no ``arg_constraints``. NumPyro's own
+    distributions are right about it; others are asked for their derivative. A Delta has nothing to draw.
+    """
+    if not fn.has_rsample or isinstance(unwrapped(fn), dist.Delta):
+        return bool(fn.has_rsample)
+    if Law(fn).discrete:
+        return False
+    return not _foreign(fn) or differentiable(lambda: fn.sample_with_intermediates(jax.random.key(0))[0])
+
+
+def _foreign(fn: Any) -> bool:
+    """Is any part of a distribution of a class that is not NumPyro's?"""
+    if isinstance(fn, (list, tuple)):
+        return any(_foreign(part) for part in fn)
+    if not isinstance(fn, (dist.Distribution, Transform)):
+        return False
+    return not type(fn).__module__.startswith("numpyro.distributions.") or any(map(_foreign, vars(fn).values()))
+
+
+def ends(fn: dist.Distribution) -> list[Array]:
+    """What says where the support of one element begins and ends, as far as these are arrays: a parameter that reaches
+    them moves the support, and has no score function there."""
+    base = unwrapped(fn)
+    if Law(fn).discrete:
+        return []
+    found = jax.tree.leaves(_support(base))
+    if isinstance(base, dist.TransformedDistribution):  # NumPyro takes the image of an interval for the real line
+        shape = _shape_of(_support(base.base_dist))
+        for transform in base.transforms:
+            if not isinstance(transform, AffineTransform):
+                shape = _shape_of(transform.codomain) if shape == "line" else "bounded"
+            elif shape != "line":
+                found += [transform.loc] if shape == "half-line" else [transform.loc, transform.scale]
+                shape = "bounded"
+    arrays = map(jnp.asarray, found)
+    return [x for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+
+def _shape_of(support: Any) -> str:
+    if support in (constraints.real, constraints.real_vector):
+        return "line"
+    return "half-line" if support in (constraints.positive, constraints.nonnegative) else "bounded"
+
+
+def _support(fn: dist.Distribution) -> Any:
+    """None where a class does not say."""
+    try:
+        return fn.support
+    except NotImplementedError:
+        return None
 
 
 def named(fn: dist.Distribution) -> dict[str, Array]:
@@ -142,12 +210,14 @@ def natural_parameters(fn: dist.Distribution, kind: str) -> Array | None:
 
 
 def parameters(fn: dist.Distribution) -> dict[str, Array]:
-    """The parameters of the innermost distribution, broadcast to the batch and event shape."""
-    base = unwrapped(fn)
+    """The parameters of the innermost distribution, broadcast to the batch and event shape that it has at this site."""
+    base, shape = unwrapped(fn), (*fn.batch_shape, *fn.event_shape)
     while hasattr(base, "base_dist") and family(fn) == families.OTHER:
-        base = unwrapped(base.base_dist)
-    outer = (*fn.batch_shape, *fn.event_shape)
-    batch = outer[: len(outer) - len(base.event_shape)]
+        inner = base.base_dist  # its event dimensions may have other sizes: a simplex has one element more
+        batch = len(base.batch_shape)
+        shape = (*shape[: len(shape) - len(base.event_shape)], *inner.batch_shape[batch:], *inner.event_shape)
+        base = unwrapped(inner)
+    batch_shape = shape[: len(shape) - len(base.event_shape)]
     found = {}
     for key, constraint in base.arg_constraints.items():
         x = vars(base).get(key)
@@ -157,7 +227,7 @@ def parameters(fn: dist.Distribution) -> dict[str, Array]:
         if not jnp.issubdtype(x.dtype, jnp.floating):
             continue
         n = constraint.event_dim
-        found[key] = jnp.broadcast_to(x, (*batch, *x.shape[x.ndim - n :]))
+        found[key] = jnp.broadcast_to(x, (*batch_shape, *x.shape[x.ndim - n :]))
     return found
 
 
@@ -170,7 +240,7 @@ class Law:
 
     @property
     def discrete(self) -> bool:
-        support = self.fn.support
+        support = _support(self.fn)
         return support is not None and bool(support.is_discrete)
 
     def cdf(self, z: Array) -> Array:
@@ -182,14 +252,40 @@ class Law:
     def slope(self, z: Array) -> None:
         """Differentiate the cdf in every parameter; raises what the library raises where it cannot."""
         leaves, tree = jax.tree.flatten(self.fn)
+        _differentiate_cdf(tree, jax.tree.map(_shape, leaves), _shape(z))
 
-        def pull(leaves: list[Array], z: Array) -> Any:
-            f, back = jax.vjp(lambda leaves: tree.unflatten(leaves).cdf(z), leaves)
-            return back(jnp.ones_like(f))
+    def still(self, z: Array) -> StillLaw:
+        return StillLaw(self, z)
 
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), (leaves, z))
-        with contextlib.suppress(jax.errors.UnexpectedTracerError):  # parameters that the class does not declare
-            jax.eval_shape(pull, *shapes)
+
+class StillLaw:
+    """What can be asked of a `Law` without its arrays."""
+
+    def __init__(self, law: Law, z: Array):
+        self.event_shape, self.discrete = law.event_shape, law.discrete
+        leaves, self._tree = jax.tree.flatten(law.fn)
+        self._leaves, self._error = jax.tree.map(_shape, leaves), None
+        if _foreign(law.fn):  # may hold arrays that are no leaves, and is asked at once
+            self._tree = None
+            try:
+                law.slope(z)
+            except Exception as error:  # without its traceback, which holds the arrays
+                self._error = ValueError(f"{type(error).__name__}: {error}")
+
+    def slope(self, z: Any) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._tree is not None:
+            _differentiate_cdf(self._tree, self._leaves, z)
+
+
+def _differentiate_cdf(tree: Any, leaves: list[Any], z: Any) -> None:
+    def pull(leaves: list[Array], z: Array) -> Any:
+        f, back = jax.vjp(lambda leaves: tree.unflatten(leaves).cdf(z), leaves)
+        return back(jnp.ones_like(f))
+
+    with contextlib.suppress(jax.errors.UnexpectedTracerError):  # parameters that the class does not declare
+        jax.eval_shape(pull, leaves, z)
 
 
 def cost_log_prob(fn: dist.Distribution, value: Array, intermediates: Any = None) -> Array:

@@ -27,11 +27,11 @@ from ..core.site import Costs, Draw, Site, Term
 from ..estimators.baselines.optimal_constant import OptimalConstant
 from ..estimators.control_variate import ControlVariate
 from ..estimators.reinforce import Reinforce
-from .dependencies import dependencies, mark
-from .distributions import log_q, sampled_dtype, score_norm
+from .dependencies import without_derivative
+from .distributions import log_q, score_norm
 from .keep import declare, state_name
 from .ops import OPS
-from .run import Keys, Message, Traces, enumerated, execute, terms_of, view
+from .run import Keys, Message, Traces, execute, survey, terms_of, view
 
 Array = Any
 
@@ -173,47 +173,10 @@ class _Step:
     # ---- structure: which sites there are, who depends on whom (costs compile time only) ---------------------------
 
     def plan(self, key: Array) -> _JaxPlan:
-        seen: dict[str, Any] = {}
-
-        def draw(msg: Message, key: Array) -> tuple[Array, list[Any]]:
-            value, intermediates = msg["fn"].sample_with_intermediates(key)
-            return mark(value, msg["name"]), intermediates
-
-        def in_scan(msg: Message) -> Array | None:
-            if msg["type"] != "sample" or msg["is_observed"]:
-                return None
-            return mark(msg["fn"].sample(msg["kwargs"]["rng_key"]), msg["name"])
-
-        def program() -> Any:
-            traces = self.execute(Keys(key), draw, in_scan)
-            terms = terms_of(traces)
-            latents = traces.latents()
-            seen["terms"], seen["latents"] = terms, {n: view(m, traces) for n, m in latents.items()}
-            seen["dtypes"] = {n: sampled_dtype(m["fn"]) for n, m in latents.items()}
-            seen["enumerated"] = [n for n, m in latents.items() if m["infer"].get("enumerate")]
-            seen["guide only"] = [
-                n
-                for n, m in traces.guide.items()
-                if m["type"] == "sample" and n not in traces.model and not m["infer"].get("is_auxiliary")
-            ]
-            return [t.value for t in terms], {n: m["value"] for n, m in latents.items()}
-
-        of_terms, of_values = dependencies(program).of
-        for name in seen["enumerated"]:
-            raise enumerated(name)
-        for name in seen["guide only"]:
-            if name in of_values:
-                warnings.warn(
-                    f"site '{name}': in the guide but not in the model. Mark it infer={{\"is_auxiliary\": True}} if "
-                    "that is meant.",
-                    EstimatorWarning,
-                    stacklevel=5,
-                )
-        sites = list(seen["latents"].values())
-        check_keys(self.elbo.estimators, [s.name for s in sites], "EstimatorELBO")
-        depends_on = {(t.side, t.site): deps for t, deps in zip(seen["terms"], of_terms, strict=True)}
-        terms = [replace(t, value=None, depends_on=depends_on[t.side, t.site]) for t in seen["terms"]]
-        graph = Graph({n: d - {n} for n, d in of_values.items()}, {s.name: s.plates for s in sites})
+        found = survey(Keys(key), self.plate_key, self.params, self.model, self.guide, self.args, self.kwargs)
+        sites, terms = list(found.sites.values()), found.terms
+        check_keys(self.elbo.estimators, list(found.sites), "EstimatorELBO")
+        graph = Graph(found.ancestors, {s.name: s.plates for s in sites})
         plan = make_plan(
             sites,
             terms,
@@ -222,10 +185,15 @@ class _Step:
             default=self.elbo.default,
             particles=self.elbo.num_particles,
             objective=self.elbo.objective,
+            branches=not found.followed,
         )
+        for name, operation in found.stuck.items():
+            estimator = plan.estimators[name]
+            if estimator.pathwise or estimator.relaxations(plan.sites[name]):
+                raise without_derivative(name, type(estimator).__name__, operation)
         if self.elbo.average_model:
-            averaging.check(plan, branches=False)
-        return _JaxPlan(plan, depends_on, tuple(terms), seen["dtypes"], _alike(plan))
+            averaging.check(plan, branches=not found.followed)
+        return _JaxPlan(plan, found.depends_on, terms, found.dtypes, _alike(plan))
 
     def kept(self, plan: _JaxPlan) -> dict[str, Kept]:
         """Present values of what estimators keep. The guide hook declared them; here they are only looked up."""
@@ -580,6 +548,7 @@ def _report(terms: tuple[Term, ...], finite: Array, loss: Array) -> Array:
     A pure callback, whose zero is added to the loss: unlike one with effects it leaves jit's fast path open, and it
     runs on a bad step only.
     """
+    dtype = loss.dtype  # the callback outlives the trace, and must not hold the loss
     names = [f"'{t.site}' ({'log p' if t.side == 'model' else '-log q'})" for t in terms]
 
     def say(finite: Any) -> Any:
@@ -591,14 +560,14 @@ def _report(terms: tuple[Term, ...], finite: Array, loss: Array) -> Array:
                 EstimatorWarning,
                 stacklevel=2,
             )
-        return np.zeros((), loss.dtype)
+        return np.zeros((), dtype)
 
-    nothing = jax.ShapeDtypeStruct((), loss.dtype)
+    nothing = jax.ShapeDtypeStruct((), dtype)
 
     @jax.custom_batching.custom_vmap
     def check(finite: Array) -> Array:
         return jax.lax.cond(
-            jnp.all(finite), lambda f: jnp.zeros((), loss.dtype), lambda f: jax.pure_callback(say, nothing, f), finite
+            jnp.all(finite), lambda f: jnp.zeros((), dtype), lambda f: jax.pure_callback(say, nothing, f), finite
         )
 
     @check.def_vmap

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.contrib.control_flow.cond import cond_wrapper
 from numpyro.distributions.util import scale_and_mask
 from numpyro.handlers import replay, substitute
+from numpyro.ops.pytree import PytreeTrace
 from numpyro.primitives import Messenger
+from numpyro.util import format_shapes
 
-from ..core.errors import EstimatorError, site_error
+from ..core.errors import EstimatorError, EstimatorWarning, site_error
+from ..core.families import DISCRETE
 from ..core.site import Plate, Site, Term
-from .distributions import cost_log_prob, describe, relaxed_log_prob
+from .dependencies import dependencies, mark
+from .distributions import cost_log_prob, describe, ends, family, relaxed_log_prob, sampled_dtype, still
 
 Array = Any
 Message = dict[str, Any]
@@ -81,8 +88,15 @@ def plates_of(msg: Message) -> frozenset[Plate]:
     return frozenset(Plate(f.name, f.dim, f.size) for f in msg["cond_indep_stack"])
 
 
+class DuplicateName(EstimatorError, AssertionError):
+    """Two sites of one name: an `AssertionError` too, as NumPyro's own."""
+
+
 class _Conduct(Messenger):
-    """Gives out keys by name, asks ``draw`` for the values of latent sites, records every site."""
+    """Gives out keys by name, asks ``draw`` for the values of latent sites, records every site.
+
+    ``guide``: the guide's record, for a run of the model.
+    """
 
     def __init__(
         self,
@@ -90,17 +104,25 @@ class _Conduct(Messenger):
         plate_key: Array,
         draw: Draw,
         record: dict[str, Message],
+        params: Mapping[str, Array],
         known: Mapping[str, Array] | None = None,
         in_scan: Any = None,
+        guide: Mapping[str, Message] | None = None,
     ):
         self.key, self.plate_key, self.draw, self.record, self.in_scan = key, plate_key, draw, record, in_scan
-        self.known = known or {}
+        self.params, self.known, self.guide = params, known or {}, guide
         self.anonymous = 0
         super().__init__()
 
     def process_message(self, msg: Message) -> None:
         kind = msg["type"]
+        if kind == "sample" and msg["name"] in self.params:  # whose value the site has taken
+            raise DuplicateName(
+                f"site '{msg['name']}': a parameter has the same name. Give the site or the parameter another one."
+            )
         if kind == "sample" and msg["value"] is None:
+            if self.guide is None and msg["infer"].get("enumerate"):
+                raise enumerated(msg["name"], msg["fn"])
             sample_shape = msg["kwargs"].pop("sample_shape", ())
             if sample_shape:
                 msg["fn"] = msg["fn"].expand((*sample_shape, *msg["fn"].batch_shape))
@@ -117,12 +139,33 @@ class _Conduct(Messenger):
                 msg["kwargs"]["substitute_stack"].append(("substitute", self.in_scan))
 
     def postprocess_message(self, msg: Message) -> None:
+        if msg["type"] == "control_flow":
+            self.look_inside(msg)
         if "name" not in msg or msg["type"] not in ("sample", "plate", "mutable"):
             return
         name = msg["name"]
-        if name in self.record and msg["type"] == "sample":
-            raise EstimatorError(f"site '{name}': the name is used twice. Give every sample site a name of its own.")
+        if name in self.record and "sample" in (msg["type"], self.record[name]["type"]):
+            raise DuplicateName(f"site '{name}': the name is used twice. Give every sample site a name of its own.")
         self.record[name] = msg.copy()
+
+    def look_inside(self, msg: Message) -> None:
+        """Latent sites of NumPyro's scan and cond: no handler of ours reaches them, and what has no value is drawn."""
+        traces = jax.tree.leaves(msg["value"], is_leaf=lambda x: isinstance(x, PytreeTrace))
+        inside = {n: m for t in traces if isinstance(t, PytreeTrace) for n, m in t.trace.items()}
+        for name, inner in inside.items():
+            if inner["type"] != "sample" or inner["is_observed"]:
+                continue
+            if self.guide is None:
+                if inner["infer"].get("enumerate"):
+                    raise enumerated(name, inner["fn"])
+            elif name not in self.guide:
+                _refuse(inner, self.key)
+            elif msg["fn"] is cond_wrapper:
+                raise site_error(
+                    name,
+                    "inside numpyro's cond, where the model cannot take the guide's value",
+                    "Draw it before the cond, or use jnp.where on its parameters.",
+                )
 
 
 def execute(
@@ -139,45 +182,122 @@ def execute(
 ) -> Traces:
     """Run the guide, then the model on the guide's values (unless ``model`` is None)."""
     traces = Traces()
-    with _Conduct(keys.guide, plate_key, draw, traces.guide, keys.known, in_scan):
+    with _Conduct(keys.guide, plate_key, draw, traces.guide, params, keys.known, in_scan):
         substitute(guide, data=dict(params))(*args, **kwargs)
     if model is not None:
         own = {**params, **{n: m["value"] for n, m in traces.guide.items() if m["type"] == "mutable"}}
-        with _Conduct(keys.model, plate_key, _refuse, traces.model):
+        with _Conduct(keys.model, plate_key, _refuse, traces.model, params, guide=traces.guide):
             replay(substitute(model, data=own), trace=traces.guide)(*args, **kwargs)
-    _subsampling(traces)
+        _agree(traces)
     return traces
 
 
 def _refuse(msg: Message, key: Array) -> Any:
+    name = msg["name"]
     if msg["infer"].get("enumerate"):
-        raise enumerated(msg["name"])
+        raise site_error(
+            name,
+            'marked infer={"enumerate": ...} in the model and absent from the guide: EstimatorELBO does not sum it out',
+            f"Use TraceEnum_ELBO, or draw it in the guide too: remove the mark and add numpyro.sample('{name}', ...), "
+            "with probabilities of its own, to the guide.",
+        )
     raise site_error(
-        msg["name"],
+        name,
         "a latent site of the model that the guide does not draw",
-        "Add a site of this name to the guide (with Enumerate(), a discrete one is summed out exactly given its "
-        "parents), observe it with obs=..., or marginalise it in the model.",
+        f"Add numpyro.sample('{name}', ...) to the guide, observe it with obs=..., or sum it out (TraceEnum_ELBO does, "
+        "for discrete sites).",
     )
 
 
-def enumerated(name: str) -> EstimatorError:
+def enumerated(name: str, fn: Any) -> EstimatorError:
+    if family(fn) in DISCRETE:
+        fix = f'choose the estimator Enumerate() for this site: EstimatorELBO({{"{name}": Enumerate()}})'
+    else:
+        fix = f'choose an estimator: EstimatorELBO({{"{name}": Reinforce(LeaveOneOut())}}, num_particles=2)'
     return site_error(
         name,
         'marked infer={"enumerate": ...}, which EstimatorELBO does not sum out',
-        'Remove the mark and choose the estimator Enumerate() for this site: EstimatorELBO({"' + name + '": '
-        "Enumerate()}), or use TraceEnum_ELBO.",
+        f"Remove the mark and {fix}, or use TraceEnum_ELBO.",
     )
 
 
-def _subsampling(traces: Traces) -> None:
-    """Plates of guide and model agree on their size; each learns its N/B."""
+def _agree(traces: Traces) -> None:
+    """Raise where guide and model differ on the shape, the event dimensions or the plates of a latent site."""
     for name, msg in traces.model.items():
         twin = traces.guide.get(name)
-        if msg["type"] == "plate" and twin is not None and jnp.shape(twin["value"]) != jnp.shape(msg["value"]):
-            raise EstimatorError(
-                f"plate '{name}': {jnp.shape(twin['value'])[0]} elements in the guide, "
-                f"{jnp.shape(msg['value'])[0]} in the model. Give both the same size and subsample_size."
+        if twin is None or twin["type"] != msg["type"]:
+            continue
+        if msg["type"] == "plate":
+            _same_plate(name, twin, msg)
+        elif msg["type"] == "sample" and not msg["is_observed"] and not twin["is_observed"]:
+            _same_shape(name, twin, msg)
+            _same_plates(name, twin, msg, traces)
+
+
+def _same_plate(name: str, guide: Message, model: Message) -> None:
+    elements = [jnp.shape(m["value"])[0] for m in (guide, model)]
+    if elements[0] != elements[1] or guide["args"][0] != model["args"][0]:
+        sizes = [f"{b} of {m['args'][0]} elements" for b, m in zip(elements, (guide, model), strict=True)]
+        raise EstimatorError(
+            f"plate '{name}': {sizes[0]} in the guide, {sizes[1]} in the model. Give both the same size and "
+            "subsample_size."
+        )
+
+
+def _same_shape(name: str, guide: Message, model: Message) -> None:
+    events = [m["fn"].event_dim for m in (guide, model)]
+    if events[0] != events[1]:
+        raise site_error(
+            name,
+            f"{events[0]} event dimensions in the guide, {events[1]} in the model",
+            "Use .to_event(n) on both sides alike, and plates for dimensions that are independent.",
+        )
+    shapes = [tuple(m["fn"].shape(m["kwargs"].get("sample_shape") or ())) for m in (guide, model)]
+    if any(a != b for a, b in zip_longest(*map(reversed, shapes), fillvalue=1)):
+        fact = f"shape {shapes[0]} in the guide, {shapes[1]} in the model"
+        raise site_error(name, fact, "Draw it in the same shape on both sides.")
+
+
+def _same_plates(name: str, guide: Message, model: Message, traces: Traces) -> None:
+    plates = [{f.name: f for f in m["cond_indep_stack"]} for m in (guide, model)]
+    for plate in plates[0].keys() & plates[1].keys():
+        dims = [p[plate].dim for p in plates]
+        if dims[0] != dims[1]:
+            raise site_error(
+                name,
+                f"plate '{plate}' is dimension {dims[0]} in the guide, {dims[1]} in the model",
+                "Give the plate the same dim on both sides.",
             )
+    only = [
+        [p for p in here if p not in there and _subsamples(p, side)]
+        for here, there, side in zip(plates, reversed(plates), (traces.guide, traces.model), strict=True)
+    ]
+    if only[0] and only[1]:
+        raise site_error(
+            name,
+            f"plate '{only[0][0]}' of the guide and plate '{only[1][0]}' of the model subsample different elements",
+            "Give the plate one name on both sides: the model then takes the guide's subsample.",
+        )
+    for here, there, found in (("guide", "model", only[0]), ("model", "guide", only[1])):
+        if found and not _same_scale(guide["scale"], model["scale"]):
+            warnings.warn(
+                f"site '{name}': plate '{found[0]}' subsamples it in the {here} but not in the {there}, and scales one "
+                "log probability only. Open the same plate on both sides.",
+                EstimatorWarning,
+                stacklevel=2,
+            )
+
+
+def _subsamples(plate: str, record: Mapping[str, Message]) -> bool:
+    msg = record.get(plate)  # None for a plate inside a scan, which cannot subsample
+    return msg is not None and msg["type"] == "plate" and jnp.shape(msg["value"])[0] < msg["args"][0]
+
+
+def _same_scale(a: Any, b: Any) -> bool:
+    """Unknown where they are traced arrays."""
+    a, b = (1.0 if x is None else x for x in (a, b))
+    traced = isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer)
+    return not traced and np.shape(a) == np.shape(b) and bool(np.allclose(a, b))
 
 
 def terms_of(
@@ -196,15 +316,28 @@ def terms_of(
         for name, msg in record.items():
             if msg["type"] == "sample":
                 fn = jax.lax.stop_gradient(msg["fn"]) if side == "guide" and name in hard else msg["fn"]
-                log_p = (
-                    _relaxed_log_prob(name, fn, msg["value"], side)
-                    if name in relaxed
-                    else cost_log_prob(fn, msg["value"], msg["intermediates"])
-                )
-                log_p = scale_and_mask(log_p, msg["scale"])
+                try:
+                    log_p = (
+                        _relaxed_log_prob(name, fn, msg["value"], side)
+                        if name in relaxed
+                        else cost_log_prob(fn, msg["value"], msg["intermediates"])
+                    )
+                    log_p = scale_and_mask(log_p, msg["scale"])
+                except EstimatorError:
+                    raise
+                except (ValueError, TypeError, ArithmeticError) as error:
+                    raise _no_log_prob(name, side, record, error) from error
                 deps = frozenset() if depends_on is None else depends_on[side, name]
                 terms.append(Term(side, name, log_p if sign > 0 else -log_p, _scaled_plates(msg, traces), deps))
     return terms
+
+
+def _no_log_prob(name: str, side: str, record: Mapping[str, Message], error: Exception) -> EstimatorError:
+    said = str(error).strip().split("\n")[0].rstrip(".")
+    return EstimatorError(
+        f"site '{name}': its log probability in the {side} fails ({type(error).__name__}: {said}). Compare the shapes "
+        f"of its distribution and its value:\n{format_shapes(record, title=f'Shapes of the {side}:')}"
+    )
 
 
 def _relaxed_log_prob(name: str, fn: Any, value: Array, side: str) -> Array:
@@ -232,3 +365,104 @@ def view(msg: Message, traces: Traces | None = None) -> Site:
     """The site's facts and arrays, from its message."""
     plates = plates_of(msg) if traces is None else _scaled_plates(msg, traces)
     return describe(msg["name"], msg["fn"], plates, msg["scale"], msg["infer"], msg["value"])
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The structure of a program: which latent sites and cost terms there are, and who depends on whom. It holds shapes
+    and no arrays, so that nothing of a trace outlives it.
+
+    ``ancestors``: of each latent site, the sites that its value depends on. ``dtypes``: what their samplers return.
+    ``stuck``: see `dependencies.Found`. ``followed``: false where values are concrete and cannot be followed
+    (`jax.disable_jit`); then everything depends on all that was drawn before it.
+    """
+
+    sites: dict[str, Site]
+    terms: tuple[Term, ...]
+    ancestors: dict[str, frozenset[str]]
+    dtypes: dict[str, Any]
+    stuck: dict[str, str]
+    followed: bool
+
+    @property
+    def depends_on(self) -> dict[tuple[str, str], frozenset[str]]:
+        """Of each cost term, by side and site."""
+        return {(t.side, t.site): t.depends_on for t in self.terms}
+
+
+_PARAMETERS = ""  # the mark of every parameter
+
+
+def survey(
+    keys: Keys,
+    plate_key: Array,
+    params: Mapping[str, Array],
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Survey:
+    """Run guide and model once, and see which latent values reach which cost terms."""
+    followed = not jax.config.jax_disable_jit
+    seen: dict[str, Any] = {}
+
+    def draw(msg: Message, key: Array) -> tuple[Array, list[Any]]:
+        value, intermediates = msg["fn"].sample_with_intermediates(key)
+        return mark(value, msg["name"]), intermediates
+
+    def in_scan(msg: Message) -> Array | None:
+        if msg["type"] != "sample" or msg["is_observed"]:
+            return None
+        return mark(msg["fn"].sample(msg["kwargs"]["rng_key"]), msg["name"])
+
+    def program() -> Any:
+        marked = jax.tree.map(lambda x: mark(x, _PARAMETERS), dict(params)) if followed else params
+        traces = execute(keys, plate_key, marked, model, guide, args, kwargs, draw=draw, in_scan=in_scan)
+        latents, terms = traces.latents(), terms_of(traces)
+        seen["sites"] = {n: still(view(m, traces), m["fn"]) for n, m in latents.items()}
+        seen["dtypes"] = {n: sampled_dtype(m["fn"]) for n, m in latents.items()}
+        seen["terms"] = [replace(t, value=None) for t in terms]
+        seen["order"] = [n for n, m in traces.guide.items() if m["type"] == "sample"]
+        seen["guide only"] = [
+            n
+            for n, m in latents.items()
+            if not m["infer"].get("is_auxiliary") and traces.model.get(n, {"is_observed": True})["is_observed"]
+        ]
+        values = {n: m["value"] for n, m in latents.items()}
+        return [t.value for t in terms], values, {n: ends(m["fn"]) for n, m in latents.items()}
+
+    if followed:
+        (of_terms, of_values, of_ends), stuck = dependencies(program)
+    else:
+        program()
+        of_terms, of_values, of_ends = _in_order(seen["order"], seen["sites"], seen["terms"])
+        stuck = {}
+    for name in seen["guide only"]:
+        warnings.warn(
+            f"site '{name}': in the guide but not in the model. Mark it infer={{\"is_auxiliary\": True}} if "
+            "that is meant.",
+            EstimatorWarning,
+            stacklevel=6,
+        )
+    leading = {_PARAMETERS, *(n for n, s in seen["sites"].items() if s.reparameterised)}
+    drawn = frozenset(seen["sites"])
+    return Survey(
+        {n: replace(s, support_moves=any(d & leading for d in of_ends[n])) for n, s in seen["sites"].items()},
+        tuple(replace(t, depends_on=deps & drawn) for t, deps in zip(seen["terms"], of_terms, strict=True)),
+        {n: deps & drawn - {n} for n, deps in of_values.items()},
+        seen["dtypes"],
+        {n: operation for n, operation in stuck.items() if n in drawn},
+        followed,
+    )
+
+
+def _in_order(order: Sequence[str], sites: Mapping[str, Site], terms: Sequence[Term]) -> tuple[Any, Any, Any]:
+    """Dependencies as far as the order of the guide tells them: on all that was drawn before. Steps of scans depend on
+    each other."""
+    steps = frozenset(n for n, s in sites.items() if s.time)
+    before: dict[str, frozenset[str]] = {}
+    for i, name in enumerate(order):
+        drawn = frozenset(n for n in order[: i + 1] if n in sites)
+        before[name] = drawn | steps if name in steps else drawn
+    of_terms = [before[t.site] if t.side == "guide" else frozenset(sites) for t in terms]
+    return of_terms, {n: before[n] for n in sites}, {n: [] for n in sites}
