@@ -1,4 +1,4 @@
-"""Five posteriors known exactly, and how far a guide with given parameters is from each. Only numpy and scipy.
+"""Five posteriors known exactly, and how far a guide with given parameters is from each. Neither Pyro nor NumPyro.
 
 Every guide is rich enough to hold its posterior, so that KL(q ‖ posterior) can reach 0. A case says where the guide
 starts, and how close it must come. `CASES` also lists the mixes of estimators that each case is trained with.
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 from scipy import special, stats
 
 from ppl_estimators import (
@@ -285,8 +286,21 @@ CASES: dict[str, tuple[Any, float, list[Mix]]] = {
     ),
 }
 
-RUNS = [(name, mix) for name, (_, _, mixes) in CASES.items() for mix in mixes]
-IDS = [f"{name}-{mix.name}" for name, mix in RUNS]
+#: each posterior once, by estimators that keep something where there are some
+QUICK = {
+    "numpyro": ("beta_bernoulli-moving_average", "mixture-relax_pathwise", "belief_network-rebar_enumerate"),
+    "pyro": ("normal_normal-nvil", "mixture-nvil_leave_one_out", "spike_and_slab-one_of_each"),
+}
+
+
+def runs(library: str) -> list[Any]:
+    """Case and mix; what is not in `QUICK` is slow."""
+    return [
+        pytest.param(name, mix, id=label, marks=() if label in QUICK[library] else pytest.mark.slow)
+        for name, (_, _, mixes) in CASES.items()
+        for mix in mixes
+        for label in [f"{name}-{mix.name}"]
+    ]
 
 
 def assert_reached(name: str, parameters: Parameters) -> None:

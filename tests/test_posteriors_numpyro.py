@@ -14,7 +14,7 @@ import optax
 import pytest
 from numpyro.distributions import constraints
 from numpyro.infer import SVI
-from posteriors import CASES, IDS, RUNS, BeliefNetwork, Mix, assert_reached
+from posteriors import CASES, BeliefNetwork, Mix, assert_reached, runs
 
 from ppl_estimators.numpyro import EstimatorELBO, OneHotCategorical, with_estimators
 
@@ -116,7 +116,7 @@ def belief_network(case: BeliefNetwork) -> Program:
 PROGRAMS = {f.__name__: f for f in (beta_bernoulli, normal_normal, mixture, spike_and_slab, belief_network)}
 
 
-@pytest.mark.parametrize(("name", "mix"), RUNS, ids=IDS)
+@pytest.mark.parametrize(("name", "mix"), runs("numpyro"))
 def test_svi_reaches_the_posterior(name: str, mix: Mix) -> None:
     case = CASES[name][0]
     model, guide = PROGRAMS[name](case, **mix.options)

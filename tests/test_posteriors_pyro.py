@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from posteriors import CASES, IDS, RUNS, BeliefNetwork, Mix, assert_reached
+from posteriors import CASES, BeliefNetwork, Mix, assert_reached, runs
 from pyro.infer import SVI
 from pyro.optim import ClippedAdam
 from torch.distributions import constraints
@@ -132,7 +132,7 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize(("name", "mix"), RUNS, ids=IDS)
+@pytest.mark.parametrize(("name", "mix"), runs("pyro"))
 def test_svi_reaches_the_posterior(name: str, mix: Mix) -> None:
     program, nesting = PROGRAMS[name]
     case = CASES[name][0]

@@ -79,6 +79,7 @@ def test_ten_draws_with_a_baseline_are_worth_a_thousand_without() -> None:
     assert plain == pytest.approx([100 * x for x in many])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_fit_by_ten_draws_with_a_baseline_is_closer(backend: str) -> None:
     def distance(method: Any) -> np.ndarray:
@@ -179,6 +180,7 @@ KNOWN = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", EXACT, ids=lambda m: m.label)
 def test_bernoulli_learning_curves_are_the_known_ones(method: Any) -> None:
     seeds, every = 40, 100
@@ -199,6 +201,7 @@ def test_bernoulli_learning_curve_of_pyro() -> None:
     assert cost == pytest.approx(0.21142, abs=5e-6)
 
 
+@pytest.mark.slow
 def test_order_of_the_estimators_on_the_toy() -> None:
     """The closer t is to ½, the more they differ: what is left of the improvement after 1,000 steps."""
     left = {}
@@ -213,6 +216,7 @@ def test_order_of_the_estimators_on_the_toy() -> None:
 # ---- Beta-Bernoulli ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_beta_bernoulli_steps_in_numpyro() -> None:
     def median(method: Any) -> float:
         paths = beta_bernoulli.train_in_numpyro(method, runs=24, steps=1500, report=lambda steps: None)
@@ -224,6 +228,7 @@ def test_beta_bernoulli_steps_in_numpyro() -> None:
     assert pathwise < 0.5 * plain
 
 
+@pytest.mark.slow
 def test_beta_bernoulli_steps_in_pyro() -> None:
     """Every run with a baseline arrives within 250 steps; the dictionary and the estimator are the same."""
     method = beta_bernoulli.METHODS[1]

@@ -348,7 +348,9 @@ def distance_to(values: np.ndarray, possible: np.ndarray) -> np.ndarray:
     return np.abs(np.ravel(values)[:, None] - possible).min(-1)
 
 
-@pytest.mark.parametrize(("particles", "vectorize"), [(1, True), (3, True), (3, False)])
+@pytest.mark.parametrize(
+    ("particles", "vectorize"), [(1, True), pytest.param(3, True, marks=pytest.mark.slow), (3, False)]
+)
 @pytest.mark.parametrize("where", ["minibatch_local", "minibatch_global"])
 def test_counterfactual_runs_see_the_same_minibatch(where: str, vectorize: bool, particles: int) -> None:
     """Enumerated, the gradient is exact for the minibatch: there are 15 of them."""
@@ -395,8 +397,10 @@ KEEPERS = [
 ]
 
 
-@pytest.mark.parametrize("shift", [np.inf, np.nan])
-@pytest.mark.parametrize("spec", KEEPERS, ids=["average", "optimal", "control", "relax"])
+@pytest.mark.parametrize(
+    ("spec", "shift"), zip(KEEPERS, [np.inf, np.nan, np.inf, np.nan], strict=True),
+    ids=["average", "optimal", "control", "relax"],
+)  # fmt: skip
 def test_a_bad_step_moves_no_state(spec: Any, shift: float) -> None:
     model, guide, _ = program("spoiled")
     guide = with_estimators(guide, {"z": spec})
