@@ -398,7 +398,7 @@ KEEPERS = [
 
 
 @pytest.mark.parametrize(
-    ("spec", "shift"), zip(KEEPERS, [np.inf, np.nan, np.inf, np.nan], strict=True),
+    ("spec", "shift"), list(zip(KEEPERS, [np.inf, np.nan, np.inf, np.nan], strict=True)),
     ids=["average", "optimal", "control", "relax"],
 )  # fmt: skip
 def test_a_bad_step_moves_no_state(spec: Any, shift: float) -> None:
