@@ -358,27 +358,36 @@ def profile(mix: Mix) -> frozenset[Any]:
     return frozenset(facts(estimator) for estimator in mix.estimators.values())
 
 
-def quick(table: Mapping[str, list[Mix]]) -> dict[tuple[str, str], tuple[str, ...]]:
-    """``{(case, mix): libraries}``: the cells that `make test` runs, and where.
+def quick(table: Mapping[str, list[Mix]], library: str) -> set[tuple[str, str]]:
+    """The cells ``(case, mix)`` that `make test` runs.
 
-    In Pyro each profile with each case, and each set of profiles that stands together somewhere; every other one of
-    these in NumPyro too, where each must be compiled: each profile and each case is there, if not each pair. The other
-    cells are slow: what is left to see there, that an estimator's arithmetic is right and that the two libraries
-    agree, is exact in `tests/exact`.
+    In Pyro each profile with each case, and each set of profiles that stands together somewhere. In NumPyro, where
+    every cell must be compiled, each case with one of these, and each profile somewhere. The other cells are slow: what
+    is left to see there, that an estimator's arithmetic is right and that the two libraries agree, is exact in
+    `tests/exact`.
     """
-    chosen: dict[tuple[str, str], tuple[str, ...]] = {}
+    rows: list[tuple[str, list[Mix]]] = []
     together: set[frozenset[Any]] = set()
-    for row, (case, mixes) in enumerate(table.items()):
+    for case, mixes in table.items():
         seen: set[Any] = set()
-        turn = row  # along a row and down a column
+        row = []
         for mix in mixes:
             facts = profile(mix)
-            if facts - seen or (len(facts) > 1 and facts not in together):
-                there = tuple(library for library, out in LEFT_OUT.items() if (case, mix.name) not in out)
-                chosen[case, mix.name] = there if turn % 2 or "pyro" not in there else ("pyro",)
-                turn += 1
-            seen |= facts
-            together.add(facts)
+            if (case, mix.name) not in LEFT_OUT[library]:
+                if facts - seen or (len(facts) > 1 and facts not in together):
+                    row.append(mix)
+                seen |= facts
+                together.add(facts)
+        rows.append((case, row))
+    if library == "pyro":
+        return {(case, mix.name) for case, row in rows for mix in row}
+    met: set[Any] = set()
+    chosen = set()
+    for number, (case, row) in enumerate(rows):
+        for i, mix in enumerate(row):
+            if i == number % len(row) or profile(mix) - met:  # another column in each row
+                chosen.add((case, mix.name))
+                met |= profile(mix)
     return chosen
 
 
@@ -387,13 +396,9 @@ def every_pair(table: Mapping[str, list[Mix]]) -> list[Any]:
 
 
 def pairwise(table: Mapping[str, list[Mix]], library: str) -> list[Any]:
-    here = quick(table)
+    here = quick(table, library)
     return [
-        pytest.param(
-            *(name, mix),
-            id=f"{name}-{mix.name}",
-            marks=() if library in here.get((name, mix.name), ()) else pytest.mark.slow,
-        )
+        pytest.param(*(name, mix), id=f"{name}-{mix.name}", marks=() if (name, mix.name) in here else pytest.mark.slow)
         for name, mixes in table.items()
         for mix in mixes
         if (name, mix.name) not in LEFT_OUT[library]
