@@ -40,7 +40,7 @@ class Traces:
     model: dict[str, Message] = field(default_factory=dict)
 
     def latents(self) -> dict[str, Message]:
-        return {n: m for n, m in self.guide.items() if m["type"] == "sample" and not m["is_observed"]}
+        return {n: m for n, m in self.guide.items() if _latent(m)}
 
     def mutable(self) -> dict[str, Array]:
         both = {**self.guide, **self.model}
@@ -120,6 +120,8 @@ class _Conduct(Messenger):
             raise DuplicateName(
                 f"site '{msg['name']}': a parameter has the same name. Give the site or the parameter another one."
             )
+        if kind == "sample" and self.guide is not None and msg["name"] in self.guide:
+            _same_shape(msg["name"], self.guide[msg["name"]], msg)  # before the model works with it
         if kind == "sample" and msg["value"] is None:
             if self.guide is None and msg["infer"].get("enumerate"):
                 raise enumerated(msg["name"], msg["fn"])
@@ -153,7 +155,7 @@ class _Conduct(Messenger):
         traces = jax.tree.leaves(msg["value"], is_leaf=lambda x: isinstance(x, PytreeTrace))
         inside = {n: m for t in traces if isinstance(t, PytreeTrace) for n, m in t.trace.items()}
         for name, inner in inside.items():
-            if inner["type"] != "sample" or inner["is_observed"]:
+            if not _latent(inner):
                 continue
             if self.guide is None:
                 if inner["infer"].get("enumerate"):
@@ -229,8 +231,7 @@ def _agree(traces: Traces) -> None:
             continue
         if msg["type"] == "plate":
             _same_plate(name, twin, msg)
-        elif msg["type"] == "sample" and not msg["is_observed"] and not twin["is_observed"]:
-            _same_shape(name, twin, msg)
+        elif _latent(msg) and _latent(twin):
             _same_plates(name, twin, msg, traces)
 
 
@@ -244,7 +245,13 @@ def _same_plate(name: str, guide: Message, model: Message) -> None:
         )
 
 
+def _latent(msg: Message) -> bool:
+    return msg["type"] == "sample" and not msg["is_observed"]
+
+
 def _same_shape(name: str, guide: Message, model: Message) -> None:
+    if not _latent(guide) or not _latent(model):
+        return
     events = [m["fn"].event_dim for m in (guide, model)]
     if events[0] != events[1]:
         raise site_error(
@@ -311,7 +318,7 @@ def terms_of(
     ``relaxed`` names the latent sites whose values are relaxed, or carry a gradient that a discrete log probability
     would drop; ``hard`` those whose -log q is differentiated in the value only.
     """
-    terms = []
+    terms, everything = [], frozenset(traces.latents())  # of a term that is not in ``depends_on``
     for side, sign, record in (("model", 1, traces.model), ("guide", -1, traces.guide)):
         for name, msg in record.items():
             if msg["type"] == "sample":
@@ -327,7 +334,7 @@ def terms_of(
                     raise
                 except (ValueError, TypeError, ArithmeticError) as error:
                     raise _no_log_prob(name, side, record, error) from error
-                deps = frozenset() if depends_on is None else depends_on[side, name]
+                deps = frozenset() if depends_on is None else depends_on.get((side, name), everything)
                 terms.append(Term(side, name, log_p if sign > 0 else -log_p, _scaled_plates(msg, traces), deps))
     return terms
 
@@ -411,9 +418,7 @@ def survey(
         return mark(value, msg["name"]), intermediates
 
     def in_scan(msg: Message) -> Array | None:
-        if msg["type"] != "sample" or msg["is_observed"]:
-            return None
-        return mark(msg["fn"].sample(msg["kwargs"]["rng_key"]), msg["name"])
+        return mark(msg["fn"].sample(msg["kwargs"]["rng_key"]), msg["name"]) if _latent(msg) else None
 
     def program() -> Any:
         marked = jax.tree.map(lambda x: mark(x, _PARAMETERS), dict(params)) if followed else params
@@ -423,11 +428,9 @@ def survey(
         seen["dtypes"] = {n: sampled_dtype(m["fn"]) for n, m in latents.items()}
         seen["terms"] = [replace(t, value=None) for t in terms]
         seen["order"] = [n for n, m in traces.guide.items() if m["type"] == "sample"]
-        seen["guide only"] = [
-            n
-            for n, m in latents.items()
-            if not m["infer"].get("is_auxiliary") and traces.model.get(n, {"is_observed": True})["is_observed"]
-        ]
+        in_model = {n for n in latents if n in traces.model and _latent(traces.model[n])}
+        auxiliary = {n for n, m in latents.items() if m["infer"].get("is_auxiliary")}
+        seen["odd"] = [n for n in latents if (n in in_model) == (n in auxiliary)], auxiliary
         values = {n: m["value"] for n, m in latents.items()}
         return [t.value for t in terms], values, {n: ends(m["fn"]) for n, m in latents.items()}
 
@@ -437,13 +440,13 @@ def survey(
         program()
         of_terms, of_values, of_ends = _in_order(seen["order"], seen["sites"], seen["terms"])
         stuck = {}
-    for name in seen["guide only"]:
-        warnings.warn(
-            f"site '{name}': in the guide but not in the model. Mark it infer={{\"is_auxiliary\": True}} if "
-            "that is meant.",
-            EstimatorWarning,
-            stacklevel=6,
-        )
+    odd, auxiliary = seen["odd"]
+    for name in odd:
+        if name in auxiliary:
+            fact = 'marked infer={"is_auxiliary": True}, but in the model too. Remove the mark.'
+        else:
+            fact = 'in the guide but not in the model. Mark it infer={"is_auxiliary": True} if that is meant.'
+        warnings.warn(f"site '{name}': {fact}", EstimatorWarning, stacklevel=6)
     leading = {_PARAMETERS, *(n for n, s in seen["sites"].items() if s.reparameterised)}
     drawn = frozenset(seen["sites"])
     return Survey(
