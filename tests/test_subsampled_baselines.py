@@ -44,6 +44,22 @@ def test_what_one_minibatch_taught_holds_for_another(baseline: Baseline) -> None
     assert np.asarray(found.value) == pytest.approx(COST * N / 2, rel=1e-6)
 
 
+def test_the_second_of_two_baselines_learns_what_the_first_leaves() -> None:
+    """Running means of the past (law 6), read before they are updated: by hand."""
+    from ppl_estimators.core.keep import Kept
+
+    both, site = MovingAverage(0.5) + MovingAverage(0.8), minibatch(N)
+    kept = Kept(state={k: jnp.zeros(v.shape) for k, v in both.state(site).items()})
+    first = second = 0.0
+    for step, cost in enumerate((4.0, 6.0, 5.0, 9.0)):
+        found = both.evaluate(OPS, site, jnp.full((1, N), cost), kept)
+        assert np.asarray(found.value) == pytest.approx(first + second, rel=1e-6)
+        left = cost - first
+        first = cost if step == 0 else 0.5 * first + 0.5 * cost
+        second = left if step == 0 else 0.8 * second + 0.2 * left
+        kept = Kept(state=found.state)
+
+
 def pyro_gradients(baseline: Baseline, sizes: list[int]) -> list[float]:
     def program(index: Any, logit: Any, observed: bool) -> None:
         with pyro.plate("n", N, subsample=index):
