@@ -294,6 +294,7 @@ ENTRIES = (
         Kind.score,
         "1",
         use="several particles; the default there",
+        avoid="nearly decided elements, where it can be noisier than no baseline: DisARM() or Enumerate()",
         papers=("kool2019buy", "richter2020vargrad"),
         aliases=("VarGrad",),
         common=True,

@@ -53,30 +53,13 @@ class EvidenceLowerBound(Objective):
         return ops.mean(collected), None
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Renyi(Objective):
-    """The Rényi bound of finite K: (1 − α)⁻¹ log (1/K) Σ_k w_k^{1−α}, w_k = p(x, z_k) / q(z_k).
-
-    Score sites get the exact gradient of the finite-K bound, Σ_k (L − L_{−k}) ∇ log q(z_k) with L_{−k} the bound of
-    the other particles (the arithmetic form of VIMCO), beside Σ_k w̃_k ∇ log w_k. Sites are Pathwise() or
-    Reinforce(LeaveOneOut()); needs at least two particles. Plates that hold every site get a bound per element.
-
-    >>> Renyi(0.5)
-    Renyi(0.5)
-
-    Reference: Li & Turner (2016), arXiv:1602.02311; Mnih & Rezende (2016), "VIMCO", arXiv:1602.06725.
-    """
+class MultiSample(Objective):
+    """A bound of K particles, (1 − α)⁻¹ log (1/K) Σ_k w_k^{1−α}, w_k = p(x, z_k) / q(z_k), with α = ``alpha``."""
 
     alpha: float
 
     counterfactual: ClassVar[bool] = False
     keeps_score: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.alpha == 1 or not math.isfinite(self.alpha):
-            raise ValueError(
-                f"Renyi(alpha) needs a finite alpha other than 1, got {self.alpha!r}; 1 is the ELBO, the default."
-            )
 
     def check(self, site: Site, estimator: Estimator, particles: int) -> None:
         from ..estimators.baselines.leave_one_out import LeaveOneOut
@@ -124,20 +107,39 @@ class Renyi(Objective):
         log_total = ops.logsumexp(scaled, axis=0)
         bound = (log_total - math.log(k)) / order
         weight = ops.stop_gradient(ops.exp(scaled - log_total))
-        explicit = ops.sum(weight * collected)
+        # of a particle without weight (a draw that the model has no probability for) nothing counts
+        explicit = ops.sum(weight * ops.where(weight > 0, collected, ops.zeros_like(collected)))
         value = ops.sum(bound)
-        # leave-one-out bound: mask out particle k, never subtract it (its weight may be all there is)
-        rows = scaled[None] + ops.reshape(
-            ops.like([[-math.inf if i == j else 0.0 for j in range(k)] for i in range(k)], scaled),
-            (k, k, *(1,) * (scaled.ndim - 1)),
-        )
-        others = (ops.logsumexp(ops.stop_gradient(rows), axis=1) - math.log(k - 1)) / order
+        others = (_of_the_others(ops, ops.stop_gradient(scaled)) - math.log(k - 1)) / order
         signal = k * scale * ops.stop_gradient(bound - others)  # the assembly averages over particles
         return scale * (ops.stop_gradient(value - explicit) + explicit), signal
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ImportanceWeighted(Renyi):
+class Renyi(MultiSample):
+    """The Rényi bound of finite K: (1 − α)⁻¹ log (1/K) Σ_k w_k^{1−α}, w_k = p(x, z_k) / q(z_k).
+
+    Score sites get the exact gradient of the finite-K bound, Σ_k (L − L_{−k}) ∇ log q(z_k) with L_{−k} the bound of
+    the other particles (the arithmetic form of VIMCO), beside Σ_k w̃_k ∇ log w_k. Sites are Pathwise() or
+    Reinforce(LeaveOneOut()); needs at least two particles. Plates that hold every site get a bound per element.
+
+    >>> Renyi(0.5)
+    Renyi(0.5)
+
+    Reference: Li & Turner (2016), arXiv:1602.02311; Mnih & Rezende (2016), "VIMCO", arXiv:1602.06725.
+    """
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        if self.alpha == 1 or not math.isfinite(self.alpha):
+            raise ValueError(
+                f"Renyi(alpha) needs a finite alpha other than 1, got {self.alpha!r}; 1 is the ELBO, the default."
+            )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ImportanceWeighted(MultiSample):
     """The importance-weighted bound log (1/K) Σ_k w_k of the ``num_particles`` particles (IWAE, VIMCO).
 
     >>> ImportanceWeighted()
@@ -155,6 +157,17 @@ class ImportanceWeighted(Renyi):
 
 def _common(terms: Sequence[Term]) -> frozenset[Plate]:
     return frozenset.intersection(*(t.plates for t in terms))
+
+
+def _of_the_others(ops: Ops, x: Array) -> Array:
+    """log Σ_{j ≠ k} exp x_j for ``x [K, ...]``: of those before k and those after it. x_k is never subtracted, it may
+    be all there is."""
+    nothing = ops.full_like(x[:1], -math.inf)
+
+    def before(x: Array) -> Array:
+        return ops.concat([nothing, ops.cumulative_logsumexp(x)[:-1]], axis=0)
+
+    return ops.logaddexp(before(x), ops.flip(before(ops.flip(x, axis=0)), axis=0))
 
 
 def total(ops: Ops, terms: Sequence[Term]) -> Array:

@@ -32,6 +32,9 @@ class Ops(Protocol):
 
     def logsumexp(self, x: Array, axis: int) -> Array: ...
 
+    def cumulative_logsumexp(self, x: Array) -> Array:
+        """Of the elements up to each, itself included, along the first axis."""
+
     def lgamma(self, x: Array) -> Array: ...
 
     def digamma(self, x: Array) -> Array: ...

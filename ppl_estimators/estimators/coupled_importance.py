@@ -58,10 +58,13 @@ class CoupledImportance(Estimator):
         a = splits.split_logits(ops, sticks, ops.take_last(site.logits, draw.extra["order"]))
         m, m_tilde = splits.visited(ops, site, sticks, draw)
         both, zero = m * m_tilde, ops.zeros_like(a)
-        passed = (both > 0) & (b == 0) & (b_tilde == 0)  # sticks before n
+        # Sticks before n. The last one has no stick behind it, and there s may be ½. On the others s is at most ⅓, and
+        # (1 − s)² / (1 − 2s) = 1 + s² / (1 − 2s) is within [1, 4/3]: no logarithms, whose difference is all there is.
+        last = ops.indices(site.categories - 1, a) == site.categories - 2
+        passed = (both > 0) & (b == 0) & (b_tilde == 0) & ~last
         s = ops.where(passed, ops.sigmoid(a), zero)
-        log_r = ops.sum(2 * ops.log1p(-s) - ops.log1p(-2 * s), axis=-1)
+        r = ops.prod(1 + s**2 / (1 - 2 * s), axis=-1)
         parting = ops.sum(ops.where(b != b_tilde, both * ops.sigmoid(ops.abs(a)), zero), axis=-1)  # 0 where z = z̃
-        weight = 0.5 * site.spread(ops, costs.value - costs.alternatives[0]) * ops.exp(log_r) * parting
+        weight = 0.5 * site.spread(ops, costs.value - costs.alternatives[0]) * r * parting
         pair = [score(ops, site.family, site.logits, v) for v in (draw.value, self.alternative(ops, site, draw, 0))]
         return Local(ops.stop_gradient(weight[..., None] * (pair[0] - pair[1])) * site.logits)

@@ -29,6 +29,9 @@ class JaxOps:
     def logsumexp(self, x: Array, axis: int) -> Array:
         return jax.scipy.special.logsumexp(x, axis=axis)
 
+    def cumulative_logsumexp(self, x: Array) -> Array:
+        return jax.lax.cumlogsumexp(x, axis=0)
+
     lgamma = staticmethod(jax.scipy.special.gammaln)
     digamma = staticmethod(jax.scipy.special.digamma)
 

@@ -32,6 +32,9 @@ class TorchOps:
     def logsumexp(self, x: Array, axis: int) -> Array:
         return torch.logsumexp(x, axis)
 
+    def cumulative_logsumexp(self, x: Array) -> Array:
+        return torch.logcumsumexp(x, 0)
+
     lgamma = staticmethod(torch.lgamma)
     digamma = staticmethod(torch.digamma)
 

@@ -189,9 +189,8 @@ def rankings(a):
 
 def split_cells(estimator, a):
     """Noise of one element drawn by splits: cells for each split's u."""
-    order = np.asarray(ordering(JAX, jnp.asarray(a), getattr(estimator, "order", "given")))
-    if isinstance(estimator, CoupledImportance):
-        order = np.argsort(a)
+    name = "ascending" if isinstance(estimator, CoupledImportance) else getattr(estimator, "order", "given")
+    order = np.asarray(ordering(JAX, jnp.asarray(a), name))
     shape = splits.tree(len(a)) if isinstance(estimator, DisARMTree) else splits.sticks(len(a))
     p = sigmoid(splits.split_logits(JAX, shape, jnp.asarray(a[order])))
     return product([cells(x, 1 - x) for x in p])
@@ -249,6 +248,16 @@ def test_categorical_estimators_integrate_to_the_exact_gradient(estimator, famil
 def test_any_number_of_categories(estimator, c):
     a, table = np.array([[0.3, -0.8, 1.1, 0.2, -0.5]])[:, :c], CATEGORY_COSTS.ravel()[:c]
     mean, _ = integrated(estimator, CATEGORICAL, a, table)
+    np.testing.assert_allclose(mean, exact_gradient(CATEGORICAL, a, table), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "a", [[0.4, 0.4], [0.4, 0.4, 0.4], [-0.3, 0.9, 0.9], [0.9, -0.3, -0.3, 0.9]], ids=lambda a: str(len(a))
+)
+def test_coupled_importance_at_categories_of_like_probability(a):
+    """A tie in the order: either way no stick but the last takes more than a third."""
+    a, table = np.array([a]), CATEGORY_COSTS.ravel()[: len(a)]
+    mean, _ = integrated(CoupledImportance(), CATEGORICAL, a, table)
     np.testing.assert_allclose(mean, exact_gradient(CATEGORICAL, a, table), atol=1e-12)
 
 
