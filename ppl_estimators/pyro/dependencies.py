@@ -407,8 +407,9 @@ def _module(thing: Any) -> str:
 
 _OBJECTS = 2000  # looked into at each run; what lies beyond counts as unknown
 _ELEMENTS = 200  # of a container of anything else than tensors
-_ELSEWHERE = frozenset({"torch", "pyro", "numpy", "pandas", "scipy", *sys.stdlib_module_names})
-_WALKED = ("torch.", "pyro.", "types")  # objects of these may hold what is the user's
+_OURS = __name__.partition(".")[0]
+_ELSEWHERE = frozenset({_OURS, "torch", "pyro", "numpy", "pandas", "scipy", *sys.stdlib_module_names})
+_WALKED = (f"{_OURS}.", "torch.", "pyro.", "types")  # objects of these may hold what is the user's
 _MODULE = {*vars(torch.nn.Module()), "_pyro_params"} - {"_parameters", "_buffers", "_modules"}
 
 
@@ -446,7 +447,7 @@ def _parts(thing: Any) -> Iterable[Any]:
         return (thing.__func__,)
     if kind is property:
         return (thing.fget,)
-    if kind is functools.partial:
+    if issubclass(kind, functools.partial):
         return (thing.func, thing.args, thing.keywords)
     where = _module(thing)
     root = where.partition(".")[0]

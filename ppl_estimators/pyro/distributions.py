@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributions as td
-from pyro.distributions import Logistic, MaskedDistribution, TorchDistribution
+from pyro.distributions import Delta, Distribution, Logistic, MaskedDistribution, TorchDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch.distributions import constraints
 
@@ -17,6 +17,7 @@ from ..core import families
 from ..core.errors import site_error
 from ..core.plan import requested
 from ..core.site import Plate, Site
+from .dependencies import reachable, tensors
 from .ops import OPS
 
 Array = torch.Tensor
@@ -86,7 +87,8 @@ def describe(
         batch_shape=tuple(fn.batch_shape),
         event_shape=tuple(fn.event_shape),
         plates=plates,
-        reparameterised=bool(fn.has_rsample),
+        reparameterised=reparameterised(fn, value),
+        support_moves=support_moves(fn),
         scale=scale,
         logits=logits,
         named={} if logits is None else {"logits": logits},
@@ -95,6 +97,76 @@ def describe(
         requested=requested(name, infer),
         declared=infer.get("_with_estimators"),
     )
+
+
+def reparameterised(fn: TorchDistribution, value: Array | None = None) -> bool:
+    """Whether a draw can be differentiated: what the distribution says of itself, checked.
+
+    A sampler that accepts and rejects can only in part (`score_parts`), nothing discrete can, and a ``value`` that was
+    drawn from parameters with gradients must have one.
+    """
+    if not fn.has_rsample:
+        return False
+    base = unwrapped(fn)
+    if isinstance(base, Delta):  # its draw is its parameter
+        return True
+    if Law(fn).discrete or (value is not None and not (value.is_floating_point() or value.is_complex())):
+        return False
+    if any(getattr(type(part), "score_parts", _WHOLE) is not _WHOLE for part in _chain(base)):
+        return False
+    if value is None or value.requires_grad or not torch.is_grad_enabled() or _of_the_libraries(base):
+        return True
+    return not any(x.requires_grad for x in reachable(vars(base)))
+
+
+_WHOLE = Distribution.score_parts
+
+
+def _chain(fn: Any) -> Iterator[Any]:
+    """A distribution and those it transforms or wraps."""
+    while fn is not None:
+        base = unwrapped(fn)
+        yield base
+        fn = getattr(base, "base_dist", None)
+
+
+def _of_the_libraries(base: Any) -> bool:
+    return all(type(part).__module__.startswith(("torch.", "pyro.")) for part in _chain(base))
+
+
+def support_moves(fn: TorchDistribution) -> bool:
+    """Whether the ends of the support move with the parameters, as far as these are differentiated here."""
+    base = unwrapped(fn)
+    if not torch.is_grad_enabled() or Law(fn).discrete:
+        return False
+    held = [x for x in tensors(base) if x.requires_grad]
+    return any(_moves(end, held) for end in _ends(base))
+
+
+def _moves(end: Array, held: list[Array]) -> bool:
+    if not end.requires_grad:
+        return False
+    slopes = torch.autograd.grad(end.sum(), held, retain_graph=True, allow_unused=True) if held else ()
+    known = [s for s in slopes if s is not None]
+    return not known or any(bool((s != 0).any()) for s in known)  # 0 * scale is an end that stays
+
+
+def _ends(base: Any) -> list[Array]:
+    """The ends of a support; those of a transformed distribution are images of its base's ends."""
+    try:
+        if type(base).support is td.TransformedDistribution.support:
+            ends = _ends(unwrapped(base.base_dist))
+            for transform in base.transforms:
+                if transform.domain.event_dim:  # no interval
+                    return []
+                ends = [transform.with_cache(0)(end) for end in ends]
+            return ends
+        support = base.support
+    except NotImplementedError:  # a class of the user's that declares none
+        return []
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return [torch.as_tensor(vars(support)[k]) for k in ("lower_bound", "upper_bound") if k in vars(support)]
 
 
 def natural_parameters(fn: TorchDistribution, kind: str) -> Array | None:

@@ -38,7 +38,7 @@ from ..estimators.control_variate import ControlVariate
 from ..estimators.pathwise import Pathwise
 from ..estimators.reinforce import Reinforce
 from .dependencies import Provenance, StopParameters
-from .distributions import Law, log_q, named, natural_parameters, score_norm
+from .distributions import Law, log_q, named, natural_parameters, reparameterised, score_norm
 from .keep import Keeper, read_state, update_state
 from .ops import OPS
 from .run import Message, Traces, dependencies, enumerated, execute, plates_of, terms_of, view
@@ -264,7 +264,7 @@ class _Step:
         def draw(msg: Message) -> Array:
             return msg["fn"](*msg["args"], **msg["kwargs"])
 
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():  # what is differentiable is part of the structure
             provenance = Provenance()
             with provenance:
                 traces = self.execute(
@@ -426,7 +426,7 @@ class _Step:
                 chosen = elbo.default
             if chosen is None:
                 several = elbo.num_particles > 1
-                chosen = Pathwise() if msg["fn"].has_rsample else Reinforce(LeaveOneOut() if several else None)
+                chosen = Pathwise() if reparameterised(msg["fn"]) else Reinforce(LeaveOneOut() if several else None)
             elbo._chosen[name, static] = chosen
         return chosen
 

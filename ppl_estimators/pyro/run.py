@@ -8,15 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 
 from ..core import families
 from ..core.errors import EstimatorError, site_error
 from ..core.site import Plate, Site, Term
 from .dependencies import Provenance, Sites, holds
-from .distributions import constant, describe, family, is_masked, log_q, relaxed_log_prob
+from .distributions import constant, describe, family, is_masked, log_q, relaxed_log_prob, unwrapped
 
 Array = torch.Tensor
 Message = dict[str, Any]
@@ -46,18 +48,42 @@ def plates_of(msg: Message) -> frozenset[Plate]:
     )
 
 
+class ProgramError(EstimatorError, RuntimeError):
+    """Something in guide or model that the stock ELBOs meet with a ValueError or a RuntimeError."""
+
+
 class _Conduct(Messenger):
     """Asks ``draw`` for the values of latent sites, records every site, shares the minibatch between runs."""
 
     def __init__(
         self,
+        side: str,
         draw: Draw,
         record: dict[str, Message],
         subsamples: dict[str, Array],
         provenance: Provenance | None,
     ):
         super().__init__()
-        self.draw, self.record, self.subsamples, self.provenance = draw, record, subsamples, provenance
+        self.side, self.draw, self.record = side, draw, record
+        self.subsamples, self.provenance = subsamples, provenance
+        self.parameters: dict[str, Message] = {}
+        self.marked: list[str] = []  # sites that ask to be enumerated
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        super().__exit__(kind, error, traceback)
+        if isinstance(error, Exception) and not isinstance(error, EstimatorError):
+            self._explain(error)
+
+    def _explain(self, error: Exception) -> None:
+        """Where the program was when it raised, and why it may see other shapes than it was written for."""
+        after = f"after site '{next(reversed(self.record))}'" if self.record else "before its first site"
+        error.add_note(f"Raised in the {self.side}, {after}.\n{shapes(self.record, self.parameters)}")
+        if self.marked:
+            names = ", ".join(f"'{n}'" for n in self.marked)
+            error.add_note(
+                f'The {self.side} marks {names} with infer={{"enumerate": ...}}. EstimatorELBO does not enumerate '
+                "marked sites: values there have the shape of one draw. For parallel enumeration use TraceEnum_ELBO."
+            )
 
     def _pyro_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):
@@ -65,6 +91,10 @@ class _Conduct(Messenger):
                 msg["value"], msg["done"] = self.subsamples[msg["name"]], True
             return
         latent = not (msg["is_observed"] or msg["done"])
+        if msg["infer"].get("enumerate") and not msg["is_observed"]:
+            if latent and self.side == "guide":
+                raise enumerated(msg["name"])
+            self.marked.append(msg["name"])
         if self.provenance is not None:
             self._followed(msg, self.provenance, latent)
         elif latent:
@@ -102,6 +132,9 @@ class _Conduct(Messenger):
         return follow.behind((msg["log_p"],))
 
     def _pyro_post_param(self, msg: Message) -> None:
+        if msg["name"] in self.record:
+            raise _clash(msg["name"], self.side)
+        self.parameters[msg["name"]] = msg
         follow = self.provenance
         if follow is not None and follow.order and msg["name"] not in follow.stored:
             follow.leave()
@@ -116,8 +149,45 @@ class _Conduct(Messenger):
             return
         name = msg["name"]
         if name in self.record:
-            raise EstimatorError(f"site '{name}': the name is used twice. Give every sample site a name of its own.")
+            raise ProgramError(f"site '{name}': the name is used twice. Give every sample site a name of its own.")
+        if name in self.parameters:
+            raise _clash(name, self.side)
+        if self.side == "guide":
+            _check_factor(msg)
         self.record[name] = msg.copy()
+
+
+def _clash(name: str, side: str) -> ProgramError:
+    return ProgramError(
+        f"site '{name}': the {side} has a parameter of the same name. Rename one of them, the parameter for example: "
+        f'pyro.param("{name}_param", ...).'
+    )
+
+
+def _check_factor(msg: Message) -> None:
+    fn = unwrapped(msg["fn"])
+    if isinstance(fn, Unit) and fn.__dict__.get("has_rsample") is False:
+        raise site_error(
+            msg["name"],
+            "a factor of the guide with has_rsample=False asks for the score of values that were drawn by hand, and "
+            "what they move is not known",
+            "Draw them by pyro.sample (auxiliary ones with infer={'is_auxiliary': True}) and leave the factor out; or "
+            "pass has_rsample=True if it was computed from reparameterised draws or from sample sites.",
+        )
+
+
+def traced(record: Mapping[str, Message], parameters: Mapping[str, Message] | None = None) -> Trace:
+    """The messages of a run, as Pyro's own tools take them."""
+    trace = Trace()
+    for name, msg in {**(parameters or {}), **record}.items():
+        trace.add_node(name, **msg)
+    return trace
+
+
+def shapes(record: Mapping[str, Message], parameters: Mapping[str, Message] | None = None) -> str:
+    """The table of shapes that the stock ELBOs print."""
+    table: str = traced(record, parameters).format_shapes()
+    return table
 
 
 def execute(
@@ -138,7 +208,7 @@ def execute(
     traces = Traces(subsamples=subsamples)
     if provenance is not None:
         provenance.begin(guide, model, args, kwargs)
-    with _Conduct(draw, traces.guide, subsamples, provenance):
+    with _Conduct("guide", draw, traces.guide, subsamples, provenance):
         guide(*args, **kwargs)
     if observes:
         for name in [n for n, m in traces.guide.items() if m["is_observed"]]:
@@ -152,14 +222,37 @@ def execute(
         return drawn["value"]
 
     if model is not None:
-        with _Conduct(replay, traces.model, subsamples, provenance):
+        with _Conduct("model", replay, traces.model, subsamples, provenance):
             model(*args, **kwargs)
+        if provenance is not None and subsamples:
+            _check_minibatches(traces)
     return traces
+
+
+def _check_minibatches(traces: Traces) -> None:
+    """Elements of a plate that the guide subsamples must be those of the model."""
+    named = {f.name for msg in traces.model.values() for f in msg["cond_indep_stack"]}
+    for name, msg in traces.latents().items():
+        for frame in msg["cond_indep_stack"]:
+            random = frame.name in traces.subsamples and frame.size != frame.full_size
+            if random and frame.name not in named and name in traces.model:
+                inside = [f.name for f in traces.model[name]["cond_indep_stack"]]
+                there = f"in plate {', '.join(map(repr, inside))}" if inside else "in no plate"
+                raise site_error(
+                    name,
+                    f"the guide draws it in plate '{frame.name}', a random {frame.size} of {frame.full_size} elements, "
+                    f"and the model has it {there}: the two would speak of different elements",
+                    "Give the plate the same name in guide and model, or pass both the same subsample=indices.",
+                )
 
 
 def _missing(msg: Message) -> EstimatorError:
     if msg["infer"].get("enumerate"):
-        return enumerated(msg["name"])
+        return site_error(
+            msg["name"],
+            'marked infer={"enumerate": ...} in the model and not drawn by the guide: EstimatorELBO cannot sum it out',
+            "Use TraceEnum_ELBO, or remove the mark and draw a site of this name in the guide too.",
+        )
     return site_error(
         msg["name"],
         "a latent site of the model that the guide does not draw",
@@ -200,23 +293,43 @@ def terms_of(
             deps = depends_on.get((side, name), only or frozenset())
             if only is not None and not deps & only:
                 continue
-            fn, value = msg["fn"], msg["value"]
-            if side == "guide" and name in hard:
-                fn = constant(fn)
-            if name in relaxed:
-                log_p = _relaxed_log_prob(name, fn, value, side)
-            elif side == "guide" and name in score_only and family(fn) in families.DISCRETE and not is_masked(fn):
-                msg["log_q"] = log_q(fn, value)
-                log_p = msg["log_q"].detach()
-            else:
-                log_p = msg.pop("log_p", None)
-                if side == "guide" and (name in local or name in hard):
-                    value, log_p = value.clone() if name in local else value, None
-                if log_p is None:
-                    log_p = fn.log_prob(value, *msg["args"], **msg["kwargs"])
-            log_p = msg["log_prob"] = scale_and_mask(log_p, msg["scale"], msg["mask"])
+            try:
+                log_p = _log_prob(side, msg, relaxed, score_only, local, hard)
+                log_p = msg["log_prob"] = scale_and_mask(log_p, msg["scale"], msg["mask"])
+            except EstimatorError:
+                raise
+            except Exception as error:
+                what = f"site '{name}': an error while the {side} computed its log_prob"
+                if type(error) in (ValueError, RuntimeError):
+                    raise ProgramError(f"{what}:\n{error}\n{shapes(record)}") from error
+                error.add_note(f"{what}.\n{shapes(record)}")
+                raise
             terms.append(Term(side, name, log_p if side == "model" else -log_p, plates_of(msg), deps))
     return terms
+
+
+def _log_prob(
+    side: str,
+    msg: Message,
+    relaxed: frozenset[str],
+    score_only: frozenset[str],
+    local: frozenset[str],
+    hard: frozenset[str],
+) -> Array:
+    name, fn, value = msg["name"], msg["fn"], msg["value"]
+    followed = msg.pop("log_p", None)
+    log_p: Array
+    if side == "guide" and name in hard:
+        fn, followed = constant(fn), None
+    if name in relaxed:
+        return _relaxed_log_prob(name, fn, value, side)
+    if side == "guide" and name in score_only and family(fn) in families.DISCRETE and not is_masked(fn):
+        log_p = msg["log_q"] = log_q(fn, value)
+        return log_p.detach()
+    if side == "guide" and name in local:
+        value, followed = value.clone(), None
+    log_p = fn.log_prob(value, *msg["args"], **msg["kwargs"]) if followed is None else followed
+    return log_p
 
 
 def _relaxed_log_prob(name: str, fn: Any, value: Array, side: str) -> Array:

@@ -1,0 +1,265 @@
+"""Laws 12 and 16 on Pyro programs as people write them: what a distribution says of itself is checked, guide and model
+must speak of the same things, and errors name their site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import transforms
+from pyro.distributions.testing.rejection_gamma import RejectionGamma, ShapeAugmentedGamma
+from pyro.infer import Trace_ELBO, config_enumerate
+from torch.distributions import GeneralizedPareto
+
+from ppl_estimators import EstimatorError, Pathwise, Reinforce
+from ppl_estimators.pyro import EstimatorELBO
+from ppl_estimators.pyro.distributions import reparameterised, support_moves
+
+Law = Callable[[torch.Tensor], Any]
+
+
+# ---- claims of distributions -----------------------------------------------------------------------------------------
+
+
+class Claims(dist.TorchDistribution):
+    """A user's distribution that says it is reparameterised, on whatever its sampler returns."""
+
+    has_rsample = True
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, a: torch.Tensor, sampler: Callable[[torch.Tensor], torch.Tensor], support: Any = None):
+        self.held, self.sampler = {"a": a}, sampler
+        self.declared = dist.constraints.real if support is None else support
+        super().__init__(a.shape, validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        return self.declared
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> torch.Tensor:  # noqa: B008
+        return self.sampler(self.held["a"].expand(sample_shape + self.batch_shape))
+
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+        return dist.Normal(self.held["a"], 1.0).log_prob(value)
+
+
+WHOLE: dict[str, Law] = {
+    "Normal": lambda a: dist.Normal(a, 1.0),
+    "a user's": lambda a: Claims(a, lambda x: x + torch.randn_like(x)),
+    "a user's, of constants": lambda a: Claims(torch.tensor(0.3), lambda x: x + torch.randn_like(x)),
+    "transformed": lambda a: dist.TransformedDistribution(dist.Gamma(a, 1.0), [transforms.ExpTransform()]),
+    "Delta": lambda a: dist.Delta(a),
+    "straight-through": lambda a: dist.RelaxedBernoulliStraightThrough(torch.tensor(0.5), logits=a),
+}
+NOT: dict[str, Law] = {
+    "Bernoulli": lambda a: dist.Bernoulli(logits=a),
+    "RejectionGamma": lambda a: RejectionGamma(a, torch.tensor(1.0)),
+    "one inside": lambda a: dist.TransformedDistribution(RejectionGamma(a, a).expand([2]), [transforms.ExpTransform()]),
+    "ShapeAugmentedGamma": lambda a: ShapeAugmentedGamma(a, a).expand([2]).to_event(1).mask(True),
+    "detached": lambda a: Claims(a, lambda x: x.detach() + torch.randn_like(x)),
+    "a number": lambda a: Claims(a, lambda x: torch.full_like(x, 2.0 * x.item())),
+    "integers": lambda a: Claims(a, lambda x: torch.poisson(x).long()),
+    "a discrete support": lambda a: Claims(a, lambda x: x + 1, dist.constraints.nonnegative_integer),
+}
+
+
+@pytest.mark.parametrize(("laws", "expected"), [(WHOLE, True), (NOT, False)])
+def test_what_is_reparameterised(laws: dict[str, Law], expected: bool) -> None:
+    pyro.set_rng_seed(0)
+    a = torch.tensor(1.3, requires_grad=True)
+    found = {name: reparameterised(law(a), law(a)()) for name, law in laws.items()}
+    assert found == dict.fromkeys(laws, expected)
+
+
+MOVING: dict[str, Law] = {
+    "Uniform": lambda a: dist.Uniform(-a, 2.0).expand([2]).to_event(1).mask(True),
+    "Pareto": lambda a: dist.Pareto(a, 1.0),
+    "scaled": lambda a: dist.TransformedDistribution(dist.Uniform(0.0, 1.0), [transforms.AffineTransform(0.0, a)]),
+    "shifted": lambda a: dist.TransformedDistribution(dist.Exponential(1.0), [transforms.AffineTransform(a, 1.0)]),
+    "inside": lambda a: dist.TransformedDistribution(dist.Uniform(0.0, a), [transforms.ExpTransform()]),
+    "AffineBeta": lambda a: dist.AffineBeta(1.0, 1.0, a, 2.0),
+    "GeneralizedPareto": lambda a: GeneralizedPareto(0.0, a, torch.tensor(-0.5)),
+    "a user's": lambda a: Claims(a, torch.clone, dist.constraints.less_than(a)),
+}
+STAYING: dict[str, Law] = {
+    "Normal": lambda a: dist.Normal(a, 1.0),
+    "Uniform": lambda a: dist.Uniform(0.0, 2.0),
+    "Gamma": lambda a: dist.Gamma(a, a),
+    "HalfNormal": lambda a: dist.HalfNormal(a),
+    "Weibull": lambda a: dist.Weibull(a, a),
+    "Kumaraswamy": lambda a: dist.Kumaraswamy(a, a),
+    "Dirichlet": lambda a: dist.Dirichlet(torch.stack([a, a])),
+    "scaled at zero": lambda a: dist.TransformedDistribution(dist.Gamma(a, 1.0), [transforms.AffineTransform(0.0, a)]),
+    "AffineBeta": lambda a: dist.AffineBeta(a, a, torch.tensor(1.0), 2.0),
+    "GeneralizedPareto": lambda a: GeneralizedPareto(0.0, a, torch.tensor(0.5)),
+    "Poisson": lambda a: dist.Poisson(a),
+    "flow": lambda a: dist.TransformedDistribution(
+        dist.Uniform(torch.zeros(2), 1.0).to_event(1), [transforms.permute(2)]
+    ),
+    "no support": lambda a: Claims(a, torch.clone, dist.constraints.dependent),
+}
+
+
+@pytest.mark.parametrize(("laws", "expected"), [(MOVING, True), (STAYING, False)])
+def test_which_supports_move(laws: dict[str, Law], expected: bool) -> None:
+    a = torch.tensor(1.3, requires_grad=True)
+    assert {name: support_moves(law(a)) for name, law in laws.items()} == dict.fromkeys(laws, expected)
+    with torch.no_grad():  # nothing is differentiated
+        assert not any(support_moves(law(a)) for law in laws.values())
+
+
+def one_site(law: Law, start: float = 1.3) -> tuple[Callable[[], None], Callable[[], None]]:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(0.5))
+
+    return model, lambda: pyro.sample("z", law(pyro.param("a", torch.tensor(start))))
+
+
+def test_refusals_of_false_claims() -> None:
+    pyro.set_rng_seed(0)
+    for law in (NOT["RejectionGamma"], NOT["detached"]):
+        with pytest.raises(EstimatorError, match=r"site 'z': Pathwise needs a reparameterisable distribution"):
+            EstimatorELBO(Pathwise()).loss_and_grads(*one_site(law))
+        pyro.clear_param_store()
+    with pytest.raises(EstimatorError, match=r"site 'z': the support of Uniform moves.*Use Pathwise\(\)"):
+        EstimatorELBO(Reinforce()).loss_and_grads(*one_site(lambda a: dist.Uniform(-a, 2.0)))
+    EstimatorELBO(Pathwise()).loss_and_grads(*one_site(lambda a: dist.Uniform(-a, 2.0)))
+
+
+def test_a_hand_made_score_in_the_guide() -> None:
+    def guide(has_rsample: bool) -> None:
+        z = pyro.sample("z", dist.Normal(pyro.param("a", torch.tensor(0.3)), 1.0))
+        pyro.factor("extra", -0.1 * z, has_rsample=has_rsample)
+
+    model, _ = one_site(WHOLE["Normal"])
+    with pytest.raises(EstimatorError, match=r"site 'extra': a factor of the guide with has_rsample=False.*=True"):
+        EstimatorELBO().loss(model, lambda: guide(False))
+    EstimatorELBO().loss(model, lambda: guide(True))
+
+
+# ---- guide and model ------------------------------------------------------------------------------------------------
+
+
+def rows(name: str, count: int = 3) -> Callable[[], None]:
+    def program() -> None:
+        with pyro.plate(name, 6, subsample_size=count) as i:
+            pyro.sample("w", dist.Normal(pyro.param("m", torch.zeros(6))[i], 1.0))
+
+    return program
+
+
+def test_plates_of_other_names() -> None:
+    with pytest.raises(EstimatorError, match=r"site 'w'.*plate 'lines', a random 3 of 6.*plate 'rows'.*same name"):
+        EstimatorELBO().loss(rows("rows"), rows("lines"))
+    EstimatorELBO().loss(rows("rows"), rows("rows"))
+    EstimatorELBO().loss(rows("rows", 6), rows("lines", 6))  # all of them: the same elements
+
+
+def test_names_used_twice() -> None:
+    def normal(name: str) -> torch.Tensor:
+        value: torch.Tensor = pyro.sample(name, dist.Normal(0.0, 1.0))
+        return value
+
+    def twice() -> None:
+        normal("u")
+        normal("u")
+
+    def parameter_first() -> None:
+        pyro.param("u", torch.tensor(1.0))
+        normal("u")
+
+    def parameter_last() -> None:
+        normal("u")
+        pyro.param("u", torch.tensor(1.0))
+
+    for program in (twice, parameter_first, parameter_last):
+        for model, guide in ((program, lambda: normal("u")), (lambda: normal("u"), program)):
+            with pytest.raises(RuntimeError):
+                Trace_ELBO().loss(model, guide)
+            with pytest.raises(RuntimeError, match=r"site 'u'") as raised:
+                EstimatorELBO().loss(model, guide)
+            assert isinstance(raised.value, EstimatorError)
+
+
+# ---- messages --------------------------------------------------------------------------------------------------------
+
+
+class Raises(dist.Normal):
+    def __init__(self, error: Exception):
+        self.error = error
+        super().__init__(torch.zeros(()), 1.0)
+
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
+        raise self.error
+
+
+def likelihood(law: Any, obs: torch.Tensor) -> tuple[Callable[[], None], Callable[[], None]]:
+    def model() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("seen", law, obs=obs)
+
+    return model, lambda: pyro.sample("z", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0))
+
+
+@pytest.mark.parametrize(
+    ("law", "obs"),
+    [
+        (dist.Normal(torch.zeros(4), 1.0).to_event(1), torch.zeros(3)),
+        (dist.Normal(torch.zeros(4), 1.0, validate_args=False).to_event(1), torch.zeros(3)),
+        (dist.Poisson(1.0), torch.tensor(-1.0)),
+        (Raises(ValueError("of mine")), torch.tensor(-1.0)),
+    ],
+)
+def test_an_error_in_log_prob(law: Any, obs: torch.Tensor) -> None:
+    for evaluate in (EstimatorELBO().loss, EstimatorELBO().loss_and_grads):
+        with pytest.raises(EstimatorError, match=r"(?s)site 'seen'.*Trace Shapes.*seen dist") as raised:
+            evaluate(*likelihood(law, obs))
+        assert isinstance(raised.value, RuntimeError)
+
+
+def test_an_error_of_another_kind_in_log_prob() -> None:
+    with pytest.raises(KeyError, match="of mine") as raised:
+        EstimatorELBO().loss(*likelihood(Raises(KeyError("of mine")), torch.tensor(0.0)))
+    (note,) = raised.value.__notes__
+    assert "site 'seen'" in note
+    assert "Trace Shapes" in note
+
+
+def test_an_error_in_the_program() -> None:
+    def model() -> None:
+        pyro.param("p", torch.zeros(2))
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        torch.ones(2) + z
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(pyro.param("m", torch.zeros(3)), 1.0).to_event(1))
+
+    with pytest.raises(RuntimeError, match="size of tensor") as raised:
+        EstimatorELBO().loss(model, guide)
+    (note,) = raised.value.__notes__
+    assert note.startswith("Raised in the model, after site 'z'.")
+    assert "p 2" in note  # the parameters, too
+    assert "z dist | 3" in note
+
+
+def test_programs_written_for_enumeration() -> None:
+    def coin(expected: int) -> None:
+        k = pyro.sample("k", dist.Categorical(torch.ones(3)))
+        assert k.dim() == expected, "wrong shape"
+
+    with pytest.raises(EstimatorError, match=r"site 'k': marked infer=.*EstimatorELBO\(\{\"k\": Enumerate\(\)\}\)"):
+        EstimatorELBO().loss(lambda: coin(0), config_enumerate(lambda: coin(1)))
+    with pytest.raises(AssertionError, match="wrong shape") as raised:
+        EstimatorELBO().loss(config_enumerate(lambda: coin(1)), lambda: coin(0))
+    assert "marks 'k' with infer" in raised.value.__notes__[-1]
+    assert "TraceEnum_ELBO" in raised.value.__notes__[-1]
+    with pytest.raises(
+        EstimatorError, match=r"site 'k': marked infer=.*not drawn by the guide.*TraceEnum_ELBO"
+    ) as alone:
+        EstimatorELBO().loss(config_enumerate(lambda: coin(0)), lambda: None)
+    assert "Enumerate()" not in str(alone.value)  # which would be refused again
