@@ -36,6 +36,7 @@ from mixes import (
 )
 from numpyro import optim
 from numpyro.infer import SVI
+from scipy import stats
 
 from ppl_estimators import (
     REBAR,
@@ -164,6 +165,34 @@ def test_plate_elements_get_their_own_cost() -> None:
     for e in range(3):
         expected = [-zoo.dimensions.local_costs(np.full(3, z), a)[e] * (z - sigmoid(a[e])) for z in (0, 1)]
         distance = np.abs(drawn[:, e, None] - np.array(expected))
+        assert distance.min(-1).max() < 1e-10
+        assert set(distance.argmin(-1)) == {0, 1}
+
+
+@pytest.mark.parametrize("number", [2, 12])  # few terms are added up, many are a product with a matrix
+def test_a_site_is_charged_with_nothing_that_it_cannot_move(number: int) -> None:
+    """Sites side by side: the gradient of each is one of two, for its own values, whatever the others are."""
+    a, x = np.linspace(-1.0, 1.5, number), np.linspace(2.0, -1.0, number)
+
+    def model() -> None:
+        for i in range(number):
+            z = numpyro.sample(f"z{i}", dist.Bernoulli(logits=jnp.asarray(-0.4)))
+            numpyro.sample(f"x{i}", dist.Normal(1.5 * z, 1.0), obs=jnp.asarray(x[i]))
+
+    def guide() -> None:
+        logits = numpyro.param("a", jnp.asarray(a))
+        for i in range(number):
+            numpyro.sample(f"z{i}", dist.Bernoulli(logits=logits[i]))
+
+    def loss(a: Any, key: Any) -> Any:
+        return EstimatorELBO({"*": Reinforce()}).loss(key, {"a": a}, model, guide)
+
+    gradients = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))
+    drawn = np.asarray(gradients(jnp.asarray(a), jax.random.split(jax.random.key(0), 60)))
+    for i in range(number):
+        f = [stats.bernoulli.logpmf(z, sigmoid(-0.4)) + stats.norm.logpdf(x[i], 1.5 * z)
+             - stats.bernoulli.logpmf(z, sigmoid(a[i])) for z in (0, 1)]  # fmt: skip
+        distance = np.abs(drawn[:, i, None] - [-f[z] * (z - sigmoid(a[i])) for z in (0, 1)])
         assert distance.min(-1).max() < 1e-10
         assert set(distance.argmin(-1)) == {0, 1}
 

@@ -35,6 +35,7 @@ from mixes import (
     pairwise,
 )
 from pyro.infer import SVI
+from scipy import stats
 
 from ppl_estimators import (
     REBAR,
@@ -280,6 +281,30 @@ def test_plate_elements_get_their_own_cost(estimators: dict[str, Any]) -> None:
     for e in range(3):
         expected = [-zoo.dimensions.local_costs(np.full(3, z), a)[e] * (z - sigmoid(a[e])) for z in (0, 1)]
         distance = np.abs(drawn[:, e, None] - np.array(expected))
+        assert distance.min(-1).max() < 1e-10
+        assert set(distance.argmin(-1)) == {0, 1}
+
+
+@pytest.mark.parametrize("number", [2, 12])  # few terms are added up, many are a product with a matrix
+def test_a_site_is_charged_with_nothing_that_it_cannot_move(number: int) -> None:
+    """Sites side by side: the gradient of each is one of two, for its own values, whatever the others are."""
+    a, x = np.linspace(-1.0, 1.5, number), np.linspace(2.0, -1.0, number)
+
+    def model() -> None:
+        for i in range(number):
+            z = pyro.sample(f"z{i}", pyro.distributions.Bernoulli(logits=torch.as_tensor(-0.4)))
+            pyro.sample(f"x{i}", pyro.distributions.Normal(1.5 * z, 1.0), obs=torch.as_tensor(x[i]))
+
+    def guide() -> None:
+        logits = pyro.param("a", torch.as_tensor(a))
+        for i in range(number):
+            pyro.sample(f"z{i}", pyro.distributions.Bernoulli(logits=logits[i]))
+
+    drawn = pyro_steps(EstimatorELBO({"*": Reinforce()}), model, guide, [()] * 60)[1]["a"]
+    for i in range(number):
+        f = [stats.bernoulli.logpmf(z, sigmoid(-0.4)) + stats.norm.logpdf(x[i], 1.5 * z)
+             - stats.bernoulli.logpmf(z, sigmoid(a[i])) for z in (0, 1)]  # fmt: skip
+        distance = np.abs(drawn[:, i, None] - [-f[z] * (z - sigmoid(a[i])) for z in (0, 1)])
         assert distance.min(-1).max() < 1e-10
         assert set(distance.argmin(-1)) == {0, 1}
 
