@@ -67,6 +67,10 @@ def estimators(program: Program) -> dict[str, Any]:
 
 
 class InPyro:
+    """``minibatch``: of the subsampled plate; where it is not set, the library draws one."""
+
+    minibatch: tuple[int, ...] = ()
+
     def __init__(self) -> None:
         import pyro
         import pyro.distributions as dist
@@ -76,7 +80,7 @@ class InPyro:
         self.dist, self.exp, self.tanh = dist, torch.exp, torch.tanh
         self.scale = lambda scale: poutine.scale(scale=scale)
         self.mask = lambda mask: poutine.mask(mask=mask)
-        self.sample, self.plate, self._pyro, self._torch = pyro.sample, pyro.plate, pyro, torch
+        self.sample, self._pyro, self._torch = pyro.sample, pyro, torch
         self.one_hot = dist.OneHotCategorical
 
     def array(self, x: Any) -> Array:
@@ -87,6 +91,14 @@ class InPyro:
 
     def param(self, name: str, value: np.ndarray) -> Array:
         return self._pyro.param(name, lambda: self.array(value).clone())
+
+    def plate(self, name: str, size: int, dim: int, part: int | None) -> Any:
+        if part is not None and self.minibatch:
+            return self._pyro.plate(name, size, subsample=self._torch.tensor(self.minibatch), dim=dim)
+        return self._pyro.plate(name, size, subsample_size=part, dim=dim)
+
+    def take(self, x: Array, plate: Any, dim: int) -> Array:
+        return x.index_select(dim, plate.indices)
 
     def factor(self, name: str, value: Array, side: str) -> None:
         # reparameterised: its gradient is that of its value
@@ -102,10 +114,10 @@ class InNumPyro:
 
         from ppl_estimators.numpyro import OneHotCategorical
 
-        self.dist, self.exp, self.tanh, self.array = dist, jnp.exp, jnp.tanh, jnp.asarray
+        self.dist, self.exp, self.tanh, self.array, self._take = dist, jnp.exp, jnp.tanh, jnp.asarray, jnp.take
         self.scale = lambda scale: handlers.scale(scale=scale)
         self.mask = lambda mask: handlers.mask(mask=mask)
-        self.sample, self.plate, self._numpyro = numpyro.sample, numpyro.plate, numpyro
+        self.sample, self._numpyro = numpyro.sample, numpyro
         self.one_hot = OneHotCategorical
 
     def number(self, x: Array) -> Array:
@@ -113,6 +125,12 @@ class InNumPyro:
 
     def param(self, name: str, value: np.ndarray) -> Array:
         return self._numpyro.param(name, self.array(value))
+
+    def plate(self, name: str, size: int, dim: int, part: int | None) -> Any:
+        return self._numpyro.plate(name, size, subsample_size=part, dim=dim)
+
+    def take(self, x: Array, plate: Any, dim: int) -> Array:
+        return self._take(x, plate._indices, dim)
 
     def factor(self, name: str, value: Array, side: str) -> None:
         self._numpyro.factor(name, value)
@@ -168,7 +186,15 @@ class _Run:
 
     def param(self, name: str) -> Array:
         axes, categories = parameters(self.program)[name]
-        return self.language.param(name, shaped(self.program, start(self.program, name), axes, bool(categories)))
+        values = shaped(self.program, start(self.program, name), axes, bool(categories))
+        return self.part(self.language.param(name, values), axes, bool(categories))
+
+    def part(self, array: Array, axes: Axes, last: int = 0) -> Array:
+        """The elements of ``array [*batch, e, *last]`` that are in the minibatch."""
+        plate = self.program.subsampled
+        if plate not in axes:
+            return array
+        return self.language.take(array, self.plate(plate), self.program.dim(plate) - ("e" in axes) - last)
 
     def exp_param(self, name: str) -> Array:
         return self.language.exp(self.param(name))
@@ -176,9 +202,8 @@ class _Run:
     def everywhere(self, value: np.ndarray, site: Latent) -> Array:
         """``value [*categories]`` at each element of a site."""
         event = (SIZES["e"],) if "e" in site.axes else ()
-        return self.language.array(
-            np.broadcast_to(value, (*natural_shape(self.program, site.axes), *event, *value.shape))
-        )
+        everywhere = np.broadcast_to(value, (*natural_shape(self.program, site.axes), *event, *value.shape))
+        return self.part(self.language.array(everywhere), site.axes, value.ndim)
 
     def combined(self, parents: Parents, axes: Axes, own: Array, family: str) -> Array:
         natural = own
@@ -235,7 +260,7 @@ class _Run:
 
     def observed(self, x: Observed) -> None:
         program = self.program
-        data = self.language.array(shaped(program, datum(x.name, x.axes), x.axes))
+        data = self.part(self.language.array(shaped(program, datum(x.name, x.axes), x.axes)), x.axes)
         mean = self.combined(x.parents, x.axes, self.param(f"p_{x.name}") if x.learned else 0 * data, "normal")
         if x.shared:
             mean = mean + self.like(self.param("shared"), x.axes)
@@ -246,7 +271,7 @@ class _Run:
     def factors(self, side: str) -> None:
         for f in self.program.factors:
             if f.side == side:
-                zero = self.language.array(np.zeros(natural_shape(self.program, f.axes)))
+                zero = self.part(self.language.array(np.zeros(natural_shape(self.program, f.axes))), f.axes)
                 with self.inside(f.axes, Under()):
                     value = self.language.tanh(self.combined(f.parents, f.axes, zero, "normal"))
                     self.language.factor(f.name, value, side)
@@ -264,10 +289,8 @@ class _Run:
             self.close()
         for a in wanted:
             if a not in dict(self.open):
-                if a not in self.plates:
-                    self.plates[a] = self.language.plate(a, SIZES[a], dim=self.program.dim(a))
-                self.plates[a].__enter__()
-                self.open.append((a, self.plates[a]))
+                self.plate(a).__enter__()
+                self.open.append((a, self.plate(a)))
         stack = ExitStack()
         if under.scale is not None:
             stack.enter_context(self.language.scale(self._array(under.scale, scales)))
@@ -278,7 +301,13 @@ class _Run:
     def _array(self, under: Any, made: Callable[[Axes], np.ndarray]) -> Any:
         if not isinstance(under, tuple):
             return under
-        return self.language.array(shaped(self.program, made(under), under))
+        return self.part(self.language.array(shaped(self.program, made(under), under)), under)
+
+    def plate(self, axis: str) -> Any:
+        if axis not in self.plates:
+            part = SIZES[axis] - 1 if axis == self.program.subsampled else None
+            self.plates[axis] = self.language.plate(axis, SIZES[axis], self.program.dim(axis), part)
+        return self.plates[axis]
 
     def close(self) -> None:
         while self.open:

@@ -21,7 +21,7 @@ import numpy as np
 from ppl_estimators import EstimatorError, EstimatorWarning
 
 from .build import InNumPyro, InPyro, build, estimators
-from .description import SIZES, Program, parameters, shaped
+from .description import SIZES, Program, minibatches, parameters, shaped
 from .oracle import Exact, exact
 
 LIBRARIES = ("numpyro", "pyro")
@@ -220,14 +220,14 @@ class _PyroDraws(_Draws):
         from ppl_estimators.pyro import EstimatorELBO, with_estimators
 
         super().__init__(program, answer)
-        self.wide = program.in_lanes()
+        self.wide, self.language = program.in_lanes(), InPyro()
         self.elbo = EstimatorELBO(
             num_particles=program.particles,
             vectorize_particles=program.vectorized,
             max_plate_nesting=len(self.wide.layout),
             average_model=program.average_model,
         )
-        self.model, guide = build(self.wide, InPyro())
+        self.model, guide = build(self.wide, self.language)
         self.guide = with_estimators(guide, estimators(program))
         pyro.clear_param_store()
         pyro.set_rng_seed(1)
@@ -248,14 +248,21 @@ class _PyroDraws(_Draws):
         return loss
 
     def chunk(self) -> tuple[np.ndarray, np.ndarray]:
-        import pyro
 
         while self.steps:
             self._step()
             self.steps -= 1
+        batches = minibatches(self.program)
+        drawn = [self._one(batch) for batch in batches]  # all lanes see one minibatch, so a draw is the mean over all
+        return np.array([np.mean([loss for loss, _ in drawn])]), np.mean([rows for _, rows in drawn], axis=0)
+
+    def _one(self, minibatch: tuple[int, ...]) -> tuple[float, np.ndarray]:
+        import pyro
+
         own = {n: pyro.param(n).unconstrained() for n in self.names}
         for p in own.values():
             p.grad = None
+        self.language.minibatch = minibatch
         lanes = SIZES["lanes"]
         loss = self._step() / lanes
         rows = []
@@ -266,7 +273,7 @@ class _PyroDraws(_Draws):
             axes, categories = parameters(self.wide)[n]
             shape = tuple(SIZES[a] for a in axes) + ((categories,) if categories else ())
             rows.append(np.moveaxis(flat.reshape(shape), axes.index("lanes"), 0).reshape(lanes, -1))
-        return np.array([loss]), np.concatenate(rows, 1)
+        return loss, np.concatenate(rows, 1)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 
 import numpy as np
 
@@ -82,7 +83,8 @@ class Factor:
 @dataclass(frozen=True)
 class Program:
     """``reverse_model``: the model's sites come in reverse order. ``reverse_plates``: a site enters its plates from
-    the right to the left. ``nested``: plates stay open from one site to the next if that one is in them too."""
+    the right to the left. ``nested``: plates stay open from one site to the next if that one is in them too.
+    ``subsampled``: a plate whose minibatch has all of its elements but one."""
 
     latents: tuple[Latent, ...]
     observed: tuple[Observed, ...] = ()
@@ -94,6 +96,7 @@ class Program:
     particles: int = 1
     vectorized: bool = True
     average_model: bool = False
+    subsampled: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -122,6 +125,14 @@ class Program:
             factors=tuple(map(lane, self.factors)),
             layout=(*self.layout, "lanes"),
         )
+
+
+def minibatches(program: Program) -> list[tuple[int, ...]]:
+    """All there are, each as likely as the others; the empty one stands for all data."""
+    if program.subsampled is None:
+        return [()]
+    size = SIZES[program.subsampled]
+    return list(combinations(range(size), size - 1))
 
 
 def batch(axes: Axes) -> Axes:

@@ -22,11 +22,12 @@ from .description import (
     Under,
     datum,
     masks,
+    minibatches,
     parameters,
     prior,
     scales,
     start,
-)  # fmt: skip
+)
 
 CANONICAL = ("b", "a", "u", "e")
 NODES = 12  # per normal element
@@ -48,8 +49,8 @@ def support(family: str) -> int:
 
 
 def states(program: Program) -> int:
-    """How many there are."""
-    total = 1
+    """How many there are, minibatches included."""
+    total = len(minibatches(program))
     for z in program.latents:
         total *= support(z.family) ** int(np.prod([SIZES[a] for a in z.axes]))
     return total
@@ -59,14 +60,20 @@ def exact(program: Program) -> Exact:
     names = parameters(program)
     values = {n: start(program, n).astype(complex) for n in names}
     digits = _digits(program)
-    loss = _loss(program, values, digits).real
+
+    def mean(values: dict[str, Array]) -> complex:
+        """Over the minibatches."""
+        return sum(_Sum(program, minibatch).loss(values, digits) for minibatch in batches) / len(batches)
+
+    batches = minibatches(program)
+    loss = mean(values).real
     gradient = {}
     for name, value in values.items():
         gradient[name] = np.zeros(value.shape)
         for index in np.ndindex(value.shape):
             moved = value.copy()
             moved[index] += 1j * STEP
-            gradient[name][index] = _loss(program, {**values, name: moved}, digits).imag / STEP
+            gradient[name][index] = mean({**values, name: moved}).imag / STEP
     return Exact(float(loss), gradient)
 
 
@@ -86,49 +93,88 @@ def _digits(program: Program) -> dict[str, Array]:
     return found
 
 
-def _loss(program: Program, params: dict[str, Array], digits: dict[str, Array]) -> complex:
-    numbers: dict[str, Array] = {}  # what a site is to its children
-    weight: Array = np.zeros(())  # its logarithm
-    elbo: Array = np.zeros(())
-    for z in program.latents:
-        own = _canonical(params[f"q_{z.name}"], parameters(program)[f"q_{z.name}"][0])
-        shift = _combined(program, z.guide, z.axes, numbers)
-        if z.shared:
-            shift = shift + params["shared"]
-        if z.family == "normal":
-            spread = np.exp(_canonical(params[f"s_{z.name}"], parameters(program)[f"s_{z.name}"][0]))
-            nodes, chances = np.polynomial.hermite_e.hermegauss(NODES)
-            mean = _one(own) + shift
-            numbers[z.name] = mean + _one(spread) * nodes[digits[z.name]]
-            log_q = _normal(numbers[z.name], mean, _one(spread))
-            chance = np.log(chances / chances.sum())[digits[z.name]]
-        else:
-            numbers[z.name] = digits[z.name]
-            log_q = chance = _log_prob(z.family, own, shift, digits[z.name])
-        weight = weight + _states_only(chance)
-        elbo = elbo - _total(log_q, z.under_guide, z.axes)
-    order = program.latents[::-1] if program.reverse_model else program.latents
-    for z in order:
-        if z.auxiliary:
-            continue
-        shift = _combined(program, z.model, z.axes, numbers)
-        if z.family == "normal":
-            log_p = _normal(numbers[z.name], prior(z.name) + shift, 1.0)
-        else:
-            own = prior(z.name, CATEGORIES if z.family in ("categorical", "onehot") else 0)
-            log_p = _log_prob(z.family, own, shift, digits[z.name])
-        elbo = elbo + _total(log_p, z.under_model, z.axes)
-    for x in program.observed:
-        mean = _combined(program, x.parents, x.axes, numbers)
-        if x.learned:
-            mean = mean + _one(_canonical(params[f"p_{x.name}"], x.axes))
-        if x.shared:
-            mean = mean + params["shared"]
-        elbo = elbo + _total(_normal(_one(_canonical(datum(x.name, x.axes), x.axes)), mean, 1.0), x.under, x.axes)
-    for f in program.factors:
-        value = _total(np.tanh(_combined(program, f.parents, f.axes, numbers)), Under(), f.axes)
-        elbo = elbo + value if f.side == "model" else elbo - value
-    return complex(-(np.exp(weight) * elbo).sum())
+class _Sum:
+    """The sum for one minibatch. Elements outside it have their states too, but are seen by nothing."""
+
+    def __init__(self, program: Program, minibatch: tuple[int, ...]):
+        self.program = program
+        plate = program.subsampled
+        self.enlarged = SIZES[plate] / len(minibatch) if plate else 1.0
+        chosen = np.isin(np.arange(SIZES[plate]), minibatch) if plate else np.ones(())
+        self.chosen = _one(_canonical(chosen.astype(float), (plate,) if plate else ()))
+
+    def inside(self, axes: Axes) -> Array | float:
+        """1 for the elements in the minibatch, 0 for the others, along the axis of the plate."""
+        return self.chosen if self.program.subsampled in axes else 1.0
+
+    def loss(self, params: dict[str, Array], digits: dict[str, Array]) -> complex:
+        program = self.program
+        numbers: dict[str, Array] = {}  # what a site is to its children
+        weight: Array = np.zeros(())  # its logarithm
+        elbo: Array = np.zeros(())
+        for z in program.latents:
+            own = _canonical(params[f"q_{z.name}"], parameters(program)[f"q_{z.name}"][0])
+            shift = self._combined(z.guide, z.axes, numbers)
+            if z.shared:
+                shift = shift + params["shared"]
+            if z.family == "normal":
+                spread = np.exp(_canonical(params[f"s_{z.name}"], parameters(program)[f"s_{z.name}"][0]))
+                nodes, chances = np.polynomial.hermite_e.hermegauss(NODES)
+                mean = _one(own) + shift
+                numbers[z.name] = mean + _one(spread) * nodes[digits[z.name]]
+                log_q = _normal(numbers[z.name], mean, _one(spread))
+                chance = np.log(chances / chances.sum())[digits[z.name]]
+            else:
+                numbers[z.name] = digits[z.name]
+                log_q = chance = _log_prob(z.family, own, shift, digits[z.name])
+            weight = weight + _states_only(chance)
+            elbo = elbo - self._total(log_q, z.under_guide, z.axes)
+        order = program.latents[::-1] if program.reverse_model else program.latents
+        for z in order:
+            if z.auxiliary:
+                continue
+            shift = self._combined(z.model, z.axes, numbers)
+            if z.family == "normal":
+                log_p = _normal(numbers[z.name], prior(z.name) + shift, 1.0)
+            else:
+                own = prior(z.name, CATEGORIES if z.family in ("categorical", "onehot") else 0)
+                log_p = _log_prob(z.family, own, shift, digits[z.name])
+            elbo = elbo + self._total(log_p, z.under_model, z.axes)
+        for x in program.observed:
+            mean = self._combined(x.parents, x.axes, numbers)
+            if x.learned:
+                mean = mean + _one(_canonical(params[f"p_{x.name}"], x.axes))
+            if x.shared:
+                mean = mean + params["shared"]
+            data = _one(_canonical(datum(x.name, x.axes), x.axes))
+            elbo = elbo + self._total(_normal(data, mean, 1.0), x.under, x.axes)
+        for f in program.factors:
+            value = self._total(np.tanh(self._combined(f.parents, f.axes, numbers)), Under(), f.axes)
+            elbo = elbo + value if f.side == "model" else elbo - value
+        return complex(-(np.exp(weight) * elbo).sum())
+
+    def _combined(self, parents: dict[str, float], axes: Axes, numbers: dict[str, Array]) -> Array:
+        total: Array = np.zeros((1,) * (1 + len(CANONICAL)))
+        for name, coefficient in parents.items():
+            gone = tuple(1 + i for i, a in enumerate(CANONICAL) if a in self.program.axes_of(name) and a not in axes)
+            seen = self.inside(self.program.axes_of(name)) if gone else 1.0
+            total = total + coefficient * (numbers[name] * seen).sum(axis=gone, keepdims=True)
+        return total
+
+    def _total(self, term: Array, under: Under, axes: Axes) -> Array:
+        """``[states]``: the sum of a term over its site, scaled and masked."""
+        full = np.broadcast_to(term, np.broadcast_shapes(term.shape, (1, *_shape(axes))))
+        full = full * self.inside(axes) * (self.enlarged if self.program.subsampled in axes else 1.0)
+        if "e" in axes:
+            full = full.sum(-1, keepdims=True)
+        if isinstance(under.scale, tuple):
+            full = full * _one(_canonical(scales(under.scale), under.scale)) * self.inside(under.scale)
+        elif under.scale is not None:
+            full = full * under.scale
+        if under.mask is not None:
+            on = _one(_canonical(masks(under.mask), under.mask)) if isinstance(under.mask, tuple) else under.mask
+            full = np.where(on, full, 0)
+        return _states_only(full)
 
 
 def _log_prob(family: str, own: Array, shift: Array, k: Array) -> Array:
@@ -151,28 +197,6 @@ def _log_prob(family: str, own: Array, shift: Array, k: Array) -> Array:
 
 def _normal(x: Array, mean: Array, spread: Array | float) -> Array:
     return -0.5 * ((x - mean) / spread) ** 2 - np.log(spread) - 0.5 * np.log(2 * np.pi)
-
-
-def _combined(program: Program, parents: dict[str, float], axes: Axes, numbers: dict[str, Array]) -> Array:
-    total: Array = np.zeros((1,) * (1 + len(CANONICAL)))
-    for name, coefficient in parents.items():
-        gone = tuple(1 + i for i, a in enumerate(CANONICAL) if a in program.axes_of(name) and a not in axes)
-        total = total + coefficient * numbers[name].sum(axis=gone, keepdims=True)
-    return total
-
-
-def _total(term: Array, under: Under, axes: Axes) -> Array:
-    """``[states]``: the sum of a term over its site, scaled and masked."""
-    full = np.broadcast_to(term, np.broadcast_shapes(term.shape, (1, *_shape(axes))))
-    if "e" in axes:
-        full = full.sum(-1, keepdims=True)
-    if under.scale is not None:
-        factor = _one(_canonical(scales(under.scale), under.scale)) if isinstance(under.scale, tuple) else under.scale
-        full = full * factor
-    if under.mask is not None:
-        on = _one(_canonical(masks(under.mask), under.mask)) if isinstance(under.mask, tuple) else under.mask
-        full = np.where(on, full, 0)
-    return _states_only(full)
 
 
 def _states_only(x: Array) -> Array:

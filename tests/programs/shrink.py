@@ -50,12 +50,14 @@ def simpler(program: Program) -> Iterator[Program]:
                         ("reverse_plates", False)):  # fmt: skip
         if getattr(program, name) != plain:
             yield replace(program, **{name: plain})
+    if program.subsampled is not None:
+        yield replace(program, subsampled=None)
     if program.reverse_model:
         yield replace(program, reverse_model=False, latents=tuple(replace(z, model={}) for z in program.latents))
     for fewer in range(1, program.particles):
         yield replace(program, particles=fewer)
     used = {a for x in (*program.latents, *program.observed, *program.factors) for a in x.axes}
-    if any(a not in used for a in program.layout):
+    if any(a not in used for a in program.layout) and program.subsampled in (used | {None}):
         yield replace(program, layout=tuple(a for a in program.layout if a in used))
 
 
@@ -112,6 +114,7 @@ def _without_axis(program: Program, axis: str) -> Program:
         observed=every(program.observed),
         factors=every(program.factors),
         layout=tuple(a for a in program.layout if a != axis),
+        subsampled=None if program.subsampled == axis else program.subsampled,
     )
 
 
