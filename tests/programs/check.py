@@ -28,7 +28,7 @@ LIBRARIES = ("numpyro", "pyro")
 
 #: nothing that is right lies beyond six standard errors; a bias of that part of the gradient's length does, with 90%
 SIGMAS, DETECTED, ABLE_TO_SEE = 6.0, 1.28, 0.1
-MAX_DRAWS = 200_000
+MAX_DRAWS = 400_000
 CHUNK = 2_000
 LOSSES, LOSS_SIGMAS = 20, 10.0  # Pyro's loss is that of all lanes, so there are few of them
 MOVED = 0.3  # standard deviation by which what estimators train is moved from its start, where networks are 0
