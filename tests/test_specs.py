@@ -144,6 +144,12 @@ def test_every_spec_is_a_dataclass_without_generated_equality():
         assert "__eq__" not in vars(cls) or cls is Spec, cls
 
 
+def test_a_spec_is_abstract_or_final():
+    """What users write inherits from nothing that users write."""
+    public = {c for c in vars(ppl_estimators).values() if isinstance(c, type) and issubclass(c, Spec)}
+    assert not {(c.__name__, b.__name__) for c in public for b in c.__mro__[1:] if b in public}
+
+
 # ---- import hygiene --------------------------------------------------------------------------------------------------
 
 PACKAGE = Path(ppl_estimators.__file__).parent

@@ -16,7 +16,9 @@ def check_score(site: Site) -> None:
             "Use Pathwise() here; in an autoguide choose the estimator at the auxiliary site behind it.",
         )
     if site.support_moves:
-        fix = "Use Pathwise() here." if site.reparameterised else "Draw it in fixed bounds, and shift and scale the draw."
+        fix = (
+            "Use Pathwise() here." if site.reparameterised else "Draw it in fixed bounds, and shift and scale the draw."
+        )
         raise site_error(
             site.name,
             f"the support of {site.distribution} moves with its parameters, and the score function misses what moves "

@@ -51,6 +51,9 @@ class Site:
     plates: frozenset[Plate]
     reparameterised: bool = False
     support_moves: bool = False  # where the support ends depends on parameters, or on pathwise draws
+    #: plates of the guide that a cost couples, for an estimator of single elements: not in ``plates``, so that their
+    #: elements count as dependent
+    coupled: frozenset[Plate] = frozenset()
     time: bool = False  # drawn inside a scan: a leading batch axis of dependent steps
     scale: Any = 1.0
     logits: Array | None = None
@@ -112,6 +115,12 @@ class Site:
     def parameters(self) -> tuple[Array, ...]:
         """Every distribution parameter, in the order of their names."""
         return tuple(self.named[k] for k in sorted(self.named))
+
+    @property
+    def opened(self) -> Site:
+        """The site in all plates that the guide declares. What an estimator keeps, and what a user gives, is shaped by
+        these: a guide does not know what the model couples."""
+        return self.filled(plates=self.plates | self.coupled, coupled=frozenset()) if self.coupled else self
 
     def spread(self, ops: Ops, cost: Array, trailing: int = 0) -> Array:
         """A cost ``[..., *plates]`` broadcastable against values ``[..., *batch, *event]`` (and the category axis)."""

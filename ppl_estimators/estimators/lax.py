@@ -46,18 +46,19 @@ class LAX(WithLevel):
     instead: ClassVar[str] = "Use RELAX() for discrete sites, Pathwise() or Reinforce(LeaveOneOut()) for others"
 
     def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
-        declared = {"control": Network(3 * site.feature_count(site.named["loc"]), self.hidden, self.network)}
+        declared = {"control": Network(3 * site.opened.feature_count(site.named["loc"]), self.hidden, self.network)}
         return declared | super().networks(site, given)
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         loc, scale = (ops.stop_gradient(site.named[k]) for k in ("loc", "scale"))
         z = ops.stop_gradient(draw.value)
         unit = site.unit(ops, costs.value)
-        known = [site.features(ops, loc), site.features(ops, scale)]
+        whole = site.opened
+        known = [whole.features(ops, loc), whole.features(ops, scale)]
 
         def network(z: Array) -> Array:  # [K, *plates]
-            x = ops.concat([site.features(ops, z), *known], axis=-1)
-            return unit * predict(site.name, kept.networks["control"], x)
+            x = ops.concat([whole.features(ops, z), *known], axis=-1)
+            return unit * site.to_plates(ops, predict(site.name, kept.networks["control"], x))
 
         c = network(z)
         slope = ops.vjp(network, z, ops.ones_like(c))

@@ -72,17 +72,18 @@ class RELAX(RelaxedControl, WithLevel):
         return declared | super().parameters(site)
 
     def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
-        declared = {"control": Network(2 * site.feature_count(site.logits), self.hidden, self.network)}
+        declared = {"control": Network(2 * site.opened.feature_count(site.logits), self.hidden, self.network)}
         return declared | super().networks(site, given)
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         a = ops.stop_gradient(site.logits)
-        p = site.features(ops, probabilities(ops, site.family, a))
+        whole = site.opened
+        p = whole.features(ops, probabilities(ops, site.family, a))
         unit = site.unit(ops, costs.value)
 
         def network(soft: Array) -> Array:  # [K, *plates]
-            x = ops.concat([2 * site.features(ops, soft) - 1, 2 * p - 1], axis=-1)
-            return unit * predict(site.name, kept.networks["control"], x)
+            x = ops.concat([2 * whole.features(ops, soft) - 1, 2 * p - 1], axis=-1)
+            return unit * site.to_plates(ops, predict(site.name, kept.networks["control"], x))
 
         soft_z, soft_z_tilde = soft_values(ops, site, draw, kept)
         c_tilde = network(soft_z_tilde(a))

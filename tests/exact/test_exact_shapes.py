@@ -18,10 +18,14 @@ from ppl_estimators import (
     ControlVariate,
     DeltaMethod,
     EstimatorError,
+    Given,
+    Learned,
     LeaveOneOut,
     Stein,
 )
-from ppl_estimators.core.site import Plate, Site
+from ppl_estimators.core.keep import Kept
+from ppl_estimators.core.relaxation import conditional, unconditional
+from ppl_estimators.core.site import Costs, Draw, Plate, Site
 from ppl_estimators.numpyro import with_estimators
 from ppl_estimators.numpyro.ops import OPS as JAX
 from ppl_estimators.pyro.ops import OPS as TORCH
@@ -230,3 +234,75 @@ def test_a_scale_of_higher_rank_than_the_site():
     one = {"z": {k: np.full((1, 2), 0.37) for k in "uv"}}
     second = jax_gradients(elbo, model, guide, params, one, **moved(guide))[1][0] / 2
     np.testing.assert_allclose(both - second, wanted / 2, atol=1e-9)
+
+
+# ---- elements of a plate that a cost couples -------------------------------------------------------------------------
+
+
+PAIR = Plate("p", -1, 2)
+COUPLED = Site("z", "Bernoulli", "bernoulli", (2,), (), frozenset(), coupled=frozenset({PAIR}), lead=1)
+
+
+def row_by_row(x):
+    """A network that sees one element of the plate, and not its place."""
+    return 1.7 * jnp.tanh(x @ jnp.asarray([1.1, -0.6])) - 0.4
+
+
+def test_what_is_kept_does_not_know_what_is_coupled():
+    """The hook, which sees the guide alone, declares the same as the loss uses."""
+    in_plate = Site("z", "Bernoulli", "bernoulli", (2,), (), frozenset({PAIR}))
+    logits = jnp.asarray(LOGITS)
+    for estimator, given in (
+        (RELAX(), {}),
+        (Learned(), {}),
+        (Learned(inputs=jnp.ones((2, 5))), {"inputs": jnp.ones((2, 5))}),
+    ):
+        both = [s.filled(lead=0, logits=logits, named={"logits": logits}) for s in (in_plate, COUPLED)]
+        declared = [{k: n.features for k, n in estimator.networks(s, given).items()} for s in both]
+        assert declared[0] == declared[1]
+        assert set(declared[0].values()) <= {1, 2, 5}
+
+
+def test_baselines_of_coupled_elements_are_summed():
+    cost, kept = jnp.zeros((3, 1)), {"networks": {"baseline": row_by_row}}
+    x = jax.random.normal(jax.random.key(0), (3, 2, 2))
+    found = Learned().predict(JAX, COUPLED, cost, Kept(given={"inputs": x}, **kept))
+    np.testing.assert_allclose(found, row_by_row(x).sum(-1, keepdims=True))
+    found = Given(None).predict(JAX, COUPLED, cost, Kept(given={"value": x[..., 0]}))
+    np.testing.assert_allclose(found, x[..., 0].sum(-1, keepdims=True))
+
+
+def test_a_network_of_coupled_elements_is_one_number():
+    """RELAX where a cost couples two elements of a plate: exact over u and v of both."""
+    axes = [legendre(10, 1 - p) for p in P] + [legendre(10)] * 2
+    values, weights = grid(*axes)
+    u, v = jnp.stack(values[:2], -1), jnp.stack(values[2:], -1)
+    estimator = RELAX(1.0, baseline=None)
+    kept = Kept({"log_temperature": jnp.asarray(0.0)}, {"control": row_by_row})
+
+    def one(u, v):
+        def surrogate(a):
+            site = COUPLED.filled(logits=a[None], named={"logits": a[None]}, scale=1.5)
+            draw = estimator.draw(JAX, COUPLED.filled(lead=0, logits=jax.lax.stop_gradient(a)), {"u": u, "v": v})
+            draw = Draw(draw.value[None], {k: x[None] for k, x in draw.extra.items()})
+            return JAX.sum(estimator.local(JAX, site, draw, Costs(joint(draw.value)[:, None]), kept).surrogate)
+
+        return jax.grad(surrogate)(jnp.asarray(LOGITS))
+
+    def by_hand(u, v):
+        """(f − Σ_j c(z̃_j)) (b_i − p_i) + ∂_i c(z_i) − ∂_i c(z̃_i)"""
+        a = jnp.asarray(LOGITS)
+        b = (u > 1 - P).astype(float)
+
+        def c(soft):
+            return row_by_row(jnp.stack([2 * soft - 1, 2 * P - 1], -1))
+
+        soft = [lambda a: JAX.sigmoid(unconditional(JAX, "bernoulli", a, u))]
+        soft.append(lambda a: JAX.sigmoid(conditional(JAX, "bernoulli", a, v, b)))
+        slopes = [jax.grad(lambda a, s=s: c(s(a)).sum())(a) for s in soft]
+        return (joint(b) - 1.5 * c(soft[1](a)).sum()) * (b - P) + 1.5 * (slopes[0] - slopes[1])
+
+    np.testing.assert_allclose(one(u[77], v[77]), by_hand(u[77], v[77]), atol=1e-12)
+    found = jax.jit(lambda u, v: jax.lax.map(lambda n: one(*n), (u, v), batch_size=5000))(u, v)
+    mean = [PROBABILITY @ (joint(STATES) * (STATES[:, i] - P[i])) for i in range(2)]
+    np.testing.assert_allclose(weights @ np.asarray(found), mean, atol=1e-6)

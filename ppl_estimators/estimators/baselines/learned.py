@@ -50,6 +50,7 @@ class Learned(Baseline):
         return {"inputs": self.inputs(*args, **kwargs) if callable(self.inputs) else self.inputs}
 
     def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
+        site = site.opened
         if "inputs" in given:
             width = math.prod(given["inputs"].shape[site.nesting :])
         else:
@@ -64,12 +65,13 @@ class Learned(Baseline):
         return (target - self._forward(ops, site, cost, kept)) ** 2, {}
 
     def _forward(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Array:
-        """C_psi(x): [K, *plates]."""
+        """C_psi(x), summed over elements that a cost couples: [K, *plates]."""
+        whole = site.opened
         if "inputs" in kept.given:
-            x = self._rows(ops, site, kept.given["inputs"], cost.shape[0])
+            x = self._rows(ops, whole, kept.given["inputs"], cost.shape[0])
         else:
-            x = ops.concat([site.features(ops, p) for p in site.parameters], axis=-1)
-        return predict(site.name, kept.networks["baseline"], ops.stop_gradient(x))
+            x = ops.concat([whole.features(ops, p) for p in site.parameters], axis=-1)
+        return site.to_plates(ops, predict(site.name, kept.networks["baseline"], ops.stop_gradient(x)))
 
     @staticmethod
     def _rows(ops: Ops, site: Site, x: Array, count: int) -> Array:
@@ -118,8 +120,9 @@ class Given(Baseline):
 
     @staticmethod
     def _value(ops: Ops, site: Site, cost: Array, kept: Kept) -> Array:
-        """``[1 or K, *plates or 1s]``; axes count from the right, and a last one of size 1 may follow."""
-        x, wanted, count = kept.given["value"], site.plate_shape, cost.shape[0]
+        """``[1 or K, *plates or 1s]``, summed over elements that a cost couples; axes count from the right, and a last
+        one of size 1 may follow."""
+        x, wanted, count = kept.given["value"], site.opened.plate_shape, cost.shape[0]
 
         def aligned(lead: int, last: int) -> Array | None:
             own = tuple(x.shape[lead : x.ndim - last])
@@ -137,7 +140,7 @@ class Given(Baseline):
                 f"Given(value) got the shape {tuple(x.shape)}, the particles first, where the plates have {wanted}",
                 f"Give one number for each plate element, {wanted}, or one for all, ().",
             )
-        return for_each_draw(ops, value, count)
+        return for_each_draw(ops, site.to_plates(ops, value), count)
 
 
 def fits_each(sizes: Sequence[int], wanted: Sequence[int]) -> bool:
