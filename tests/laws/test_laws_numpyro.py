@@ -136,6 +136,10 @@ def test_loss_is_the_elbo_of_the_particle(mix: Mix) -> None:
     assert_frequencies(measure("chain", mix, 50_000)(0), CASES["chain"])
 
 
+def test_loss_is_the_elbo_of_the_particle_where_the_model_is_averaged() -> None:
+    assert_frequencies(measure("chain", VALUES[1], 20_000, average_model=True)(0), CASES["chain"])
+
+
 @pytest.mark.parametrize("vectorize", [True, False])
 @pytest.mark.parametrize("mix", VALUES[3:], ids=lambda mix: mix.name)
 def test_loss_of_two_particles_is_their_mean(mix: Mix, vectorize: bool) -> None:

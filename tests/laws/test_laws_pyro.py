@@ -232,6 +232,11 @@ def test_loss_is_the_elbo_of_the_particle(mix: Mix) -> None:
     assert len(set(drawn)) > 1
 
 
+@pytest.mark.parametrize("mix", VALUES[1:3], ids=lambda mix: mix.name)
+def test_loss_is_the_elbo_of_the_particle_where_the_model_is_averaged(mix: Mix) -> None:
+    assert len(set(states_of(measure("chain", mix, 40, average_model=True).losses, CASES["chain"]))) > 1
+
+
 @pytest.mark.parametrize("vectorize", [True, False])
 @pytest.mark.parametrize("mix", VALUES, ids=lambda mix: mix.name)
 def test_loss_of_two_particles_is_their_mean(mix: Mix, vectorize: bool) -> None:
