@@ -180,6 +180,27 @@ class Shifted(Written):
         return jnp.where(noise > self.a, noise + self.a, self.a + noise)
 
 
+class StraightThrough(Written):
+    """A derivative made up for draws of a discrete support."""
+
+    support = constraints.nonnegative_integer
+
+    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
+        soft = random.normal(key, (*sample_shape, *self.batch_shape)) + self.a
+        return soft + jax.lax.stop_gradient(jnp.round(jnp.abs(soft)) - soft)
+
+
+TABLE = jnp.linspace(-2.0, 2.0, 9)
+
+
+class ByTable(Written):
+    """Data decides, the parameter moves."""
+
+    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
+        noise = random.normal(key, (*sample_shape, *self.batch_shape))
+        return jnp.searchsorted(TABLE, noise) + self.a
+
+
 class Stopped(Written):
     def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
         return random.normal(key, (*sample_shape, *self.batch_shape)) + jax.lax.stop_gradient(self.a)
@@ -263,6 +284,7 @@ CLAIMS: dict[str, tuple[Callable[[Any], dist.Distribution], bool]] = {
     "shifted": (Shifted, True),
     "shifted in a plate": (lambda a: Shifted(a).expand([3]).to_event(1), True),
     "stopped": (Stopped, False),
+    "straight through": (StraightThrough, False),
     "rejected": (Rejected, False),
     "simulated": (Simulated, False),
     "mixed": (lambda a: Mixed(0.5, a), True),
@@ -286,6 +308,12 @@ def test_what_a_distribution_claims_of_its_draws_is_checked(name):
     jax.make_jaxpr(lambda a: found.append(reparameterised(make(a))))(0.4)
     assert found == [right]
     assert reparameterised(make(jnp.asarray(0.4))) is right  # outside of any trace as well
+
+
+def test_data_that_a_sampler_looks_up_needs_no_derivative():
+    found = []
+    jax.make_jaxpr(lambda a: found.append(reparameterised(ByTable(a))))(0.4)
+    assert found == [True]
 
 
 def loss(model: Any, guide: Any, params: Any = None, **kwargs: Any) -> Any:
