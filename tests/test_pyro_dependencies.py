@@ -390,6 +390,13 @@ def by_its_gradient(z: torch.Tensor) -> torch.Tensor:
     return torch.func.grad(lambda x: z.detach() * x**2)(torch.tensor(1.0))
 
 
+def by_a_backward_pass(z: torch.Tensor) -> torch.Tensor:
+    x = torch.tensor(1.0, requires_grad=True)
+    with torch.enable_grad():
+        torch.autograd.backward(x * z)
+    return x.grad
+
+
 BUFFER = torch.zeros(())
 UNSEEN: list[Callable[[torch.Tensor], torch.Tensor]] = [
     in_a_thread,
@@ -398,6 +405,7 @@ UNSEEN: list[Callable[[torch.Tensor], torch.Tensor]] = [
     through_a_file,
     by_a_c_pointer,
     by_its_gradient,
+    by_a_backward_pass,
     torch.vmap(lambda x: 2 * x),
     lambda z: ONCE_TRACED(z),
     lambda z: torch.nn.Parameter(z),
@@ -413,7 +421,7 @@ UNSEEN: list[Callable[[torch.Tensor], torch.Tensor]] = [
 def test_what_cannot_be_followed(unseen: Callable[[torch.Tensor], torch.Tensor]) -> None:
     def guide() -> None:
         a = pyro.param("a", torch.tensor(0.3))
-        z = draw("z", a.expand(1) if unseen is UNSEEN[6] else a)
+        z = draw("z", a.expand(1) if unseen is UNSEEN[7] else a)
         with torch.no_grad():
             draw("w", a + unseen(z).sum())
 

@@ -20,7 +20,7 @@ import sys
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -55,6 +55,8 @@ _SHAPES = ("nonzero", "argwhere", "unique", "_unique", "masked_select", "repeat_
 # Statements that change their first argument and return nothing.
 _STATEMENTS = frozenset(("__setitem__", "__setstate__"))
 _SET_DATA = torch.Tensor.data.__set__
+_GET_GRAD = torch.Tensor.grad.__get__
+_ACCESSOR = types.MethodWrapperType
 # With `training`, they change the buffers among their arguments, and no version moves.
 _RUNNING = frozenset(("batch_norm", "instance_norm"))
 # Python wrappers of torch: what their caller wants the answer for is what counts.
@@ -121,6 +123,8 @@ class Provenance(TorchFunctionMode):
             deps = self._special(getattr(func, "__name__", ""), args, kwargs or {}, deps)
         if isinstance(result, torch.Tensor):
             if not (args and result is args[0]):
+                if type(func) is _ACCESSOR and func == _GET_GRAD:
+                    deps |= self.of(result)  # whatever was differentiated
                 self._record(result, deps)
             else:
                 self._returned(result, deps)
@@ -429,44 +433,39 @@ def reachable(*roots: Any) -> list[torch.Tensor]:
             seen.add(id(thing))
             if len(seen) > _OBJECTS:
                 break
-            queue += _parts(thing)
+            queue += _way_into(kind)(thing)
     return found
 
 
-def _parts(thing: Any) -> Iterable[Any]:
-    kind = type(thing)
-    if kind is types.FunctionType:
-        return _parts_of_function(thing)
-    if issubclass(kind, dict):
-        return _elements(thing.values())
-    if issubclass(kind, (tuple, list, set, frozenset, deque)):
-        return _elements(thing)
-    if kind is types.MethodType:
-        return (thing.__self__, thing.__func__)
-    if kind in (staticmethod, classmethod):
-        return (thing.__func__,)
-    if kind is property:
-        return (thing.fget,)
-    if issubclass(kind, functools.partial):
-        return (thing.func, thing.args, thing.keywords)
-    where = _module(thing)
-    root = where.partition(".")[0]
-    if issubclass(kind, type):
-        return () if root in _ELSEWHERE else [*vars(thing).values(), *thing.__bases__]
-    if kind is types.ModuleType or (root in _ELSEWHERE and not where.startswith(_WALKED)):
-        return ()
-    if issubclass(kind, torch.nn.Module):
-        if where.startswith("torch.nn."):
-            return (*thing._parameters.values(), *thing._buffers.values(), *thing._modules.values())
-        return [v for k, v in vars(thing).items() if k not in _MODULE] + [kind]
-    slots = (getattr(thing, s, None) for s in getattr(kind, "__slots__", ()) if isinstance(s, str))
-    return [*getattr(thing, "__dict__", {}).values(), *slots, kind]
+@functools.lru_cache(maxsize=1024)
+def _way_into(kind: type) -> Callable[[Any], Iterable[Any]]:
+    """How objects of a class are looked into."""
+    for known, way in _WAYS.items():
+        if issubclass(kind, known):
+            return way
+    where = kind.__module__
+    if issubclass(kind, torch.nn.Module) and where.startswith("torch.nn."):
+        return lambda m: (*m._parameters.values(), *m._buffers.values(), *m._modules.values())
+    if where.partition(".")[0] in _ELSEWHERE and not where.startswith(_WALKED):
+        return lambda thing: ()
+    slots = [s for c in kind.__mro__ for s in vars(c).get("__slots__", ()) if s not in ("__dict__", "__weakref__")]
+    return functools.partial(_attributes, tuple(slots))
+
+
+def _attributes(slots: tuple[str, ...], thing: Any) -> list[Any]:
+    held = getattr(thing, "__dict__", {})
+    parts = [type(thing), *(getattr(thing, s, None) for s in slots)]
+    return parts + [v for k, v in held.items() if k not in _MODULE]
 
 
 def _elements(things: Any) -> Iterable[Any]:
     if len(things) <= _ELEMENTS or isinstance(next(iter(things)), torch.Tensor):
         return things
     return ()
+
+
+def _parts_of_class(kind: type) -> Iterable[Any]:
+    return () if kind.__module__.partition(".")[0] in _ELSEWHERE else (*vars(kind).values(), *kind.__bases__)
 
 
 def _parts_of_function(function: types.FunctionType) -> list[Any]:
@@ -482,6 +481,20 @@ def _parts_of_function(function: types.FunctionType) -> list[Any]:
             elif value.__name__.partition(".")[0] not in _ELSEWHERE:
                 parts += [vars(value)[n] for n in names if n in vars(value)]
     return parts
+
+
+_WAYS: dict[type, Callable[[Any], Iterable[Any]]] = {
+    types.FunctionType: _parts_of_function,
+    types.MethodType: lambda method: (method.__self__, method.__func__),
+    Mapping: lambda mapping: _elements(mapping.values()),
+    **dict.fromkeys((tuple, list, set, frozenset, deque), _elements),
+    functools.partial: lambda partial: (partial.func, partial.args, partial.keywords),
+    staticmethod: lambda method: (method.__func__,),
+    classmethod: lambda method: (method.__func__,),
+    property: lambda attribute: (attribute.fget,),
+    types.ModuleType: lambda module: (),
+    type: _parts_of_class,
+}
 
 
 def _names(code: types.CodeType) -> tuple[str, ...]:
