@@ -54,8 +54,8 @@ _AS = frozenset("expand_as view_as reshape_as type_as to".split())
 _SHAPES = ("nonzero", "argwhere", "unique", "_unique", "masked_select", "repeat_interleave", "bincount")
 # Statements that change their first argument and return nothing.
 _STATEMENTS = frozenset(("__setitem__", "__setstate__"))
-_SET_DATA = torch.Tensor.data.__set__
-_GET_GRAD = torch.Tensor.grad.__get__
+_TENSOR: Any = torch.Tensor
+_SET_DATA, _GET_GRAD = _TENSOR.data.__set__, _TENSOR.grad.__get__
 _ACCESSOR = types.MethodWrapperType
 # With `training`, they change the buffers among their arguments, and no version moves.
 _RUNNING = frozenset(("batch_norm", "instance_norm"))
@@ -438,7 +438,7 @@ def reachable(*roots: Any) -> list[torch.Tensor]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _way_into(kind: type) -> Callable[[Any], Iterable[Any]]:
+def _way_into(kind: Any) -> Callable[[Any], Iterable[Any]]:
     """How objects of a class are looked into."""
     for known, way in _WAYS.items():
         if issubclass(kind, known):

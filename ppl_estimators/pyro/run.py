@@ -77,7 +77,11 @@ class _Conduct(Messenger):
     def _explain(self, error: Exception) -> None:
         """Where the program was when it raised, and why it may see other shapes than it was written for."""
         after = f"after site '{next(reversed(self.record))}'" if self.record else "before its first site"
-        error.add_note(f"Raised in the {self.side}, {after}.\n{shapes(self.record, self.parameters)}")
+        where = f"Raised in the {self.side}, {after}.\n{shapes(self.record, self.parameters)}"
+        if type(error) in (ValueError, RuntimeError):
+            error.args = (f"{error}\n{where}",)  # as the stock ELBOs do
+        else:
+            error.add_note(where)
         if self.marked:
             names = ", ".join(f"'{n}'" for n in self.marked)
             error.add_note(
