@@ -409,7 +409,7 @@ def _module(thing: Any) -> str:
 
 # ---- what a program holds from before ------------------------------------------------------------------------------
 
-_OBJECTS = 2000  # looked into at each run; what lies beyond counts as unknown
+_OBJECTS = 2000  # looked into at each run, and tensors of one container; what lies beyond counts as unknown
 _ELEMENTS = 200  # of a container of anything else than tensors
 _OURS = __name__.partition(".")[0]
 _ELSEWHERE = frozenset({_OURS, "torch", "pyro", "numpy", "pandas", "scipy", *sys.stdlib_module_names})
@@ -459,9 +459,8 @@ def _attributes(slots: tuple[str, ...], thing: Any) -> list[Any]:
 
 
 def _elements(things: Any) -> Iterable[Any]:
-    if len(things) <= _ELEMENTS or isinstance(next(iter(things)), torch.Tensor):
-        return things
-    return ()
+    few = len(things) <= _ELEMENTS or (len(things) <= _OBJECTS and isinstance(next(iter(things)), torch.Tensor))
+    return things if few else ()
 
 
 def _parts_of_class(kind: type) -> Iterable[Any]:
@@ -486,7 +485,7 @@ def _parts_of_function(function: types.FunctionType) -> list[Any]:
 _WAYS: dict[type, Callable[[Any], Iterable[Any]]] = {
     types.FunctionType: _parts_of_function,
     types.MethodType: lambda method: (method.__self__, method.__func__),
-    Mapping: lambda mapping: _elements(mapping.values()),
+    dict: lambda mapping: _elements(dict.values(mapping)),  # another Mapping may load or compute what it returns
     **dict.fromkeys((tuple, list, set, frozenset, deque), _elements),
     functools.partial: lambda partial: (partial.func, partial.args, partial.keywords),
     staticmethod: lambda method: (method.__func__,),
