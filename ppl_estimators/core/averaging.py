@@ -41,7 +41,8 @@ def check(plan: Plan, branches: bool) -> None:
     if not any(averages(plan, group) for group in plan.groups):
         warnings.warn(
             "EstimatorELBO(average_model=True): no site has an estimator whose values can be averaged over, so the "
-            "argument does nothing. DisARM(), ARMS(n), UnorderedSet(k), SumAndSample(k) and Enumerate() have.",
+            "argument does nothing. DisARM(), ARMS(n), UnorderedSet(k), SumAndSample(k), Enumerate() and Repeat(n, "
+            "Reinforce()) have.",
             EstimatorWarning,
             stacklevel=6,
         )

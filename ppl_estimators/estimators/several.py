@@ -104,7 +104,7 @@ class Several(Estimator):
         return Draw(extra.pop(_VALUE), extra)
 
     def scored(self, draw: Draw) -> dict[str, Array]:
-        found = {}
+        found: dict[str, Array] = {}
         for j, p in enumerate(self.parts):
             if p.score:
                 mine = self.part_draw(draw, j)

@@ -135,7 +135,8 @@ class Sum(Baseline):
         return {k: v for i, p in enumerate(self.terms) for k, v in prefixed(f"{i}_", p.state(site)).items()}
 
     def evaluate(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Baselined:
-        total, auxiliary, state = None, None, {}
+        total, auxiliary = None, None
+        state: dict[str, Array] = {}
         for i, part in enumerate(self.terms):
             mine = part.evaluate(ops, site, ops.stop_gradient(cost), kept.sub(f"{i}_"))
             cost = cost - mine.value
