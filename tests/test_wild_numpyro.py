@@ -526,6 +526,7 @@ def test_what_model_and_guide_may_differ_in():
     plated, bare = normal("u", plates={"rows": (3, None, None)}), normal("u", 3)
     assert loss(plated, bare).shape == ()
     assert loss(bare, plated).shape == ()
+    assert loss(normal("u", plates={"lines": (3, None, None)}), plated).shape == ()
     assert loss(normal("u", 3), normal("u", 1, 3)).shape == ()
     subsampled = normal("u", plates={"rows": (6, None, 3)})
     assert loss(subsampled, subsampled).shape == ()
@@ -558,7 +559,11 @@ def test_names_used_twice_raise_what_numpyro_raises():
         with numpyro.plate("u", 2):
             numpyro.sample("v", dist.Normal(0.0, 1.0))
 
-    for program in (twice, plate_too):
+    def deterministic_too() -> None:
+        numpyro.deterministic("u", 1.0)
+        numpyro.sample("u", dist.Normal(0.0, 1.0))
+
+    for program in (twice, plate_too, deterministic_too):
         with pytest.raises(AssertionError, match="site 'u': the name is used twice"):
             loss(program, program)
 

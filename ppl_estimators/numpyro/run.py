@@ -111,6 +111,7 @@ class _Conduct(Messenger):
     ):
         self.key, self.plate_key, self.draw, self.record, self.in_scan = key, plate_key, draw, record, in_scan
         self.params, self.known, self.guide = params, known or {}, guide
+        self.kinds: dict[str, str] = {}  # of what has a name
         self.anonymous = 0
         super().__init__()
 
@@ -143,12 +144,14 @@ class _Conduct(Messenger):
     def postprocess_message(self, msg: Message) -> None:
         if msg["type"] == "control_flow":
             self.look_inside(msg)
-        if "name" not in msg or msg["type"] not in ("sample", "plate", "mutable"):
+        if "name" not in msg:
             return
-        name = msg["name"]
-        if name in self.record and "sample" in (msg["type"], self.record[name]["type"]):
+        name, kind = msg["name"], msg["type"]
+        if {self.kinds.get(name, kind), kind} & {"sample", "deterministic"} and name in self.kinds:
             raise DuplicateName(f"site '{name}': the name is used twice. Give every sample site a name of its own.")
-        self.record[name] = msg.copy()
+        self.kinds[name] = kind
+        if kind in ("sample", "plate", "mutable"):
+            self.record[name] = msg.copy()
 
     def look_inside(self, msg: Message) -> None:
         """Latent sites of NumPyro's scan and cond: no handler of ours reaches them, and what has no value is drawn."""
@@ -190,7 +193,7 @@ def execute(
         own = {**params, **{n: m["value"] for n, m in traces.guide.items() if m["type"] == "mutable"}}
         with _Conduct(keys.model, plate_key, _refuse, traces.model, params, guide=traces.guide):
             replay(substitute(model, data=own), trace=traces.guide)(*args, **kwargs)
-        _agree(traces)
+        _same_sizes(traces)
     return traces
 
 
@@ -223,26 +226,19 @@ def enumerated(name: str, fn: Any) -> EstimatorError:
     )
 
 
-def _agree(traces: Traces) -> None:
-    """Raise where guide and model differ on the shape, the event dimensions or the plates of a latent site."""
+def _same_sizes(traces: Traces) -> None:
+    """Plates of guide and model agree on their size, and on that of the subsample."""
     for name, msg in traces.model.items():
         twin = traces.guide.get(name)
-        if twin is None or twin["type"] != msg["type"]:
+        if twin is None or not msg["type"] == twin["type"] == "plate":
             continue
-        if msg["type"] == "plate":
-            _same_plate(name, twin, msg)
-        elif _latent(msg) and _latent(twin):
-            _same_plates(name, twin, msg, traces)
-
-
-def _same_plate(name: str, guide: Message, model: Message) -> None:
-    elements = [jnp.shape(m["value"])[0] for m in (guide, model)]
-    if elements[0] != elements[1] or guide["args"][0] != model["args"][0]:
-        sizes = [f"{b} of {m['args'][0]} elements" for b, m in zip(elements, (guide, model), strict=True)]
-        raise EstimatorError(
-            f"plate '{name}': {sizes[0]} in the guide, {sizes[1]} in the model. Give both the same size and "
-            "subsample_size."
-        )
+        elements = [jnp.shape(m["value"])[0] for m in (twin, msg)]
+        if elements[0] != elements[1] or twin["args"][0] != msg["args"][0]:
+            sizes = [f"{n} of {m['args'][0]} elements" for n, m in zip(elements, (twin, msg), strict=True)]
+            raise EstimatorError(
+                f"plate '{name}': {sizes[0]} in the guide, {sizes[1]} in the model. Give both the same size and "
+                "subsample_size."
+            )
 
 
 def _latent(msg: Message) -> bool:
@@ -266,6 +262,7 @@ def _same_shape(name: str, guide: Message, model: Message) -> None:
 
 
 def _same_plates(name: str, guide: Message, model: Message, traces: Traces) -> None:
+    """The plates of a latent site, those that subsample above all, are the same in guide and model."""
     plates = [{f.name: f for f in m["cond_indep_stack"]} for m in (guide, model)]
     for plate in plates[0].keys() & plates[1].keys():
         dims = [p[plate].dim for p in plates]
@@ -423,12 +420,15 @@ def survey(
     def program() -> Any:
         marked = jax.tree.map(lambda x: mark(x, _PARAMETERS), dict(params)) if followed else params
         traces = execute(keys, plate_key, marked, model, guide, args, kwargs, draw=draw, in_scan=in_scan)
-        latents, terms = traces.latents(), terms_of(traces)
+        latents = traces.latents()
+        in_model = [n for n in latents if n in traces.model and _latent(traces.model[n])]
+        for n in in_model:
+            _same_plates(n, latents[n], traces.model[n], traces)
+        terms = terms_of(traces)
         seen["sites"] = {n: still(view(m, traces), m["fn"]) for n, m in latents.items()}
         seen["dtypes"] = {n: sampled_dtype(m["fn"]) for n, m in latents.items()}
         seen["terms"] = [replace(t, value=None) for t in terms]
         seen["order"] = [n for n, m in traces.guide.items() if m["type"] == "sample"]
-        in_model = {n for n in latents if n in traces.model and _latent(traces.model[n])}
         auxiliary = {n for n, m in latents.items() if m["infer"].get("is_auxiliary")}
         seen["odd"] = [n for n in latents if (n in in_model) == (n in auxiliary)], auxiliary
         values = {n: m["value"] for n, m in latents.items()}
