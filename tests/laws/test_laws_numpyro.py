@@ -159,6 +159,29 @@ def test_evaluate_is_the_elbo_of_a_particle(mix: Mix) -> None:
     states_of(np.array([svi.evaluate(svi.init(jax.random.key(i))) for i in range(3)]), case)
 
 
+# Law 2: the score is not masked.
+
+
+def test_the_score_of_a_masked_normal_at_single_draws() -> None:
+    """loss = ½ (x − z)² + ½ log 2π, gradient = loss · (z − m): z from the one, put into the other."""
+    x, m = 1.3, jnp.asarray(0.4)
+
+    def model() -> None:
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0).mask(False))
+        numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide() -> None:
+        numpyro.sample("z", dist.Normal(numpyro.param("m", m), 1.0).mask(False))
+
+    def loss(m: Any, key: Any) -> Any:
+        return EstimatorELBO({"z": Reinforce()}).loss(key, {"m": m}, model, guide)
+
+    many = jax.jit(jax.vmap(jax.value_and_grad(loss), in_axes=(None, 0)))
+    losses, gradients = many(m, jax.random.split(jax.random.key(0), 20))
+    z = m + gradients / losses
+    np.testing.assert_allclose(losses, 0.5 * (x - z) ** 2 + 0.5 * np.log(2 * np.pi), rtol=1e-10)
+
+
 # Law 3 and section 5: elements of a plate are independent, and gradients know it.
 
 
