@@ -107,7 +107,7 @@ def _program(rng: Random) -> Program:
     layout = tuple(str(a) for a in rng.permutation(["a", "b", "u"])[: rng.choice(4, p=[0.1, 0.35, 0.4, 0.15])])
     reverse = bool(rng.random() < 0.4)
     latents: list[Latent] = []
-    for index in range(rng.integers(1, 5)):
+    for index in range(rng.choice([1, 2, 3, 4], p=[0.1, 0.25, 0.35, 0.3])):
         family = str(
             rng.choice(
                 list(FAMILIES),
@@ -120,7 +120,7 @@ def _program(rng: Random) -> Program:
                 f"z{index}",
                 family,
                 axes,
-                guide=_parents(rng, latents, 0.4),
+                guide=_parents(rng, latents, 0.6),
                 under_guide=_under(rng, axes, layout),
                 tied=tuple(a for a in axes if a in "ab" and rng.random() < 0.2),
                 shared=bool(rng.random() < 0.2),
@@ -135,7 +135,7 @@ def _program(rng: Random) -> Program:
             before = [x for x in both if (int(x.name[1:]) > number) == reverse and x is not z]
             # handlers of both sides agree as a rule, but need not
             under = z.under_guide if rng.random() < 0.7 else _under(rng, z.axes, layout)
-            latents[index] = replace(z, model=_parents(rng, before, 0.35), under_model=under)
+            latents[index] = replace(z, model=_parents(rng, before, 0.5), under_model=under)
     observed = []
     for index in range(rng.integers(1, 3)):
         axes = _axes(rng, layout, event=0.1)
