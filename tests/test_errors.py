@@ -257,7 +257,7 @@ def test_a_cost_that_is_not_finite_is_named_and_poisons_nothing(lib):
     states = []
     data = [(lib.array(x), x != x) for x in (0.7, -0.2, float("nan"), 1.1)]
     if lib is Jax:
-        svi = numpyro.infer.SVI(model, wrapped, numpyro.optim.SGD(0.0), lib.ELBO())
+        svi = numpyro.infer.SVI(model, wrapped, numpyro.optim.SGD(0.0), lib.ELBO(debug=True))
         state = svi.init(jax.random.key(0), data[0][0])
         update = jax.jit(svi.stable_update)
     else:

@@ -182,6 +182,13 @@ def test_shared_code_imports_no_framework(folder):
                 assert words[1].split(".")[0] not in {"torch", "jax", "pyro", "numpyro", "numpy"}, f"{path}: {line}"
 
 
+#: files that one library needs and the other has no use for
+ONLY_PYRO = {
+    "baseline.py",  # Pyro's own words for a baseline
+    "buffers.py",  # torch modules hold what they count; in JAX that is mutable state, which the caller passes on
+}
+
+
 def test_the_adapters_have_the_same_files():
     names = [{p.name for p in (PACKAGE / library).glob("*.py")} for library in ("pyro", "numpyro")]
-    assert names[0] == names[1]
+    assert names[0] - ONLY_PYRO == names[1]

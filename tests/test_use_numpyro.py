@@ -142,7 +142,9 @@ def broken_model(data: Any) -> None:
 
 def test_stable_update_survives_a_bad_step_with_everything_that_is_kept() -> None:
     bad = DATA.at[2].set(jnp.nan)
-    svi = SVI(broken_model, with_estimators(guide, {"z": NVIL}), optax.adam(0.02), EstimatorELBO(num_particles=2))
+    svi = SVI(
+        broken_model, with_estimators(guide, {"z": NVIL}), optax.adam(0.02), EstimatorELBO(num_particles=2, debug=True)
+    )
     state = svi.init(jax.random.key(0), DATA)
     update = jax.jit(svi.stable_update)
     for _ in range(3):
@@ -385,7 +387,7 @@ def test_batch_normalisation_beside_our_own_state() -> None:
             numpyro.sample("z", dist.Bernoulli(logits=encode(data[:, None])))
 
     hooked = with_estimators(encoder_guide, {"z": NVIL})
-    svi = SVI(model, hooked, optax.adam(0.02), EstimatorELBO(num_particles=2))
+    svi = SVI(model, hooked, optax.adam(0.02), EstimatorELBO(num_particles=2, debug=True))
     state = svi.init(jax.random.key(0), DATA)
     update = jax.jit(svi.update)
     means = []

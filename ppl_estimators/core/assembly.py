@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .estimator import Estimator
 from .keep import Kept
 from .ops import Array, Ops
-from .site import Costs, Draw, Site
+from .site import Costs, Draw, Local, Site
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,26 @@ class Evaluated:
 def assemble(
     ops: Ops,
     objective: Array,
+    signal: Array | None,
     estimators: Mapping[str, Estimator],
     evaluated: Mapping[str, Evaluated],
     kept: Mapping[str, Kept],
     particles: int,
 ) -> tuple[Array, dict[str, dict[str, Array]]]:
-    """The loss, and the new state of every site that keeps some.
+    """The loss, and the new state of every site that keeps some. A ``signal [K, ...]`` of the objective replaces every
+    site's own downstream cost; it holds its own control.
 
     loss = −objective − Σ_i (s_i − stop(s_i)) + Σ_i (aux_i − stop(aux_i)),   s_i, aux_i averaged over particles
     """
     riders = []
     states: dict[str, dict[str, Array]] = {}
     for name, e in evaluated.items():
-        local = estimators[name].local(ops, e.site, e.draw, e.costs, kept.get(name, Kept()))
+        if signal is None:
+            local = estimators[name].local(ops, e.site, e.draw, e.costs, kept.get(name, Kept()))
+        else:
+            k, *plates = signal.shape
+            missing = e.costs.value.ndim - signal.ndim
+            local = Local(ops.reshape(signal, (k, *(1,) * missing, *plates)) * e.site.log_q)
         riders.append(-ops.sum(local.surrogate))
         if local.auxiliary is not None:
             riders.append(ops.sum(local.auxiliary))

@@ -31,9 +31,9 @@ class Average(NamedTuple):
     terms: Mapping[Key, Array]
 
 
-def check(plan: Plan, branches: bool) -> None:
+def check(plan: Plan) -> None:
     """Is there anything to average, and may it be?"""
-    if branches:
+    if plan.branches:
         raise EstimatorError(
             "EstimatorELBO(average_model=True): the program decides something on a drawn value, so the counterfactual "
             "runs may have other terms. Leave average_model=False for this program."

@@ -64,6 +64,10 @@ class Estimator(Spec):
     lanewise: ClassVar[bool] = False
     #: does every counterfactual value have the site's own distribution given its parents, as the drawn one has?
     exchangeable: ClassVar[bool] = False
+    #: does a pathwise estimator differentiate its own -log q through the value only?
+    sticking: ClassVar[bool] = False
+    #: does it want the norm of the score (`Site.score_norm`)?
+    wants_score_norm: ClassVar[bool] = False
     #: fewest particles it needs
     min_particles: ClassVar[int] = 1
     #: what to use instead, for the error that `check` raises
@@ -130,6 +134,10 @@ class Estimator(Spec):
         """The relaxed value number ``index``, differentiable in ``kept``."""
         raise NotImplementedError
 
+    def measured(self, value: Array, distribution: Any) -> Mapping[str, Array]:
+        """What it asks of the library's own distribution object at the drawn value, for ``Draw.extra``."""
+        return {}
+
     def scored(self, draw: Draw) -> Mapping[str, Array]:
         """Values other than the drawn one whose log q it wants (``[*batch]``, in ``Draw.extra`` under these labels)."""
         return {}
@@ -154,6 +162,11 @@ class Estimator(Spec):
     @property
     def keeps(self) -> bool:
         """Does it declare anything? (parameters, networks or state, at whatever site)"""
+        return False
+
+    @property
+    def bare(self) -> bool:
+        """A score function that nothing is subtracted from?"""
         return False
 
     @property

@@ -57,6 +57,15 @@ def predict(site: str, network: Callable[[Array], Array], x: Array) -> Array:
 
 
 @dataclass(frozen=True)
+class Hooked:
+    """What a guide hook tells of one site: the hook's mapping, what it asks for there, and what holds what it keeps."""
+
+    estimators: Mapping[str, Any]
+    requested: Any
+    keeper: Any = None
+
+
+@dataclass(frozen=True)
 class Kept:
     """What was declared, with its present values."""
 

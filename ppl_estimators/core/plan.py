@@ -1,4 +1,4 @@
-"""Which estimator runs at which site, and which counterfactual evaluations a step needs."""
+"""Which estimator runs at which site, and what every site does in each evaluation of a step."""
 
 from __future__ import annotations
 
@@ -6,23 +6,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
-from ..estimators.baselines.leave_one_out import LeaveOneOut
-from ..estimators.disarm import DisARM
-from ..estimators.enumerate import Enumerate
-from ..estimators.pathwise import Pathwise
-from ..estimators.reinforce import Reinforce
-from ..estimators.sticking_the_landing import StickingTheLanding
 from .credit import Graph
 from .errors import EstimatorError, EstimatorWarning, site_error
 from .estimator import Estimator
-from .families import BERNOULLI, DISCRETE, RELAXABLE
+from .families import RELAXABLE
 from .site import Site, Term
 from .spec import Spec
-
-#: the default spends at most this many extra evaluations of model and guide per step, all sites together
-DEFAULT_BUDGET = 2
 
 
 def match(mapping: Mapping[str, Any], name: str) -> str | None:
@@ -68,15 +60,71 @@ def _hint(value: Any) -> str:
     return ""
 
 
-def check_keys(mapping: Mapping[str, Any], sites: Sequence[str], where: str) -> None:
-    """Every key must match a latent site of the guide."""
+def check_keys(mapping: Mapping[str, Any], sites: Sequence[str], where: str, others: Sequence[str] = ()) -> None:
+    """Every key must match a latent site of the guide; or one of ``others``, which are latent at another time."""
     for key in mapping:
-        if not any(fnmatchcase(name, key) for name in sites) and key not in sites:
+        if not any(fnmatchcase(name, key) or name == key for name in (*sites, *others)):
             known = ", ".join(f"'{s}'" for s in sites) or "none"
             raise EstimatorError(
                 f"{where}: '{key}' matches no latent site of the guide. Sites: {known}. "
                 "Use one of these names, or a glob pattern such as 'z_*'."
             )
+
+
+class Policy(Protocol):
+    """Chooses for the sites that nothing else names: ``default="auto"``."""
+
+    def __call__(self, sites: Sequence[Site], terms: Sequence[Term], graph: Graph, situation: Situation) -> Choice: ...
+
+    def alone(self, site: Site, particles: int) -> Estimator:
+        """The estimator of a site of which nothing else is known."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a policy may look at beside the sites: ``asked``, the estimators that were named for other sites;
+    ``branches``, whether the program decides something on a drawn value."""
+
+    asked: Mapping[str, Estimator]
+    particles: int
+    counterfactual: bool
+    branches: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Estimators by site, and how many particles a step needs for them."""
+
+    estimators: Mapping[str, Estimator]
+    particles: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an ELBO was told. Two with the same settings make the same plans."""
+
+    estimators: tuple[tuple[str, Estimator], ...]
+    default: Estimator | Policy
+    objective: Any
+    particles: int
+    max_parallel: int
+    average_model: bool
+
+    @cached_property
+    def mapping(self) -> dict[str, Estimator]:
+        return dict(self.estimators)
+
+    def asked(self, name: str, requested: Estimator | None) -> Estimator | None:
+        """What is named for a site: by the ELBO's mapping, else by hook or site."""
+        key = match(self.mapping, name)
+        return requested if key is None else self.mapping[key]
+
+    def alone(self, site: Site) -> Estimator:
+        """The estimator of a site that no plan knows."""
+        asked = self.asked(site.name, site.requested)
+        if asked is not None:
+            return asked
+        return self.default if isinstance(self.default, Estimator) else self.default.alone(site, self.particles)
 
 
 @dataclass(frozen=True)
@@ -93,109 +141,96 @@ class Group:
 class Plan:
     estimators: Mapping[str, Estimator]
     sites: Mapping[str, Site]
+    terms: tuple[Term, ...]  # without values
     graph: Graph
     groups: tuple[Group, ...]
+    particles: int
+    branches: bool
 
-    @property
+    @cached_property
     def local(self) -> list[str]:
         """Sites with a surrogate of their own."""
         return [name for name, e in self.estimators.items() if e.local_part]
 
-    @property
+    @cached_property
     def soft(self) -> frozenset[str]:
         """Discrete sites whose value carries a gradient: only our log probability is differentiable in it."""
         return frozenset(n for n, e in self.estimators.items() if e.pathwise and self.sites[n].family in RELAXABLE)
 
-    @property
+    @cached_property
     def hard(self) -> frozenset[str]:
         """Sites with a discrete draw whose derivative is made up."""
         return frozenset(n for n, e in self.estimators.items() if e.hard)
 
-    @property
+    @cached_property
     def sticking(self) -> frozenset[str]:
         """Sites whose -log q is differentiated through the value only."""
-        return frozenset(n for n, e in self.estimators.items() if isinstance(e, StickingTheLanding))
+        return frozenset(n for n, e in self.estimators.items() if e.sticking)
+
+    @cached_property
+    def depends_on(self) -> dict[tuple[str, str], frozenset[str]]:
+        return {(t.side, t.site): t.depends_on for t in self.terms}
+
+    @property
+    def reruns(self) -> bool:
+        """Does a step run the program more than once for a particle?"""
+        return bool(self.groups or self.sticking)
 
     def relaxable(self, name: str) -> bool:
         """Can the site take relaxed values?"""
         return not self.estimators[name].pathwise and self.sites[name].family in RELAXABLE
 
+    def below(self, group: Group) -> frozenset[str]:
+        """Sites that are drawn again when the group takes other values."""
+        return self.graph.descendants(frozenset(group.sites))
+
+    def softened(self, group: Group) -> frozenset[str]:
+        """Sites below relaxed values that are relaxed with them."""
+        if not (group.relaxations and group.downstream in ("relaxed", "mean")):
+            return frozenset()
+        return frozenset(n for n in self.below(group) if self.relaxable(n)) - frozenset(group.sites)
+
 
 def make_plan(
-    sites: Sequence[Site],
-    terms: Sequence[Term],
-    graph: Graph,
-    *,
-    mapping: Mapping[str, Estimator],
-    default: Any,
-    particles: int,
-    objective: Any,
-    branches: bool = False,
+    sites: Sequence[Site], terms: Sequence[Term], graph: Graph, settings: Settings, *, branches: bool = False
 ) -> Plan:
     """Resolve every latent site of the guide (in its order), check the choices, and group the evaluations.
 
     ``branches``: the program decided something on a drawn value. Who depends on whom then holds for the drawn values
     only, so every site takes its counterfactual values alone.
     """
-    chosen: dict[str, Estimator] = {}
-    for site in sites:
-        key = match(mapping, site.name)
-        picked = mapping[key] if key is not None else site.requested
-        if picked is None and isinstance(default, Estimator):
-            picked = default
-        chosen[site.name] = picked
-    _fill_defaults(sites, terms, graph, chosen, particles, objective)
+    particles, objective = settings.particles, settings.objective
+    asked = {s.name: settings.asked(s.name, s.requested) for s in sites}
+    chosen = {name: e for name, e in asked.items() if e is not None}
+    missing = [s for s in sites if s.name not in chosen]
+    if isinstance(settings.default, Estimator):
+        chosen |= dict.fromkeys((s.name for s in missing), settings.default)
+    elif missing:
+        situation = Situation(chosen, particles, objective.counterfactual, branches)
+        choice = settings.default(missing, terms, graph, situation)
+        chosen, particles = {**chosen, **choice.estimators}, choice.particles
+    chosen = {s.name: chosen[s.name] for s in sites}
     views = {}
     for site in sites:
         estimator = chosen[site.name]
         estimator.check(site, particles)
-        objective.check(site, estimator, particles)
+        objective.check(site, estimator, settings.particles)
         if estimator.lanewise:  # one element at a time, unless nothing couples the elements
-            site = replace(site, plates=graph.closed_plates(site.name, terms))
+            closed = graph.closed_plates(site.name, terms)
+            site = replace(site, plates=closed, coupled=site.plates - closed)
         views[site.name] = site
-        if particles == 1 and isinstance(estimator, Reinforce) and estimator.baseline is None:
-            warnings.warn(
-                f"site '{site.name}': score function without a baseline and with one particle is very noisy. "
-                "Pass EstimatorELBO(..., num_particles=2) for leave-one-out, or a baseline such as "
-                "Reinforce(MovingAverage()).",
-                EstimatorWarning,
-                stacklevel=6,
-            )
-    return Plan(chosen, views, graph, _groups(views, chosen, graph, branches))
-
-
-def _fill_defaults(
-    sites: Sequence[Site],
-    terms: Sequence[Term],
-    graph: Graph,
-    chosen: dict[str, Estimator],
-    particles: int,
-    objective: Any,
-) -> None:
-    """``default="auto"``: see `docs/choosing.md` for the table."""
-    open_sites = [s for s in sites if chosen[s.name] is None]
-    for site in open_sites:
-        if site.reparameterised:
-            chosen[site.name] = Pathwise()
-        elif particles > 1:
-            chosen[site.name] = Reinforce(LeaveOneOut())
-    open_sites = [s for s in open_sites if chosen[s.name] is None]
-    budget = DEFAULT_BUDGET if objective.counterfactual else 0
-    binary = [s.name for s in open_sites if s.family == BERNOULLI and not s.time]
-    depth = len(graph.levels(binary))
-    if 0 < depth <= budget:
-        budget -= depth
-        chosen.update({name: DisARM() for name in binary})
-    for site in open_sites:
-        if chosen[site.name] is None and site.family in DISCRETE and not site.time:
-            view = replace(site, plates=graph.closed_plates(site.name, terms))
-            price = Enumerate().alternatives(view)
-            if price <= budget:
-                budget -= price
-                chosen[site.name] = Enumerate()
-    for site in open_sites:
-        if chosen[site.name] is None:
-            chosen[site.name] = Reinforce()
+    bare = [n for n, e in chosen.items() if particles == 1 and e.bare]
+    if bare:
+        names = ", ".join(f"'{n}'" for n in bare)
+        warnings.warn(
+            f"site{'s' * (len(bare) > 1)} {names}: score function without a baseline and with one particle is very "
+            "noisy. Pass EstimatorELBO(..., num_particles=2) for leave-one-out, or a baseline such as "
+            "Reinforce(MovingAverage()).",
+            EstimatorWarning,
+            stacklevel=6,
+        )
+    groups = _groups(views, chosen, graph, branches)
+    return Plan(chosen, views, tuple(replace(t, value=None) for t in terms), graph, groups, particles, branches)
 
 
 def _groups(

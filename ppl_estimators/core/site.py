@@ -64,7 +64,8 @@ class Site:
     value: Array | None = None
     lead: int = 0
     requested: Any = None  # the estimator that the hook or the site's infer asks for
-    declared: Any = None  # the estimator for which the hook declared parameters and state
+    declared: Any = None  # what the hook says of it (`core.keep.Hooked`)
+    kind: Any = None  # what the adapter knows a site by, whatever the sizes of its plates
 
     def filled(self, **arrays: Any) -> Site:
         """The same site with other arrays."""

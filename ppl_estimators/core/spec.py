@@ -63,6 +63,8 @@ def _structure(value: Any) -> Hashable:
         return tuple(map(_structure, value))
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, types.FunctionType):  # made anew at every step, perhaps, by the same line
+        return value.__code__
     return id(value) if callable(value) else type(value)
 
 

@@ -37,6 +37,10 @@ class Reinforce(WithBaseline):
     score: ClassVar[bool] = True
     instead: ClassVar[str] = ""
 
+    @property
+    def bare(self) -> bool:
+        return self.baseline is None
+
     def check(self, site: Site, particles: int) -> None:
         super().check(site, particles)
         check_score(site)

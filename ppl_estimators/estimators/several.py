@@ -77,7 +77,7 @@ class Several(Estimator):
                     f"{name} evaluates several draws of a score-function estimator, which it cannot {where}",
                     self.instead + ", or Reinforce(LeaveOneOut()).",
                 )
-            if wants_score_norm(p):
+            if p.wants_score_norm:
                 raise site_error(
                     site.name, f"{name} has no score norm for {p!r}", "Use MovingAverage() or LeaveOneOut() there."
                 )
@@ -318,7 +318,3 @@ def compares(p: Estimator) -> bool:
 def asks_the_distribution(p: Estimator) -> bool:
     """Does it want functions of the user's evaluated on the library's distribution?"""
     return isinstance(p, WithBaseline) and p.asks_the_distribution
-
-
-def wants_score_norm(p: Estimator) -> bool:
-    return isinstance(p, WithBaseline) and p.wants_score_norm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..core.densities import check_density
 from ..core.site import Site
@@ -28,6 +29,8 @@ class StickingTheLanding(LibraryDraw):
 
     Reference: Roeder, Wu & Duvenaud (2017), "Sticking the Landing", arXiv:1703.09194.
     """
+
+    sticking: ClassVar[bool] = True
 
     def check(self, site: Site, particles: int) -> None:
         super().check(site, particles)

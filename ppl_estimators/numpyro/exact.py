@@ -85,9 +85,9 @@ def _look_at_guide(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
         )
 
 
-def _own_draw(msg: Message, key: Array) -> tuple[Array, list[Any]]:
-    value, intermediates = msg["fn"].sample_with_intermediates(key)
-    return value, intermediates
+def _own_draw(msg: Message) -> Array:
+    value, msg["intermediates"] = msg["fn"].sample_with_intermediates(msg["kwargs"]["rng_key"])
+    return value
 
 
 class _Parameters(Messenger):
@@ -151,9 +151,8 @@ class _Program:
         """The logarithm of the weight of a state, and its run."""
         digits = self.digits(state)
 
-        def draw(msg: Message, key: Array) -> tuple[Array, list[Any]]:
-            name = msg["name"]
-            return self.rules[name].value(msg["fn"], digits[name]), []
+        def draw(msg: Message) -> Array:
+            return self.rules[msg["name"]].value(msg["fn"], digits[msg["name"]])
 
         def in_scan(msg: Message) -> Array | None:
             if msg["type"] != "sample" or msg["is_observed"]:

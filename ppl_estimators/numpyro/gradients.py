@@ -28,7 +28,7 @@ from ..core.gradients import (
     kept_by_estimators,
 )
 from ..core.plan import Plan
-from .elbo import EstimatorELBO, _Step
+from .elbo import EstimatorELBO
 from .exact import named_leaves
 
 Array = Any
@@ -207,8 +207,7 @@ class Gradients:
         params = {**self._constrain({**self._point, **self._kept}), **self._state}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EstimatorWarning)
-            step = _Step(self.elbo, key, params, self.model, self.guide, self.args, self.kwargs)
-            return step.plan(key).shared
+            return self.elbo.step(key, params, self.model, self.guide, self.args, self.kwargs).library.plan()
 
     def seconds(self, steps: int) -> list[float]:
         """The time of each of some steps: loss and gradient, no optimiser. The first of a fresh object compiles."""

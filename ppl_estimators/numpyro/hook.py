@@ -9,7 +9,8 @@ from typing import Any
 from numpyro.primitives import Messenger
 
 from ..core.estimator import Estimator
-from ..core.plan import check_keys, check_mapping, match
+from ..core.keep import Hooked
+from ..core.plan import check_mapping, match
 from .distributions import describe
 from .keep import declare
 from .run import plates_of
@@ -28,7 +29,6 @@ class WithEstimators:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _Requests(self.estimators) as requests:
             result = self.guide(*args, **kwargs)
-        check_keys(self.estimators, list(requests.sites), _WHERE)
         for site in requests.sites.values():
             if isinstance(site.requested, Estimator) and site.requested.keeps:
                 site.requested.check(site, sys.maxsize)  # the number of particles is the ELBO's affair
@@ -55,7 +55,7 @@ def with_estimators(
     Networks and temperatures become `numpyro.param` sites, running averages `numpyro.mutable` sites, named
     ``"<site>$..."``: ``SVI.init`` finds them, ``SVI.run`` trains, carries and returns them.
 
-    Raises `EstimatorError` when the guide runs and a key matches none of its latent sites.
+    The ELBO raises `EstimatorError` for a key that matches none of the guide's latent sites.
 
     >>> guide = with_estimators(guide, {"z_*": Reinforce(MovingAverage()), "w": Pathwise()})  # doctest: +SKIP
     """
@@ -79,7 +79,8 @@ class _Requests(Messenger):
             return
         key = match(self.estimators, msg["name"])
         requested = msg["infer"].get("estimator") if key is None else self.estimators[key]
-        msg["infer"] = {**msg["infer"], "estimator": requested, "_with_estimators": requested}
+        hooked = Hooked(self.estimators, requested)
+        msg["infer"] = {**msg["infer"], "estimator": requested, "_with_estimators": hooked}
 
     def postprocess_message(self, msg: Any) -> None:
         if msg["type"] == "sample" and not msg["is_observed"]:

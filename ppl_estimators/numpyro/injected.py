@@ -15,6 +15,7 @@ from numpyro.primitives import Messenger
 from ..core.errors import EstimatorError
 from ..testing.twins import NODES, Given, Twin
 from .exact import named_leaves, point, rule_of
+from .randomness import Randomness
 
 Array = Any
 
@@ -31,18 +32,25 @@ class _Minibatch(Messenger):
             msg["value"] = jnp.asarray(self.given.minibatch(msg["name"], *msg["args"]))
 
 
+class _Chosen(Randomness):
+    """Draws and noise as they are given."""
+
+    def __init__(self, given: Given):
+        self.given = given
+
+    def value(self, name: str, fn: Any, key: Array) -> tuple[Array, list[Any]]:
+        rule = rule_of(name, fn, NODES)
+        return rule.value(fn, jnp.asarray(self.given.choices(name, tuple(rule.elements), rule.size))), []
+
+    def noise(self, names: Sequence[str], label: str, noise: Any, keys: Array) -> Array:
+        return jnp.stack([jnp.asarray(self.given.noise(name, label, noise), float) for name in names])
+
+
 def loss_and_gradient(twin: Twin, params: Mapping[str, Any], given: Given) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradient at the constrained ``params``."""
 
-    def sample(name: str, fn: Any, key: Array) -> tuple[Array, list[Any]]:
-        rule = rule_of(name, fn, NODES)
-        return rule.value(fn, jnp.asarray(given.choices(name, tuple(rule.elements), rule.size))), []
-
-    def noise(names: Sequence[str], label: str, noise: Any, keys: Array) -> Array:
-        return jnp.stack([jnp.asarray(given.noise(name, label, noise), float) for name in names])
-
     elbo = copy.copy(twin.elbo)
-    elbo._sample, elbo._noise = sample, noise  # read from the instance before the class
+    elbo.randomness = _Chosen(given)
     model, guide = _Minibatch(twin.model, given), _Minibatch(twin.guide, given)
     held, constraint, _ = point(model, guide, twin.args, twin.kwargs)
     if held.keys() != params.keys():

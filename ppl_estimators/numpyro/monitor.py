@@ -26,7 +26,7 @@ from ..diagnostics.program import check_program
 from ..estimators.baselines.leave_one_out import LeaveOneOut
 from ..estimators.reinforce import Reinforce
 from .distributions import unwrapped
-from .elbo import EstimatorELBO, _Step
+from .elbo import EstimatorELBO
 from .run import Keys, execute, site_key, terms_of
 
 Array = Any
@@ -292,8 +292,8 @@ def flat_sites(elbo: Any, model: Any, guide: Any, params: Any, args: Any, kwargs
     key = jax.random.key(0)
 
     def run(values: Mapping[str, Array]) -> Any:
-        def draw(msg: Any, key: Array) -> Any:
-            return (values[msg["name"]], []) if msg["name"] in values else _plain(msg, key)
+        def draw(msg: Any) -> Any:
+            return values[msg["name"]] if msg["name"] in values else _plain(msg)
 
         return execute(Keys(key), key, params, model, guide, args, kwargs, draw=draw)
 
@@ -324,11 +324,11 @@ def _plan(elbo: EstimatorELBO, params: Any, model: Any, guide: Any, args: Any, k
     key = jax.random.key(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EstimatorWarning)
-        return _Step(elbo, key, dict(params), model, guide, args, kwargs).plan(key).shared
+        return elbo.step(key, params, model, guide, args, kwargs).library.plan()
 
 
-def _plain(msg: Any, key: Array) -> Any:
-    return msg["fn"].sample(key), []
+def _plain(msg: Any) -> Any:
+    return msg["fn"].sample(msg["kwargs"]["rng_key"])
 
 
 def _traced(tree: Any) -> bool:

@@ -28,8 +28,8 @@ from .distributions import cost_log_prob, describe, ends, family, relaxed_log_pr
 Array = Any
 Message = dict[str, Any]
 
-#: value and intermediates of a latent site, from its message and its key
-Draw = Callable[[Message, Array], tuple[Array, list[Any]]]
+#: value of a latent site, from its message, which holds its key
+Draw = Callable[[Message], Array]
 
 
 @dataclass
@@ -64,7 +64,13 @@ class Keys:
     def folded(self, names: Sequence[str], number: int) -> Array:
         """The keys of ``names`` for their noise number ``number``, ``[len(names)]``."""
         keys = self._of_sites[np.array([self._names[n] for n in names])]
-        return jax.vmap(lambda k: jax.random.fold_in(k, number))(keys)
+        return jax.vmap(lambda k: noise_key(k, number))(keys)
+
+
+def noise_key(key: Array, number: int) -> Array:
+    """The key of a site's noise number ``number``. A sampler may split the site's key, and ``split(key)[i]`` is
+    ``fold_in(key, i)``: so it is folded with numbers that no split reaches."""
+    return jax.random.fold_in(key, 2**30 + number)
 
 
 def _words(name: str) -> list[int]:
@@ -132,7 +138,7 @@ class _Conduct(Messenger):
             if msg["kwargs"]["rng_key"] is None:
                 name = msg["name"]
                 msg["kwargs"]["rng_key"] = self.known[name] if name in self.known else site_key(self.key, name)
-            msg["value"], msg["intermediates"] = self.draw(msg, msg["kwargs"]["rng_key"])
+            msg["value"] = self.draw(msg)
         elif kind == "plate" and msg["value"] is None:
             msg["kwargs"]["rng_key"] = site_key(self.plate_key, msg["name"])
         elif kind in ("prng_key", "control_flow") and msg["kwargs"]["rng_key"] is None:
@@ -164,7 +170,7 @@ class _Conduct(Messenger):
                 if inner["infer"].get("enumerate"):
                     raise enumerated(name, inner["fn"])
             elif name not in self.guide:
-                _refuse(inner, self.key)
+                _refuse(inner)
             elif msg["fn"] is cond_wrapper:
                 raise site_error(
                     name,
@@ -197,7 +203,7 @@ def execute(
     return traces
 
 
-def _refuse(msg: Message, key: Array) -> Any:
+def _refuse(msg: Message) -> Any:
     name = msg["name"]
     if msg["infer"].get("enumerate"):
         raise site_error(
@@ -410,9 +416,9 @@ def survey(
     followed = not jax.config.jax_disable_jit
     seen: dict[str, Any] = {}
 
-    def draw(msg: Message, key: Array) -> tuple[Array, list[Any]]:
-        value, intermediates = msg["fn"].sample_with_intermediates(key)
-        return mark(value, msg["name"]), intermediates
+    def draw(msg: Message) -> Array:
+        value, msg["intermediates"] = msg["fn"].sample_with_intermediates(msg["kwargs"]["rng_key"])
+        return mark(value, msg["name"])
 
     def in_scan(msg: Message) -> Array | None:
         return mark(msg["fn"].sample(msg["kwargs"]["rng_key"]), msg["name"]) if _latent(msg) else None

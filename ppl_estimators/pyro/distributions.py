@@ -308,6 +308,22 @@ def is_masked(fn: Any) -> bool:
     return False
 
 
+def another(fn: TorchDistribution, value: Array) -> Array:
+    """A value of the support that differs from ``value``, in every element where the support is known."""
+    kind = family(fn)
+    if kind == families.BERNOULLI:
+        return 1 - value
+    if kind == families.CATEGORICAL:
+        return (value + 1) % unwrapped(fn).logits.shape[-1]
+    if kind == families.ONEHOT:
+        return value.roll(1, -1)
+    for _ in range(4):
+        other = fn.sample()
+        if not torch.equal(other, value):
+            break
+    return other
+
+
 def log_q(fn: TorchDistribution, value: Array) -> Array:
     """The score's log q(value) ``[*batch]``: neither masked nor scaled."""
     if family(fn) in families.DISCRETE:

@@ -31,6 +31,7 @@ from ..core.gradients import (
 )
 from ..core.plan import Plan
 from .elbo import EstimatorELBO
+from .library import Memory
 
 Array = torch.Tensor
 
@@ -135,7 +136,7 @@ class Gradients:
         whose = type(self.elbo).loss_and_grads  # what `SVI` calls: a subclass that changes it is asked in no other way
         with torch.enable_grad(), poutine.trace(param_only=True) as trace:
             if whose is EstimatorELBO.loss_and_grads:
-                surrogate = self.elbo._differentiable(self.model, guide, self.args, self.kwargs, standalone=False)
+                surrogate = self.elbo._differentiable(self.model, guide, self.args, self.kwargs, standalone=False)[0]
                 loss = surrogate.item()
             elif whose is TraceGraph_ELBO.loss_and_grads:
                 elbo, surrogate = self.elbo._loss_and_surrogate_loss(self.model, guide, self.args, self.kwargs)
@@ -214,7 +215,7 @@ class Gradients:
 
     def plan(self) -> Plan | None:
         """Which estimator runs where; None for a stock ELBO."""
-        return self.elbo._plan.shared if isinstance(self.elbo, EstimatorELBO) else None
+        return self.elbo.memory.last if isinstance(self.elbo, EstimatorELBO) else None
 
     @property
     def has_parts(self) -> bool:
@@ -248,8 +249,7 @@ def _own(elbo: Any) -> Any:
     if not isinstance(elbo, EstimatorELBO):
         return elbo
     mine = copy.copy(elbo)
-    mine._plans, mine._chosen, mine._plan = {}, {}, None
-    mine._validated, mine._seen = set(), set()
+    mine.memory = Memory()
     mine.keeper = copy.copy(elbo.keeper)
     mine.keeper._parameters, mine.keeper._modules = dict(elbo.keeper._parameters), dict(elbo.keeper._modules)
     return mine

@@ -10,7 +10,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
 from ..core.estimator import Estimator
-from ..core.plan import check_keys, check_mapping, match
+from ..core.keep import Hooked
+from ..core.plan import check_mapping, match
 from .keep import Keeper
 
 _WHERE = "with_estimators"
@@ -24,13 +25,10 @@ class WithEstimators(torch.nn.Module):
         self.guide = guide
         self.estimators = estimators
         self.keeper = Keeper()
-        self._seen: set[str] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _Requests(self.estimators, self.keeper, self._seen):
-            result = self.guide(*args, **kwargs)
-        check_keys(self.estimators, list(self._seen), _WHERE)
-        return result
+        with _Requests(self.estimators, self.keeper):
+            return self.guide(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -56,7 +54,7 @@ def with_estimators(
     store; running averages are kept in the store, and in ``state_dict()``. `SVI` finds them without the hook too; an
     `ELBOModule` with a plain torch optimiser needs it.
 
-    Raises `EstimatorError` when the guide runs and a key matches none of its latent sites.
+    The ELBO raises `EstimatorError` for a key that matches none of the guide's latent sites.
 
     >>> guide = with_estimators(guide, {"z_*": Reinforce(MovingAverage()), "w": Pathwise()})  # doctest: +SKIP
     """
@@ -66,14 +64,14 @@ def with_estimators(
 class _Requests(Messenger):
     """Writes the requests into the sites' ``infer``, and takes note of the sites."""
 
-    def __init__(self, estimators: Mapping[str, Estimator], keeper: Keeper, seen: set[str]):
+    def __init__(self, estimators: Mapping[str, Estimator], keeper: Keeper):
         super().__init__()
-        self.estimators, self.keeper, self.seen = estimators, keeper, seen
+        self.estimators, self.keeper = estimators, keeper
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] or site_is_subsample(msg):
             return
-        self.seen.add(msg["name"])
         key = match(self.estimators, msg["name"])
         requested = msg["infer"].get("estimator") if key is None else self.estimators[key]
-        msg["infer"] = {**msg["infer"], "estimator": requested, "_with_estimators": self.keeper}
+        hooked = Hooked(self.estimators, requested, self.keeper)
+        msg["infer"] = {**msg["infer"], "estimator": requested, "_with_estimators": hooked}

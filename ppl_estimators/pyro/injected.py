@@ -14,6 +14,8 @@ from pyro.poutine.util import site_is_subsample
 
 from ..testing.twins import NODES, Given, Twin
 from .exact import Point, rule_of, untouched
+from .library import Memory
+from .randomness import Randomness
 
 Array = torch.Tensor
 
@@ -34,24 +36,31 @@ class _Minibatch(Messenger):
             msg["value"], msg["done"] = torch.as_tensor(indices), True
 
 
+class _Chosen(Randomness):
+    """Draws and noise as they are given."""
+
+    def __init__(self, given: Given):
+        self.given = given
+
+    def value(self, name: str, fn: Any, *args: Any, **kwargs: Any) -> Array:
+        rule = rule_of(name, fn, NODES)
+        return rule.of_digits(torch.as_tensor(self.given.choices(name, tuple(rule.elements), rule.size)))[0]
+
+    def noise(self, name: str, label: str, noise: Any, like: Array) -> Array:
+        dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
+        concentration = noise.concentration
+        if isinstance(concentration, Array):
+            noise = type(noise)(noise.law, noise.shape, concentration.detach().cpu().numpy())
+        return torch.as_tensor(self.given.noise(name, label, noise), dtype=dtype, device=like.device)
+
+
 def loss_and_gradient(
     twin: Twin, params: Mapping[str, Any] | None, given: Given
 ) -> tuple[float, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Loss, gradient, and the point as constrained arrays."""
 
-    def sample(name: str, fn: Any, *args: Any, **kwargs: Any) -> Array:
-        rule = rule_of(name, fn, NODES)
-        return rule.of_digits(torch.as_tensor(given.choices(name, tuple(rule.elements), rule.size)))[0]
-
-    def noise(name: str, label: str, noise: Any, like: Array) -> Array:
-        dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
-        concentration = noise.concentration
-        if isinstance(concentration, Array):
-            noise = type(noise)(noise.law, noise.shape, concentration.detach().cpu().numpy())
-        return torch.as_tensor(given.noise(name, label, noise), dtype=dtype, device=like.device)
-
     elbo = copy.copy(twin.elbo)
-    elbo._sample, elbo._noise, elbo._plan = sample, noise, None
+    elbo.randomness, elbo.memory = _Chosen(given), Memory()
     store = pyro.get_param_store()
     grads = {p: p.grad for p in store._params.values()}
     point = Point(dict(params or {}))

@@ -76,9 +76,9 @@ class _Watched:
     # ---- bias: at a look, some gradients beside those of an unbiased estimator -----------------------------------
 
     def _compare(self, elbo: Any, args: Any, kwargs: Any) -> None:
-        if not isinstance(elbo, EstimatorELBO) or elbo._plan is None:
+        if not isinstance(elbo, EstimatorELBO) or elbo.memory.last is None:
             return
-        estimators = elbo._plan.estimators
+        estimators = elbo.memory.last.estimators
         biased = biased_sites(estimators)
         if not biased:
             return
@@ -269,8 +269,8 @@ def flat_sites(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> dic
     """Sites whose gradient is taken through their value, and the cost terms that jump in it: three values of each are
     tried, all other sites held."""
     pathwise = None
-    if isinstance(elbo, EstimatorELBO) and elbo._plan is not None:
-        plan = elbo._plan
+    if isinstance(elbo, EstimatorELBO) and elbo.memory.last is not None:
+        plan = elbo.memory.last
         pathwise = [
             n for n, e in plan.estimators.items() if e.pathwise and plan.sites[n].family not in families.DISCRETE
         ]

@@ -1,6 +1,6 @@
 """ELBOs whose noise the test chooses, and grids of noise to integrate over.
 
-The engine asks two methods for randomness; here they answer from a table ``{site: {label: array}}``. Labels are the
+The engine asks ``elbo.randomness``; here it answers from a table ``{site: {label: array}}``. Labels are the
 estimator's own ("u", "v"), and "value" for a draw from the distribution itself. Integrating a gradient over a grid
 of tables gives its exact mean and variance: no seed, no tolerance.
 """
@@ -18,27 +18,21 @@ import pyro
 import torch
 
 from ppl_estimators.numpyro import EstimatorELBO as JaxELBO
+from ppl_estimators.numpyro.randomness import Randomness as JaxRandomness
 from ppl_estimators.pyro import EstimatorELBO as TorchELBO
+from ppl_estimators.pyro.randomness import Randomness as TorchRandomness
 
 Table = Mapping[str, Mapping[str, Any]]
 
 
-class InjectedJax(JaxELBO):
-    """Particles run one after another; particle k reads the k-th row of each array in the table."""
+class FromTableJax(JaxRandomness):
+    """Row ``row`` of each array in the table."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, vectorize_particles=self._in_turn, **kwargs)
+    def __init__(self) -> None:
         self.table: Table = {}
         self.row = 0
 
-    def _in_turn(self, fn: Callable[..., Any], keys: Any) -> Any:
-        out = []
-        for self.row, key in enumerate(keys):
-            out.append(fn(key))
-        self.row = 0
-        return jax.tree.map(lambda *x: jnp.stack(x), *out)
-
-    def _sample(self, name: str, fn: Any, key: Any) -> Any:
+    def value(self, name: str, fn: Any, key: Any) -> Any:
         given = jnp.asarray(self.table[name]["value"])[self.row]
         if fn.support.is_discrete:
             return given.astype(jax.eval_shape(fn.sample, key).dtype), []
@@ -46,23 +40,48 @@ class InjectedJax(JaxELBO):
             fn = fn.base_dist
         return fn.loc + fn.scale * given, []  # Normal sites take standard noise
 
-    def _noise(self, names: Sequence[str], label: str, noise: Any, keys: Any) -> Any:
+    def noise(self, names: Sequence[str], label: str, noise: Any, keys: Any) -> Any:
         rows = [jnp.asarray(self.table[name][label])[self.row] for name in names]
         return jnp.stack([jnp.broadcast_to(row, noise.shape) for row in rows])
 
 
-class InjectedTorch(TorchELBO):
-    """The twin: particles run one after another and read the rows of the table."""
+class InjectedJax(JaxELBO):
+    """Particles run one after another; particle k reads the k-th row of each array in the table."""
+
+    source = FromTableJax
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, vectorize_particles=self._in_turn, **kwargs)
+        self.randomness = self.source()
+
+    def _in_turn(self, fn: Callable[..., Any], keys: Any) -> Any:
+        out = []
+        for self.randomness.row, key in enumerate(keys):
+            out.append(fn(key))
+        self.randomness.row = 0
+        return jax.tree.map(lambda *x: jnp.stack(x), *out)
+
+
+class InTurn(FromTableJax):
+    """Draws from the site itself are read one after another: ``value [K, n, ...]``."""
+
+    calls = -1
+
+    def value(self, name: str, fn: Any, key: Any) -> Any:
+        self.calls += 1
+        given = self.table[name]["value"][self.row]
+        return given[self.calls % given.shape[0]].astype(jax.eval_shape(fn.sample, key).dtype), []
+
+
+class OneAfterAnother(InjectedJax):
+    source = InTurn
+
+
+class FromTableTorch(TorchRandomness):
+    def __init__(self) -> None:
         self.table: Table = {}
-        self.reads: dict[str, int] = {}
 
-    def _row(self, name: str) -> torch.Tensor:
-        raise NotImplementedError
-
-    def _sample(self, name: str, fn: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def value(self, name: str, fn: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         given = torch.as_tensor(np.array(self.table[name]["value"]))[0]
         if getattr(fn.support, "is_discrete", False):
             return given.to(fn.sample())
@@ -70,8 +89,18 @@ class InjectedTorch(TorchELBO):
             fn = fn.base_dist
         return fn.loc + fn.scale * given
 
-    def _noise(self, name: str, label: str, noise: Any, like: torch.Tensor) -> torch.Tensor:
+    def noise(self, name: str, label: str, noise: Any, like: torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(np.array(self.table[name][label]))[0].expand(noise.shape)
+
+
+class InjectedTorch(TorchELBO):
+    """The twin, of one particle."""
+
+    source = FromTableTorch
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.randomness = self.source()
 
 
 def jax_gradients(
@@ -81,7 +110,7 @@ def jax_gradients(
 
     def one(table: Table) -> tuple[Any, Any]:
         def loss(p: Any) -> Any:
-            elbo.table = table
+            elbo.randomness.table = table
             return elbo.loss(jax.random.key(0), {**p, **state}, model, guide)
 
         value, gradient = jax.value_and_grad(loss)(dict(params))
@@ -99,7 +128,7 @@ def torch_gradients(
     size = len(next(iter(next(iter(tables.values())).values())))
     losses, gradients = [], []
     for i in range(size):
-        elbo.table = {s: {k: np.asarray(x)[i] for k, x in t.items()} for s, t in tables.items()}
+        elbo.randomness.table = {s: {k: np.asarray(x)[i] for k, x in t.items()} for s, t in tables.items()}
         losses.append(elbo.loss_and_grads(model, guide))
         store = pyro.get_param_store()
         found = []

@@ -12,7 +12,7 @@ import pyro
 import pyro.distributions as tdist
 import pytest
 import torch
-from injected import InjectedJax, cells, grid, jax_gradients
+from injected import InjectedJax, OneAfterAnother, cells, grid, jax_gradients
 
 from ppl_estimators import (
     ARMS,
@@ -52,15 +52,6 @@ def bit():
 
 def bit_guide():
     numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("a", jnp.asarray(LOGIT))))
-
-
-class OneAfterAnother(InjectedJax):
-    """Draws from the site itself are read one after another: ``value [K, n]``."""
-
-    def _sample(self, name, fn, key):
-        self.calls = getattr(self, "calls", -1) + 1
-        given = self.table[name]["value"][self.row]
-        return given[self.calls % given.shape[0]].astype(jax.eval_shape(fn.sample, key).dtype), []
 
 
 TAU = 2.0
@@ -122,7 +113,7 @@ def test_draws_of_any_law_are_averaged(law):
         return numpyro.sample("z", getattr(dist, law)(*given))
 
     elbo = OneAfterAnother({"z": Repeat(2, Reinforce())}, average_model=True)
-    elbo.table, seen = {"z": {"value": x[None]}}, []
+    elbo.randomness.table, seen = {"z": {"value": x[None]}}, []
 
     def loss(p):
         return elbo.loss(jax.random.key(0), p, lambda: model(draw, numpyro.factor, numpyro.param("theta", 0.0)), draw)

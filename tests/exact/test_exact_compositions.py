@@ -10,7 +10,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from injected import InjectedJax, cells, grid, jax_gradients, moments
+from injected import InjectedJax, OneAfterAnother, cells, grid, jax_gradients, moments
 
 from ppl_estimators import (
     ARM,
@@ -44,15 +44,6 @@ STATES = np.array(list(itertools.product([0.0, 1.0], repeat=2)))
 PROBABILITY = np.prod(np.where(STATES == 1, P, 1 - P), axis=-1)
 F = np.array([0.3, -1.2, 2.0, 0.7])  # of the four states: not a sum over bits
 EXACT = np.array([PROBABILITY @ (F * (STATES[:, i] - P[i])) for i in range(2)])
-
-
-class OneAfterAnother(InjectedJax):
-    """Draws from the site itself are read one after another: ``value [K, n, 2]``."""
-
-    def _sample(self, name, fn, key):
-        self.calls = getattr(self, "calls", -1) + 1
-        given = self.table[name]["value"][self.row]
-        return given[self.calls % given.shape[0]].astype(jax.eval_shape(fn.sample, key).dtype), []
 
 
 def program(estimator):
@@ -173,7 +164,7 @@ def test_combine_keeps_moments_of_the_past_only():
     model, guide = program(Combine(parts, decay=0.9))
     elbo = InjectedJax({"b": Combine(parts, decay=0.9)})
     tables = {"0_u": jnp.asarray([[0.3, 0.95]]), "value": jnp.asarray([[1.0, 0.0]])}
-    elbo.table = {"b": tables}
+    elbo.randomness.table = {"b": tables}
     old = jnp.asarray([[2.0, 0.5], [0.5, 3.0]])
     params = {"a": jnp.asarray(LOGITS), "b$state": {"moments": old}}
     out = elbo.loss_with_mutable_state(jax.random.key(0), params, model, guide)

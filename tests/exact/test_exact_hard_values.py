@@ -66,7 +66,7 @@ def test_a_bit(spec, slope):
     np.testing.assert_allclose(found, expected, atol=1e-12)
     pyro.clear_param_store()
     twin = InjectedTorch({"z": spec})
-    twin.table = table
+    twin.randomness.table = table
     twin.loss_and_grads(torch_model, torch_guide)
     np.testing.assert_allclose(pyro.param("a").grad, expected, atol=1e-12)
 
@@ -101,6 +101,6 @@ def test_a_count():
     np.testing.assert_allclose(found, [expected], atol=1e-10)
     pyro.clear_param_store()
     twin = InjectedTorch({"z": SmoothedTriple()})
-    twin.table = table
+    twin.randomness.table = table
     twin.loss_and_grads(twin_model, twin_guide)
     np.testing.assert_allclose(pyro.param("a").grad, expected, atol=1e-10)

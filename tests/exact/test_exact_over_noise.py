@@ -299,7 +299,7 @@ def test_moving_average_is_unbiased_at_every_step():
     @jax.jit
     def step(state, b):
         def loss(a):
-            elbo.table = {"b": {"value": b[None]}}
+            elbo.randomness.table = {"b": {"value": b[None]}}
             out = elbo.loss_with_mutable_state(jax.random.key(0), {"a": a, "b$state": state}, model, guide)
             return out["loss"], out["mutable_state"]["b$state"]
 

@@ -16,6 +16,8 @@ import pyro.distributions as pdist
 import pytest
 import torch
 from injected import (
+    FromTableJax,
+    FromTableTorch,
     InjectedJax,
     InjectedTorch,
     cells,
@@ -335,16 +337,24 @@ def test_rao_gumbel_at_a_one_hot_site_has_the_mean_of_gumbel_straight_through_an
 # ---- implicit reparameterisation ------------------------------------------------------------------------------------
 
 
-class Raw(InjectedJax):
+class RawSource(FromTableJax):
     """Draws are what the table says, not a transform of it."""
 
-    def _sample(self, name, fn, key):
+    def value(self, name, fn, key):
         return jnp.asarray(self.table[name]["value"])[self.row].astype(float), []
 
 
-class RawTorch(InjectedTorch):
-    def _sample(self, name, fn, *args, **kwargs):
+class Raw(InjectedJax):
+    source = RawSource
+
+
+class RawSourceTorch(FromTableTorch):
+    def value(self, name, fn, *args, **kwargs):
         return torch.as_tensor(np.array(self.table[name]["value"]))[0]
+
+
+class RawTorch(InjectedTorch):
+    source = RawSourceTorch
 
 
 MIXTURE = {"loc": np.array([-1.2, 0.9]), "log_scale": np.array([-0.3, 0.2]), "weight": np.array([0.4, -0.1])}
@@ -878,7 +888,7 @@ def test_a_schedule_advances_with_the_steps_of_training_and_not_with_evaluations
 
     guide = with_estimators(lambda: numpyro.sample("b", dist.Bernoulli(logits=0.3)), {"b": GumbelSoftmax(cooling)})
     elbo = InjectedJax()
-    elbo.table = {"b": {"u": np.full((1,), 0.8)}}
+    elbo.randomness.table = {"b": {"u": np.full((1,), 0.8)}}
     svi = numpyro.infer.SVI(model, guide, numpyro.optim.SGD(0.1), elbo)
     state = svi.init(jax.random.key(0))
 
@@ -910,7 +920,7 @@ def test_a_schedule_advances_with_the_steps_of_training_and_not_with_evaluations
         pyro.sample("b", pdist.Bernoulli(logits=pyro.param("a", torch.tensor(0.3))))
 
     elbo = InjectedTorch(None if hook else estimators)
-    elbo.table = {"b": {"u": np.full((1,), 0.8), "value": np.ones(1)}}
+    elbo.randomness.table = {"b": {"u": np.full((1,), 0.8), "value": np.ones(1)}}
     svi = pyro.infer.SVI(model, torch_hook(guide, estimators) if hook else guide, pyro.optim.SGD({"lr": 0.0}), elbo)
     svi.evaluate_loss()
     for temperature in TEMPERATURES:

@@ -10,7 +10,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from injected import InjectedJax, jax_gradients
+from injected import FromTableJax, InjectedJax, jax_gradients
 
 from ppl_estimators import NVIL, DeltaMethod, DoubleControlVariate, LeaveOneOut, MuProp, Reinforce, Stein
 from ppl_estimators.numpyro import OneHotCategorical, with_estimators
@@ -231,11 +231,15 @@ def gaussian(estimator, quadratic=False):
     return model, with_estimators(guide, {"b": estimator})
 
 
-class Signed(InjectedJax):
+class SignedSource(FromTableJax):
     """The sign of the secant is read from the table too."""
 
-    def _noise(self, names, label, noise, keys):
+    def noise(self, names, label, noise, keys):
         return jnp.stack([jnp.asarray(self.table[name][label])[self.row] for name in names])
+
+
+class Signed(InjectedJax):
+    source = SignedSource
 
 
 def of_gaussian(estimator, a=(0.3, -0.2), *, quadratic=False, **state):

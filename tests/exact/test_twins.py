@@ -142,7 +142,7 @@ def test_twins_agree_for_three_steps_of_state(mix, average):
     pyro.clear_param_store()
     twin = InjectedTorch(average_model=average)
     twin_guide = torch_hook(torch_guide, MIXES[mix])
-    twin.table = tables[0]
+    twin.randomness.table = tables[0]
     twin.loss_and_grads(torch_model, twin_guide)  # declares
     store = pyro.get_param_store()
     for k in list(store.keys()):
@@ -156,7 +156,7 @@ def test_twins_agree_for_three_steps_of_state(mix, average):
     @jax.jit
     def step(params, state, table):
         def loss(p):
-            elbo.table = table
+            elbo.randomness.table = table
             out = elbo.loss_with_mutable_state(jax.random.key(0), {**p, **state}, jax_model, guide)
             return out["loss"], out["mutable_state"]
 
@@ -167,7 +167,7 @@ def test_twins_agree_for_three_steps_of_state(mix, average):
         state = new or {}
         for v in store.values():
             v.unconstrained().grad = None
-        twin.table = table
+        twin.randomness.table = table
         np.testing.assert_allclose(twin.loss_and_grads(torch_model, twin_guide), value, rtol=1e-10)
         trained = [k for k in store.keys() if "$state." not in k]
         assert sorted(trained) == sorted(params)

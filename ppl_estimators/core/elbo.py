@@ -1,0 +1,53 @@
+"""What the two `EstimatorELBO` have in common: their own arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .estimator import Estimator
+from .objectives import EvidenceLowerBound, Objective
+from .plan import Policy, Settings, check_mapping
+
+
+class Configured:
+    """Mixed into the library's own ELBO. Attributes may be changed between steps: each step asks for its settings."""
+
+    num_particles: int
+    automatic: Policy
+
+    def _configure(
+        self,
+        estimators: Mapping[str, Estimator] | Estimator | None,
+        default: str | Estimator,
+        objective: Objective | None,
+        max_parallel: int,
+        average_model: bool,
+    ) -> None:
+        self.estimators = check_mapping(estimators, "EstimatorELBO")
+        self.default = default
+        self.objective = EvidenceLowerBound() if objective is None else objective
+        self.max_parallel = max_parallel
+        self.average_model = average_model
+        _ = self.settings
+
+    @property
+    def settings(self) -> Settings:
+        if self.default != "auto" and not isinstance(self.default, Estimator):
+            raise TypeError(f'EstimatorELBO(default=...) takes "auto" or an estimator, got {self.default!r}.')
+        if not isinstance(self.objective, Objective):
+            raise TypeError(
+                f"EstimatorELBO(objective=...) takes an objective such as ImportanceWeighted(), got {self.objective!r}."
+            )
+        if self.max_parallel < 1:
+            raise ValueError(f"EstimatorELBO(max_parallel=...) needs 1 or more, got {self.max_parallel!r}.")
+        return Settings(
+            tuple(check_mapping(self.estimators, "EstimatorELBO").items()),
+            self.default if isinstance(self.default, Estimator) else self.automatic,
+            self.objective,
+            self.num_particles,
+            self.max_parallel,
+            self.average_model,
+        )
+
+    def __repr__(self) -> str:
+        return f"EstimatorELBO({self.estimators!r}, num_particles={self.num_particles})"

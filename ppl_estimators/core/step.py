@@ -1,0 +1,462 @@
+"""One evaluation of the loss, the same for every library: draw, measure, evaluate other values, assemble.
+
+A `Library` runs the program and knows its distributions; which estimator runs where, and what each site does in every
+further evaluation (given, kept, relaxed, drawn again), is the plan's. Arrays of one particle carry no lead axes;
+`Library.particles` joins those of all particles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+from . import averaging, relaxation
+from .assembly import Evaluated, assemble
+from .averaging import Average
+from .credit import Graph, downstream_costs
+from .errors import site_error
+from .estimator import Estimator, Noise
+from .families import DISCRETE
+from .keep import Kept
+from .ops import Array, Ops
+from .plan import Group, Plan, Settings
+from .site import Costs, Draw, Site, Term
+
+#: a library's own record of a site: "name", "fn" (its distribution), "value", "infer"
+Message = Any
+#: the value of a latent site, from its message
+DrawValue = Callable[[Message], Array]
+#: values of some sites, by name
+Values = Mapping[str, Array]
+
+
+class Traces(Protocol):
+    """The messages of one run of guide and model, by site name in order of appearance."""
+
+    guide: Mapping[str, Message]
+    model: Mapping[str, Message]
+
+    def latents(self) -> Mapping[str, Message]: ...
+
+
+class Library(Protocol):
+    """What a library does for one evaluation of the loss: model, guide and their arguments are its own affair."""
+
+    ops: Ops
+
+    def plan(self, traces: Traces | None = None) -> Plan:
+        """The plan of the structure that a run had; without one, of that which is expected."""
+
+    # ---- one run ------------------------------------------------------------------------------------------------
+
+    def run(
+        self, draw: DrawValue, source: Any, *, first: bool = False, constants: bool = False, wide: Any = None
+    ) -> Traces:
+        """Run guide and model. ``source`` is the randomness of a particle: every run with it draws the same numbers
+        wherever ``draw`` does not decide otherwise; its ``first`` run is the particle itself. ``constants``: nothing
+        leads back to the program's parameters. ``wide``: an axis of alternatives to run along, see `each`."""
+
+    def guide_again(self, traces: Traces, source: Any) -> Traces:
+        """The guide on the values of a run, its parameters constants."""
+
+    def arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """What guide and model are called with."""
+
+    def terms(
+        self, traces: Traces, plan: Plan, relaxed: frozenset[str], *, only: frozenset[str] | None = None,
+        first: bool = False,
+    ) -> list[Term]:  # fmt: skip
+        """The cost terms, scaled and masked; ``relaxed`` names the sites whose values are relaxed or carry a gradient
+        that a discrete log probability would drop, ``only`` restricts to terms that depend on one of these sites."""
+
+    # ---- one site -----------------------------------------------------------------------------------------------
+
+    def estimator(self, plan: Plan, msg: Message) -> Estimator:
+        """The estimator of a site, also of one that the plan does not know."""
+
+    def requested(self, msg: Message) -> Estimator | None:
+        """What the hook or the site itself asks for."""
+
+    def view(self, plan: Plan, msg: Message, wide: Any = None) -> Site:
+        """The site's facts, in the plan's plates, and its arrays."""
+
+    def own(self, msg: Message) -> Array:
+        """The library's own draw, reparameterised where there is a way."""
+
+    def value(self, msg: Message, number: int) -> Array:
+        """A plain draw from the site's distribution, the ``number``-th of its noise."""
+
+    def again(self, msg: Message, first: Message, *, constants: bool) -> Array:
+        """The value that the site had in the first run."""
+
+    def sampled(self, msg: Message, value: Array) -> Array:
+        """``value`` in the type that the site's own sampler returns."""
+
+    def noise(self, source: Any, msg: Message, site: Site, label: str, noise: Noise, number: int) -> Array:
+        """Noise number ``number`` that the site's estimator asks for."""
+
+    def state(self, site: Site, estimator: Estimator, label: str) -> Array:
+        """What the estimator keeps as state under ``label``."""
+
+    def keep(self, site: Site, estimator: Estimator, given: Values, like: Array) -> Kept:
+        """Declare what the estimator keeps; its present values."""
+
+    def log_q(self, msg: Message, value: Array) -> Array: ...
+
+    def score_norm(self, site: Site, msg: Message, value: Array) -> Array: ...
+
+    def arrays(self, site: Site) -> dict[str, Any]:
+        """What differs between particles."""
+
+    def zero(self, site: Site | None = None) -> Array:
+        """A cost of zero, ``[*plates]`` of the site."""
+
+    def differentiating(self, yes: bool) -> AbstractContextManager[Any]:
+        """Whether what is computed inside needs derivatives."""
+
+    # ---- many evaluations ---------------------------------------------------------------------------------------
+
+    def each(
+        self, evaluate: Callable[..., Any], values: Callable[[Any], Values], group: Group, run: Run,
+        differentiable: bool,
+    ) -> tuple[dict[str, Array], dict[averaging.Key, Array]]:  # fmt: skip
+        """``evaluate(values(i))`` for each alternative of the group, stacked ``[A, ...]``, some side by side."""
+
+    def slopes(
+        self, total: Callable[[Values], tuple[Array, Values]], values: Values
+    ) -> tuple[Mapping[str, Array], Values]:
+        """The derivatives of ``total(values)[0]`` in each value, differentiable again, and ``total(values)[1]``."""
+
+    def particles(self, one: Callable[[Any], tuple[dict[str, Any], Run]], count: int | None = None) -> Joined:
+        """``one(source)`` for every particle, of which there are ``count`` or as many as the plan wants."""
+
+
+class Joined(NamedTuple):
+    """What all particles found. In ``arrays`` the particles come first, or behind the alternatives; ``count`` is how
+    many there were."""
+
+    arrays: dict[str, Any]
+    sites: Mapping[str, Site]
+    estimators: Mapping[str, Estimator]
+    kept: Mapping[str, Kept]  # without what the user's specs bring along
+    count: int
+
+
+@dataclass
+class Run:
+    """One particle's run of guide and model, and what is found from it."""
+
+    source: Any
+    plan: Plan
+    traces: Any = None
+    draws: dict[str, Draw] = field(default_factory=dict)
+    noise: dict[str, dict[str, Array]] = field(default_factory=dict)
+    sites: dict[str, Site] = field(default_factory=dict)  # those with a surrogate of their own
+    terms: list[Term] = field(default_factory=list)
+    kept: dict[str, Kept] = field(default_factory=dict)
+    averages: list[Average] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One evaluation of the loss of a program in its library."""
+
+    settings: Settings
+    library: Library
+
+    def value(self) -> Array:
+        """−objective of fresh particles."""
+
+        joined = self.library.particles(self.drawn, self.settings.particles)
+        return -self._combined(joined.arrays["objective"])[0]
+
+    def drawn(self, source: Any) -> tuple[dict[str, Any], Run]:
+        """One particle's objective, and nothing else of it."""
+        run = self.run(source)
+        return {"objective": self._collected(run.terms), "sites": {}}, run
+
+    def loss(self) -> tuple[Array, dict[str, dict[str, Array]], Joined]:
+        """The loss, whose gradient is the estimate; the new state of every site that keeps some; all particles."""
+        joined = self.library.particles(self.particle)
+        return *self.assemble(joined), joined
+
+    # ---- one particle -------------------------------------------------------------------------------------------
+
+    def particle(self, source: Any) -> tuple[dict[str, Any], Run]:
+        """Everything that the assembly needs, as arrays."""
+        library, ops, run = self.library, self.library.ops, self.run(source)
+        given, costs = self._measured(run), self._costs(run)
+        elsewhere: dict[str, dict[str, Array]] = {"alternatives": {}, "relaxed": {}, "relaxed_slope": {}}
+        for group in run.plan.groups:
+            if group.alternatives:
+                elsewhere["alternatives"] |= self._alternatives(run, group)
+            else:
+                relaxed, slopes = self._relaxations(run, group)
+                elsewhere["relaxed"] |= relaxed
+                elsewhere["relaxed_slope"] |= slopes
+        explicit = averaging.averaged(ops, self._explicit(run), run.averages)
+        found = {
+            name: {
+                "site": library.arrays(site),
+                "draw": {"value": run.draws[name].value, "extra": dict(run.draws[name].extra)},
+                "given": given[name],
+                "cost": costs[name],
+                "elsewhere": {k: x[name] for k, x in elsewhere.items() if name in x},
+            }
+            for name, site in run.sites.items()
+        }
+        return {"objective": self._collected(explicit), "sites": found}, run
+
+    def run(self, source: Any) -> Run:
+        """The particle itself: its values and its cost terms."""
+        library, run = self.library, Run(source, self.library.plan())
+        run.traces = library.run(partial(self._draw, run), source, first=True)
+        latents = run.traces.latents()
+        expected, run.plan = run.plan, library.plan(run.traces)
+        drawn, run.sites = run.sites, {}
+        for name in run.plan.local:
+            known = run.plan is expected and name in drawn
+            site = run.sites[name] = drawn[name] if known else library.view(run.plan, latents[name])
+            site.value = latents[name]["value"]
+            if name not in run.draws:  # where no handler reaches: inside a scan
+                run.draws[name] = Draw(library.ops.stop_gradient(site.value))
+        run.terms = library.terms(run.traces, run.plan, run.plan.soft, first=True)
+        return run
+
+    def _draw(self, run: Run, msg: Message) -> Array:
+        name, estimator = msg["name"], self.library.estimator(run.plan, msg)
+        if estimator.library_draw:
+            return self.library.own(msg)
+        site = self.library.view(run.plan, msg)
+        draw, run.noise[name] = self._drawn(run, msg, site, estimator, {})
+        run.draws[name], run.sites[name] = _held(self.library.ops, draw), site
+        if estimator.pathwise:
+            return draw.value
+        return self.library.sampled(msg, run.draws[name].value)
+
+    def _drawn(
+        self, run: Run, msg: Message, site: Site, estimator: Estimator, before: Mapping[str, Array]
+    ) -> tuple[Draw, dict[str, Array]]:
+        """What an estimator draws at a site, and from which noise: that of ``before``, but for what the site's own
+        parameters shape."""
+        library, ops = self.library, self.library.ops
+        declared = estimator.noise(site)
+        noise: dict[str, Array] = {}
+        with library.differentiating(False):
+            for i, (label, n) in enumerate(declared.items()):  # values first: a draw again may ask for nothing else
+                if n.law == "value":
+                    noise[label] = ops.stop_gradient(library.value(msg, i))
+            for i, (label, n) in enumerate(declared.items()):
+                if n.law == "state":
+                    noise[label] = library.state(site, estimator, label)
+                elif n.law != "value":
+                    reuse = label in before and n.concentration is None
+                    noise[label] = before[label] if reuse else library.noise(run.source, msg, site, label, n, i)
+        with library.differentiating(estimator.pathwise):
+            return estimator.draw(ops, site, noise), noise
+
+    def _measured(self, run: Run) -> dict[str, dict[str, Array]]:
+        """Measure what the estimators want to know under the sites' laws; the arrays that their specs bring along."""
+        library, (args, kwargs) = self.library, self.library.arguments()
+        latents, found = run.traces.latents(), {}
+        for name, site in run.sites.items():
+            msg, estimator, draw = latents[name], run.plan.estimators[name], run.draws[name]
+            value = draw.value if site.family in DISCRETE else site.value
+            extra: dict[str, Array] = {}
+            if estimator.score:
+                site.log_q = library.log_q(msg, value)
+                extra |= {label: library.log_q(msg, v) for label, v in estimator.scored(draw).items()}
+            if estimator.wants_score_norm:
+                site.score_norm = library.score_norm(site, msg, value)
+            extra |= estimator.measured(value, msg["fn"])
+            if extra:
+                run.draws[name] = Draw(draw.value, {**draw.extra, **extra})
+            spec = self.settings.asked(name, library.requested(msg)) or estimator  # as this run of the guide made it
+            found[name] = given = spec.given(args, kwargs)
+            if estimator.keeps:
+                like = next(x for x in (site.logits, site.log_q, value) if x is not None)
+                run.kept[name] = library.keep(site, estimator, given, like)
+            else:
+                run.kept[name] = Kept(given=given)
+        return found
+
+    def _costs(self, run: Run) -> dict[str, Array]:
+        """The downstream cost of every site with a surrogate, at the drawn values."""
+        library = self.library
+        with library.differentiating(False):
+            return self._downstream(run, run.plan.graph, run.terms, list(run.sites.values()))
+
+    def _downstream(self, run: Run, graph: Graph, terms: Sequence[Term], sites: Sequence[Site]) -> dict[str, Array]:
+        found = downstream_costs(self.library.ops, graph, terms, sites)
+        return {s.name: self.library.zero(s) if found[s.name] is None else found[s.name] for s in sites}
+
+    def _explicit(self, run: Run) -> list[Term]:
+        """The terms whose own gradient counts: -log q of a score site has mean zero and is held fixed."""
+        library, plan = self.library, run.plan
+        fixed: dict[str, Array] = {}
+        if plan.sticking:
+            again = library.guide_again(run.traces, run.source)
+            terms = library.terms(again, plan, plan.soft, only=plan.sticking)
+            fixed = {t.site: t.value for t in terms if t.side == "guide" and t.site in plan.sticking}
+        explicit = []
+        for t in run.terms:
+            if t.side == "guide" and t.site in fixed:
+                t = replace(t, value=fixed[t.site])
+            elif t.side == "guide" and t.site in plan.estimators and not self.settings.objective.keeps_score:
+                if not plan.estimators[t.site].pathwise:
+                    t = replace(t, value=library.ops.stop_gradient(t.value))
+            explicit.append(t)
+        return explicit
+
+    # ---- other values -------------------------------------------------------------------------------------------
+
+    def _again(
+        self, run: Run, group: Group, values: Values, *, constants: bool, temperature: Array | None = None,
+        uniforms: Values | None = None, wide: Any = None,
+    ) -> list[Term]:  # fmt: skip
+        """Cost terms downstream of the group when its sites take other values. What is not downstream keeps its
+        value; what is, is drawn again from the same noise; where the values are relaxed, the discrete sites downstream
+        do what the group says."""
+        library, plan, members = self.library, run.plan, frozenset(group.sites)
+        down, soft, first = plan.below(group), plan.softened(group), run.traces.guide
+
+        def draw(msg: Message) -> Array:
+            name = msg["name"]
+            if name in values:
+                return values[name]
+            if name not in first:  # a branch that the drawn values did not take
+                if group.relaxations:
+                    raise site_error(
+                        name,
+                        "drawn only in a branch that relaxed values take, and a branch has no derivative",
+                        "Use Reinforce(LeaveOneOut()) or DisARM() at the site that decides the branch.",
+                    )
+                with library.differentiating(False):
+                    return library.own(msg)
+            if name not in down:
+                return library.again(msg, first[name], constants=constants)
+            estimator = plan.estimators[name]
+            if name in soft:
+                site = library.view(plan, msg)
+                u = None if temperature is None else (uniforms or {})[name]
+                return relaxation.downstream(library.ops, site.family, site.logits, u, temperature)
+            if estimator.library_draw:
+                return library.own(msg)
+            value = self._drawn(run, msg, library.view(plan, msg, wide), estimator, run.noise.get(name, {}))[0].value
+            return value if estimator.pathwise else library.sampled(msg, library.ops.stop_gradient(value))
+
+        traces = library.run(draw, run.source, constants=constants, wide=wide)
+        relaxed = plan.soft | (soft | {n for n in members if plan.relaxable(n)} if group.relaxations else frozenset())
+        return library.terms(traces, plan, relaxed, only=members)
+
+    def _alternatives(self, run: Run, group: Group) -> dict[str, Array]:
+        """Downstream costs at each counterfactual value, ``[A, *plates]`` per site; where the model's own gradient is
+        averaged over these values, what that needs is added to the run."""
+        library, ops, plan = self.library, self.library.ops, run.plan
+        members = [run.sites[n] for n in group.sites]
+        average = self.settings.average_model and averaging.averages(plan, group)
+        like = members[0].logits
+        weights = averaging.weights(ops, plan, group, run.sites, run.draws, like) if average else None
+
+        def values(index: Any) -> Values:
+            found = {}
+            for site in members:
+                estimator, draw = plan.estimators[site.name], run.draws[site.name]
+                value = _alternative(ops, estimator, site, draw, index, group.alternatives)
+                if weights is not None:
+                    value = averaging.possible(ops, site, weights[1 + index], value, draw.value)
+                found[site.name] = library.sampled(run.traces.guide[site.name], value)
+            return found
+
+        def evaluate(
+            values: Values, sites: Sequence[Site] = members, graph: Graph = plan.graph, wide: Any = None
+        ) -> tuple[dict[str, Array], dict[averaging.Key, Array]]:
+            terms = self._again(run, group, values, constants=not average, wide=wide)
+            costs = self._downstream(run, graph, terms, sites)
+            counted = averaging.counted(plan, group, terms) if average else []
+            return costs, {(t.side, t.site): t.value for t in counted}
+
+        costs, terms = library.each(evaluate, values, group, run, average)
+        if weights is not None:
+            run.averages.append(Average(weights, terms))
+        return {n: ops.stop_gradient(c) for n, c in costs.items()}
+
+    def _relaxations(self, run: Run, group: Group) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Costs ``[M, *plates]`` at relaxed values and their slopes ``[M, *batch, *event]``, differentiable in what
+        the estimators keep and in nothing else."""
+        library, ops, plan = self.library, self.library.ops, run.plan
+        members = [run.sites[n] for n in group.sites]
+        relaxed: dict[str, list[Array]] = {n: [] for n in group.sites}
+        slope: dict[str, list[Array]] = {n: [] for n in group.sites}
+        uniforms = self._uniforms(run, plan.softened(group)) if group.downstream == "relaxed" else {}
+        for index in range(group.relaxations):
+            values = {
+                s.name: plan.estimators[s.name].relaxed(ops, s, run.draws[s.name], index, run.kept[s.name])
+                for s in members
+            }
+            first = members[0]
+            temperature = plan.estimators[first.name].downstream_temperature(ops, first, index, run.kept[first.name])
+
+            def total(values: Values, temperature: Array | None = temperature) -> tuple[Array, Values]:
+                terms = self._again(run, group, values, constants=True, temperature=temperature, uniforms=uniforms)
+                costs = self._downstream(run, plan.graph, terms, members)
+                return sum((ops.sum(t.value) for t in terms), library.zero()), costs
+
+            slopes, costs = library.slopes(total, values)
+            for n in group.sites:
+                relaxed[n].append(costs[n])
+                slope[n].append(slopes[n])
+        return {n: ops.stack(x) for n, x in relaxed.items()}, {n: ops.stack(x) for n, x in slope.items()}
+
+    def _uniforms(self, run: Run, sites: Iterable[str]) -> dict[str, Array]:
+        """Noise for sites that are relaxed because something above them is: their own where it has the right shape."""
+        found = {}
+        for name in sites:
+            site, noise = run.sites[name], run.noise.get(name, {})
+            for label in ("u", "relaxed u"):
+                if label in noise and noise[label].shape == site.logits.shape:
+                    found[name] = noise[label]
+            if name not in found:
+                wanted, msg = Noise("uniform", tuple(site.logits.shape)), run.traces.guide[name]
+                found[name] = self.library.noise(run.source, msg, site, "relaxed u", wanted, 0)
+                run.noise.setdefault(name, {})["relaxed u"] = found[name]
+        return found
+
+    # ---- all particles ------------------------------------------------------------------------------------------
+
+    def assemble(self, joined: Joined) -> tuple[Array, dict[str, dict[str, Array]]]:
+        """The loss and the new states, from what all particles found."""
+        value, signal = self._combined(joined.arrays["objective"])
+        evaluated, kept = {}, {}
+        for name, facts in joined.sites.items():
+            found = joined.arrays["sites"][name]
+            site = facts.filled(lead=1, value=None, law=None, **found["site"])
+            evaluated[name] = Evaluated(site, Draw(**found["draw"]), Costs(found["cost"], **found["elsewhere"]))
+            kept[name] = replace(joined.kept[name], given=found["given"])
+        return assemble(self.library.ops, value, signal, joined.estimators, evaluated, kept, joined.count)
+
+    def _collected(self, terms: Sequence[Term]) -> Array:
+        """What the objective needs of one particle; a program without sites has nothing to say."""
+        return self.settings.objective.collect(self.library.ops, terms) if terms else self.library.zero()
+
+    def _combined(self, collected: Array) -> tuple[Array, Array | None]:
+        objective, terms = self.settings.objective, self.library.plan().terms
+        return objective.combine(self.library.ops, collected, objective.scale(terms) if terms else 1.0)
+
+
+def _alternative(ops: Ops, estimator: Estimator, site: Site, draw: Draw, index: Any, most: int) -> Array:
+    """The counterfactual value number ``index``; the drawn one where this site has fewer than its group."""
+    n = estimator.alternatives(site)
+    if n == most:
+        return estimator.alternative(ops, site, draw, index)
+    if isinstance(index, int):
+        return estimator.alternative(ops, site, draw, index) if index < n else draw.value
+    value = estimator.alternative(ops, site, draw, ops.clip(index, 0, n - 1))
+    return ops.where(index < n, value, draw.value)
+
+
+def _held(ops: Ops, draw: Draw) -> Draw:
+    return Draw(ops.stop_gradient(draw.value), {k: ops.stop_gradient(x) for k, x in draw.extra.items()})

@@ -1,0 +1,252 @@
+"""What NumPyro does for one evaluation of the loss (`core.step.Library`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from numpyro.handlers import substitute
+
+from ..core import averaging
+from ..core.credit import Graph
+from ..core.errors import site_error
+from ..core.estimator import Estimator, Noise
+from ..core.keep import Kept
+from ..core.plan import Group, Plan, Settings, check_keys, make_plan
+from ..core.site import Site, Term
+from ..core.step import Joined, Run, Values
+from .dependencies import without_derivative
+from .distributions import log_q, score_norm
+from .keep import declare, state_name
+from .ops import OPS
+from .randomness import Randomness
+from .run import Keys, Message, Traces, execute, noise_key, survey, terms_of, view
+
+Array = Any
+
+
+class NumPyroLibrary:
+    """A NumPyro program at one key: model, guide, their parameters and arguments."""
+
+    ops = OPS
+
+    def __init__(
+        self,
+        settings: Settings,
+        randomness: Randomness,
+        key: Array,
+        params: dict[str, Array],
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        map_particles: Callable[..., Any],
+    ):
+        self.map_particles = map_particles
+        self.settings, self.randomness, self.key, self.params = settings, randomness, key, params
+        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.dtypes: Mapping[str, Any] = {}
+        self._plan = self._survey()
+        self._alike = _alike(self._plan)
+
+    # ---- structure: which sites there are, who depends on whom (costs compile time only) ---------------------------
+
+    def plan(self, traces: Traces | None = None) -> Plan:
+        return self._plan
+
+    def _survey(self) -> Plan:
+        """Trace guide and model once, and see which latent values reach which cost terms."""
+        plate_key, key = jax.random.split(self.key)
+        found = survey(Keys(key), plate_key, self.params, self.model, self.guide, self.args, self.kwargs)
+        self.dtypes = found.dtypes
+        in_model = [t.site for t in found.terms if t.side == "model"]
+        check_keys(self.settings.mapping, list(found.sites), "EstimatorELBO", in_model)
+        for hooked in {id(h): h for s in found.sites.values() if (h := s.declared) is not None}.values():
+            check_keys(hooked.estimators, list(found.sites), "with_estimators", in_model)
+        graph = Graph(found.ancestors, {n: s.plates for n, s in found.sites.items()})
+        plan = make_plan(list(found.sites.values()), found.terms, graph, self.settings, branches=not found.followed)
+        for name, operation in found.stuck.items():
+            estimator = plan.estimators[name]
+            if estimator.pathwise or estimator.relaxations(plan.sites[name]):
+                raise without_derivative(name, type(estimator).__name__, operation)
+        if self.settings.average_model:
+            averaging.check(plan)
+        return plan
+
+    # ---- one run ------------------------------------------------------------------------------------------------
+
+    def run(
+        self, draw: Callable[[Message], Array], source: Keys, *, first: bool = False, constants: bool = False,
+        wide: Any = None,
+    ) -> Traces:  # fmt: skip
+        return self._execute(source, draw, self._in_scan, constants=constants)
+
+    def guide_again(self, traces: Traces, source: Keys) -> Traces:
+        values = {n: m["value"] for n, m in traces.latents().items()}
+
+        def in_scan(msg: Message) -> Array | None:
+            return values.get(msg["name"]) if msg["type"] == "sample" and not msg["is_observed"] else None
+
+        return self._execute(source, lambda msg: values[msg["name"]], in_scan, constants=True, model=False)
+
+    def _execute(self, source: Keys, draw: Any, in_scan: Any, *, constants: bool, model: bool = True) -> Traces:
+        params, args, kwargs = self.params, self.args, self.kwargs
+        if constants:
+            params, args, kwargs = jax.tree.map(_constant, (params, args, kwargs))
+        chosen = self.model if model else None
+        return execute(source, self._plate_key, params, chosen, self.guide, args, kwargs, draw=draw, in_scan=in_scan)
+
+    def _in_scan(self, msg: Message) -> Array | None:
+        """Values of latent sites inside a scan, where no handler of ours can reach."""
+        if msg["type"] != "sample" or msg["is_observed"] or self._plan.estimators[msg["name"]].pathwise:
+            return None
+        return jax.lax.stop_gradient(msg["fn"].sample(msg["kwargs"]["rng_key"]))
+
+    def arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        return self.args, self.kwargs
+
+    def terms(
+        self, traces: Traces, plan: Plan, relaxed: frozenset[str], *, only: frozenset[str] | None = None,
+        first: bool = False,
+    ) -> list[Term]:  # fmt: skip
+        terms = terms_of(traces, plan.depends_on, relaxed, plan.hard)
+        return terms if only is None else [t for t in terms if t.depends_on & only]
+
+    # ---- one site -----------------------------------------------------------------------------------------------
+
+    def estimator(self, plan: Plan, msg: Message) -> Estimator:
+        return plan.estimators[msg["name"]]
+
+    def requested(self, msg: Message) -> Estimator | None:
+        return msg["infer"].get("estimator")
+
+    def view(self, plan: Plan, msg: Message, wide: Any = None) -> Site:
+        facts = plan.sites[msg["name"]]
+        return view(msg).filled(plates=facts.plates, coupled=facts.coupled)
+
+    def own(self, msg: Message) -> Array:
+        value, msg["intermediates"] = self.randomness.value(msg["name"], msg["fn"], msg["kwargs"]["rng_key"])
+        return value
+
+    def value(self, msg: Message, number: int) -> Array:
+        key = msg["kwargs"]["rng_key"]
+        return self.randomness.value(msg["name"], msg["fn"], noise_key(key, number) if number else key)[0]
+
+    def again(self, msg: Message, first: Message, *, constants: bool) -> Array:
+        kept = (first["value"], first["intermediates"])
+        value, msg["intermediates"] = jax.lax.stop_gradient(kept) if constants else kept
+        return value
+
+    def sampled(self, msg: Message, value: Array) -> Array:
+        return value.astype(self.dtypes[msg["name"]])
+
+    def noise(self, source: Keys, msg: Message, site: Site, label: str, noise: Noise, number: int) -> Array:
+        """Noise of which only the shape matters is drawn once for all sites that ask for the same (see `Keys`)."""
+        name = site.name
+        if noise.concentration is not None:
+            key = noise_key(msg["kwargs"]["rng_key"], number)
+            return self.randomness.noise([name], label, noise, key[None])[0]
+        if (name, label) not in source.noise:
+            names = self._alike[name]
+            rows = self.randomness.noise(names, label, noise, source.folded(names, number))
+            source.noise.update(zip(((n, label) for n in names), rows, strict=True))
+        return source.noise[name, label]
+
+    def state(self, site: Site, estimator: Estimator, label: str) -> Array:
+        return self.keep(site, estimator, {}, None).state[label]
+
+    def keep(self, site: Site, estimator: Estimator, given: Values, like: Array) -> Kept:
+        """The guide hook declared it; here the present values are only looked up."""
+        if site.declared is None or site.declared.requested != estimator:
+            raise site_error(
+                site.name,
+                f"{estimator!r} keeps parameters or state between steps, which the guide does not declare",
+                f'Wrap the guide: guide = with_estimators(guide, {{"{site.name}": {estimator!r}}}).',
+            )
+        with substitute(data=self.params):
+            return declare(site, estimator, given)
+
+    def log_q(self, msg: Message, value: Array) -> Array:
+        return log_q(msg["fn"], value)
+
+    def score_norm(self, site: Site, msg: Message, value: Array) -> Array:
+        return score_norm(site, msg["fn"], value)
+
+    def arrays(self, site: Site) -> dict[str, Any]:
+        scale = jnp.asarray(site.scale, dtype=float)
+        return {
+            "logits": site.logits,
+            "named": site.named,
+            "log_q": site.log_q,
+            "score_norm": site.score_norm,
+            "scale": jnp.reshape(scale, (*(1,) * (len(site.batch_shape) - scale.ndim), *scale.shape)),
+        }
+
+    def zero(self, site: Site | None = None) -> Array:
+        return jnp.zeros(site.plate_shape if site is not None else ())
+
+    def differentiating(self, yes: bool) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    # ---- many evaluations ---------------------------------------------------------------------------------------
+
+    def each(
+        self, evaluate: Callable[..., Any], values: Callable[[Any], Values], group: Group, run: Run,
+        differentiable: bool,
+    ) -> tuple[dict[str, Array], dict[averaging.Key, Array]]:  # fmt: skip
+        def one(index: Array) -> Any:
+            return evaluate(values(index))
+
+        if group.alternatives == 1:
+            return jax.tree.map(lambda x: x[None], one(jnp.asarray(0)))
+        chunk = min(self.settings.max_parallel, group.alternatives)
+        # held back in the backward pass, not held: the activations of one chunk at a time
+        mapped = jax.checkpoint(one) if differentiable else one
+        return jax.lax.map(mapped, jnp.arange(group.alternatives), batch_size=chunk)
+
+    def slopes(
+        self, total: Callable[[Values], tuple[Array, Values]], values: Values
+    ) -> tuple[Mapping[str, Array], Values]:
+        return jax.grad(total, has_aux=True)(values)
+
+    def particles(self, one: Callable[[Any], tuple[dict[str, Any], Run]], count: int | None = None) -> Joined:
+        plan, kept = self._plan, {}
+        count = plan.particles if count is None else count
+        self._plate_key, *keys = jax.random.split(self.key, 1 + count)
+
+        def arrays(key: Array) -> dict[str, Any]:
+            found, run = one(Keys(key, list(plan.sites)))
+            kept.update({n: replace(k, given={}) for n, k in run.kept.items()})
+            own = {state_name(n) for n, k in run.kept.items() if k.state}
+            found["mutable"] = {n: v for n, v in run.traces.mutable().items() if n not in own}
+            if run.terms:
+                finite = jnp.isfinite(jnp.stack([jnp.sum(t.value) for t in run.terms]))
+                found["finite"] = jax.lax.stop_gradient(finite)
+            return found
+
+        if count == 1:
+            out = jax.tree.map(lambda x: x[None], arrays(keys[0]))
+        else:
+            out = self.map_particles(arrays, jnp.stack(keys))
+        for found in out["sites"].values():  # as documented: the alternatives first, then the particles
+            found["elsewhere"] = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found["elsewhere"])
+        return Joined(out, {n: plan.sites[n] for n in out["sites"]}, plan.estimators, kept, count)
+
+
+def _alike(plan: Plan) -> dict[str, tuple[str, ...]]:
+    """For each site those, itself included, whose estimator draws the same noise: of one estimator, family, shape and
+    plates."""
+    found: dict[tuple[object, ...], list[str]] = {}
+    for name, site in plan.sites.items():
+        shape = None if site.logits is None else site.logits.shape
+        facts = (site.family, site.batch_shape, site.event_shape, shape, site.plates, site.time)
+        found.setdefault((plan.estimators[name], *facts), []).append(name)
+    return {name: tuple(names) for names in found.values() for name in names}
+
+
+def _constant(x: Any) -> Any:
+    return jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x

@@ -1,0 +1,39 @@
+"""Where randomness enters: draws from the sites' own distributions, and the noise that estimators ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..core.estimator import Noise
+
+Array = Any
+
+
+class Randomness:
+    """What `EstimatorELBO.randomness` is unless a test puts a source of its own there."""
+
+    def value(self, name: str, fn: Any, key: Array) -> tuple[Array, list[Any]]:
+        """A draw from a site's own distribution, and its intermediates."""
+        return fn.sample_with_intermediates(key)
+
+    def noise(self, names: Sequence[str], label: str, noise: Noise, keys: Array) -> Array:
+        """Noise that estimators asked for, ``[len(names), *shape]`` for as many keys."""
+        return jax.vmap(partial(_noise, noise))(keys)
+
+
+def _noise(noise: Noise, key: Array) -> Array:
+    """Uniform noise lies strictly inside (0, 1)."""
+    if noise.law == "normal":
+        return jax.random.normal(key, noise.shape, dtype=float)
+    if noise.law == "log gamma":
+        return jax.random.loggamma(key, jax.lax.stop_gradient(noise.concentration))
+    if noise.law == "poisson":
+        return jax.random.poisson(key, jax.lax.stop_gradient(noise.concentration)).astype(float)
+    tiny = jnp.finfo(jnp.result_type(float)).tiny
+    u = jax.random.uniform(key, noise.shape, dtype=float, minval=tiny)
+    return jnp.minimum(u, 1 - jnp.finfo(u.dtype).epsneg)

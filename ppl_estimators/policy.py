@@ -1,0 +1,108 @@
+"""``default="auto"``: the estimator of every site that nothing else names.
+
+Reparameterisable sites are Pathwise(). With several particles all others are Reinforce(LeaveOneOut()). With one, at
+most two further evaluations are spent for all of them together, where they buy most, in this order of preference:
+
+1. Enumerate(): every value, exactly;
+2. UnorderedSet(3): three categories of many, each once;
+3. StochasticTriple() at counts: the drawn value and a neighbour;
+4. DisARM(), DisARMTree(): antithetic pairs, one evaluation for all sites that do not depend on each other.
+
+Where these do not suffice for every site, one more particle is drawn (a shadow), and each is the other's baseline. So
+no site is ever without a control variate, and sites that are alike get the same. The choice depends on the program
+alone: plate sizes, batches, seeds and the order of calls do not enter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from .core.credit import Graph
+from .core.estimator import Estimator
+from .core.families import BERNOULLI, CATEGORICAL, COUNTS, DISCRETE, ONEHOT
+from .core.plan import Choice, Situation
+from .core.site import Site, Term
+from .estimators.baselines.leave_one_out import LeaveOneOut
+from .estimators.disarm import DisARM
+from .estimators.disarm_tree import DisARMTree
+from .estimators.enumerate import Enumerate
+from .estimators.pathwise import Pathwise
+from .estimators.reinforce import Reinforce
+from .estimators.stochastic_triple import StochasticTriple
+from .estimators.unordered_set import UnorderedSet
+
+#: further evaluations of model and guide per step, all sites together
+BUDGET = 2
+#: in order of preference
+OPTIONS: tuple[tuple[Estimator, tuple[str, ...]], ...] = (
+    (Enumerate(), DISCRETE),
+    (UnorderedSet(3), (CATEGORICAL, ONEHOT)),
+    (StochasticTriple(), tuple(COUNTS)),
+    (DisARM(), (BERNOULLI,)),
+    (DisARMTree(), (CATEGORICAL, ONEHOT)),
+)
+
+
+@dataclass(frozen=True)
+class Automatic:
+    """The policy of this file."""
+
+    def __call__(self, sites: Sequence[Site], terms: Sequence[Term], graph: Graph, situation: Situation) -> Choice:
+        chosen: dict[str, Estimator] = {s.name: Pathwise() for s in sites if s.reparameterised}
+        rest = [s for s in sites if s.name not in chosen]
+        if not rest:
+            return Choice(chosen, situation.particles)
+        if situation.particles == 1 and situation.counterfactual and not situation.branches:
+            spent = _spend(rest, terms, graph)
+            if spent is not None:
+                return Choice({**chosen, **spent}, 1)
+        chosen |= dict.fromkeys((s.name for s in rest), Reinforce(LeaveOneOut()))
+        return Choice(chosen, max(2, situation.particles))
+
+    def alone(self, site: Site, particles: int) -> Estimator:
+        return Pathwise() if site.reparameterised else Reinforce(LeaveOneOut())
+
+
+AUTOMATIC = Automatic()
+
+
+def _spend(sites: Sequence[Site], terms: Sequence[Term], graph: Graph) -> dict[str, Estimator] | None:
+    """Estimators within the budget, the most preferred; None if there are none for every site."""
+    views = {s.name: replace(s, plates=graph.closed_plates(s.name, terms)) for s in sites}
+    kinds: dict[tuple[object, ...], list[Site]] = {}
+    for s in sites:
+        v, coupled = views[s.name], views[s.name].plates != s.plates
+        categories = v.categories if v.family in DISCRETE else 0
+        kinds.setdefault((s.family, categories, coupled or v.lanes, s.time), []).append(s)
+
+    def price(options: Iterable[Estimator]) -> float:
+        total, shared = 0.0, []
+        for option, members in zip(options, kinds.values(), strict=True):
+            if option.shared:
+                shared += [s.name for s in members]
+            else:
+                total += sum(_alone(option, s, views[s.name]) for s in members)
+        return total + len(graph.levels([s.name for s in sites if s.name in shared]))
+
+    for options in sorted(product(*map(_options, kinds)), key=_rank):
+        if price(options) <= BUDGET:
+            return {s.name: o for o, members in zip(options, kinds.values(), strict=True) for s in members}
+    return None
+
+
+def _options(kind: tuple[object, ...]) -> list[Estimator]:
+    family, *_, time = kind
+    return [] if time else [e for e, families in OPTIONS if family in families]
+
+
+def _rank(options: Sequence[Estimator]) -> int:
+    order: Callable[[Estimator], int] = [e for e, _ in OPTIONS].index
+    return sum(map(order, options))
+
+
+def _alone(option: Estimator, site: Site, view: Site) -> float:
+    """Evaluations for one site. One whose plate a cost couples has as many elements as the plate: too many, always."""
+    return math.inf if view.plates != site.plates else option.alternatives(view)

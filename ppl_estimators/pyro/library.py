@@ -1,0 +1,696 @@
+"""What Pyro does for one evaluation of the loss (`core.step.Library`)."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer.util import is_validation_enabled
+from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_messenger import TraceMessenger
+from pyro.poutine.trace_struct import Trace
+from pyro.util import check_model_guide_match, check_site_shape
+from torch.utils._pytree import tree_map
+
+from ..core import averaging
+from ..core.credit import Graph
+from ..core.errors import EstimatorError, EstimatorWarning, site_error
+from ..core.estimator import Estimator, Noise
+from ..core.keep import Kept
+from ..core.plan import Group, Plan, Settings, check_keys, make_plan, requested
+from ..core.site import Plate, Site, Term
+from ..core.step import Joined, Run, Values
+from ..core.verify import lost, unstable
+from .baseline import from_baseline
+from .buffers import Buffers
+from .dependencies import Provenance, StopParameters
+from .distributions import Law, another, log_q, named, natural_parameters, score_norm
+from .keep import Keeper, read_state
+from .ops import OPS
+from .randomness import Generators, Randomness, SideBySide, Stream
+from .run import Message, Traces, dependencies, enumerated, execute, plates_of, terms_of, view
+
+Array = torch.Tensor
+_PARTICLES = "num_particles_vectorized"
+_ALTERNATIVES = "_counterfactual_values"
+_STRUCTURES = 8  # so many of a program are verified
+
+
+class Recent(OrderedDict[Hashable, Any]):
+    """A dictionary that forgets what was not asked for longest."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def recall(self, key: Hashable) -> Any:
+        if key not in self:
+            return None
+        self.move_to_end(key)
+        return self[key]
+
+    def store(self, key: Hashable, value: Any) -> None:
+        self[key] = value
+        self.move_to_end(key)
+        while len(self) > self.size:
+            self.popitem(last=False)
+
+
+@dataclass
+class Memory:
+    """What an ELBO remembers between steps: plans by structure, which of them a call is expected to have, and what its
+    programs write and read beside their parameters."""
+
+    plans: Recent = field(default_factory=lambda: Recent(64))
+    expected: Recent = field(default_factory=lambda: Recent(64))
+    buffers: Buffers = field(default_factory=Buffers)
+    generators: Generators = field(default_factory=Generators)
+    seen: set[str] = field(default_factory=set)  # latent sites of all structures
+    verified: Recent = field(default_factory=lambda: Recent(256))
+    distrusted: set[Hashable] = field(default_factory=set)  # programs whose dependencies were found incomplete
+    last: Plan | None = None
+
+
+class _Unplanned(Exception):
+    """A run has come upon what the expected plan does not know, before anything depended on a drawn value: it may be
+    made again, and nothing is selected by that."""
+
+
+class PyroLibrary:
+    """A Pyro program: model, guide and their arguments."""
+
+    ops = OPS
+
+    def __init__(
+        self,
+        settings: Settings,
+        randomness: Randomness,
+        memory: Memory,
+        keeper: Keeper,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        max_plate_nesting: float,
+        side_by_side: bool,
+        particles: Callable[[Any], Any] | None,
+        standalone: bool,
+        verify: bool,
+    ):
+        self.verify = verify
+        self.settings, self.randomness, self.memory, self.keeper = settings, randomness, memory, keeper
+        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.max_plate_nesting, self.side_by_side, self.standalone = max_plate_nesting, side_by_side, standalone
+        self.vectorized = particles is not None
+        if particles is not None:
+            self.model, self.guide = particles(model), particles(guide)
+        self.observes = isinstance(getattr(guide, "guide", guide), GuideMessenger)
+        self.subsamples: dict[str, Array] = {}
+        self.call = (settings, _code(model), _code(guide), _shape(args), _shape(tuple(sorted(kwargs.items()))))
+        self._plan: Plan | None = memory.expected.recall(self.call)
+        self._like: Array = torch.zeros(())
+        self._used: dict[str, Estimator] = {}
+        self._follow: Provenance | None = None
+        self._pinned = False  # no run is thrown away any more
+        self._unchecked = False  # is the structure new?
+
+    # ---- structure: which sites there are, who depends on whom ------------------------------------------------------
+
+    def plan(self, traces: Traces | None = None) -> Plan:
+        if traces is not None:
+            self._plan = self._planned(traces)
+        return self._plan if self._plan is not None else _nothing_known(self.settings)
+
+    def _planned(self, traces: Traces) -> Plan:
+        """The plan for the structure of a run that was followed."""
+        latents, behind, follow = traces.latents(), self._behind(traces), self._follow
+        signature = (
+            self.settings,
+            tuple((n, _kind(m), m["fn"].batch_shape, plates_of(m)) for n, m in latents.items()),
+            tuple((k, d, plates_of(getattr(traces, k[0])[k[1]])) for k, d in behind.items()),
+            bool(follow.control),
+        )
+        plan = self.memory.plans.recall(signature)
+        if plan is None:
+            plan = self._made(traces, follow)
+            self.memory.plans.store(signature, plan)
+            self._unchecked = True
+        self.memory.expected.store(self.call, plan)
+        self.memory.last = plan
+        if any(plan.estimators[n].structure() != e.structure() for n, e in self._used.items()):
+            if not follow.control and not self._pinned:  # nothing that was drawn decided which structure it is
+                self._plan = plan
+                raise _Unplanned
+            settings = replace(self.settings, estimators=tuple({**self.settings.mapping, **self._used}.items()))
+            return self._made(traces, follow, settings)
+        if any(plan.estimators[n] is not e for n, e in self._used.items()):  # made anew at every run
+            return replace(plan, estimators={**plan.estimators, **self._used})
+        return plan
+
+    def _behind(self, traces: Traces) -> dict[tuple[str, str], int]:
+        """The sites behind each cost term; where that was found to be wrong, all that were drawn before it."""
+        behind = dependencies(traces)
+        if self.call[1:3] not in self.memory.distrusted:
+            return behind
+        order = self._follow.order
+        before = {n: (2 << i) - 1 for i, n in enumerate(order)}
+        drawn, everything = 0, (1 << len(order)) - 1
+        for side, name in behind:
+            if side == "guide":
+                drawn |= before.get(name, 0)
+                behind[side, name] = drawn
+            else:
+                behind[side, name] = everything
+        return behind
+
+    def _made(self, traces: Traces, follow: Provenance, settings: Settings | None = None) -> Plan:
+        settings, latents = settings or self.settings, traces.latents()
+        depends_on = {k: follow.names(d) for k, d in self._behind(traces).items()}
+        for n, m in latents.items():
+            if m["infer"].get("enumerate"):
+                raise enumerated(n)
+        sites = [replace(view(m), requested=self.requested(m)) for m in latents.values()]
+        self.memory.seen |= latents.keys()
+        others = [*(self.memory.seen - latents.keys()), *traces.model]  # of other structures; observed in this one
+        check_keys(self.settings.mapping, list(latents), "EstimatorELBO", others)
+        for hooked in {id(h): h for s in sites if (h := s.declared) is not None}.values():
+            check_keys(hooked.estimators, list(latents), "with_estimators", others)
+        terms = [Term(side, n, None, plates_of(getattr(traces, side)[n]), d) for (side, n), d in depends_on.items()]
+        graph = Graph({n: depends_on["guide", n] - {n} for n in latents}, {s.name: s.plates for s in sites})
+        plan = make_plan(sites, terms, graph, settings, branches=bool(follow.control))
+        if settings.average_model:
+            averaging.check(plan)
+        if is_validation_enabled():
+            check_model_guide_match(traced(traces.model), traced(traces.guide), self.max_plate_nesting)
+        # arrays of this run are not wanted: only facts
+        none = {"value": None, "scale": 1.0, "logits": None, "named": {}, "law": None}
+        return replace(plan, sites={n: replace(s, kind=_kind(latents[n]), **none) for n, s in plan.sites.items()})
+
+    def _survey(self) -> None:
+        """Look at the structure of the program before drawing with the right estimators; leaves no trace."""
+
+        def look(source: Stream) -> None:
+            with torch.enable_grad():  # what is differentiable is part of the structure
+                traces = self.run(lambda msg: msg["fn"](*msg["args"], **msg["kwargs"]), source, first=True)
+                self._plan = self._planned(traces)
+            raise _Unplanned
+
+        self._plan = None
+        self._attempt(look)
+
+    def _attempt(self, one: Callable[[Stream], Any]) -> Any:
+        """``one`` with a new stream; None if it cannot be told yet how to draw, and then all is as it was before: what
+        was drawn, the minibatch, the buffers of modules."""
+        memory, known, result = self.memory, self._plan is not None, None
+        self._used, self.subsamples = {}, {}
+        before = memory.generators.state(everything=not known)
+        with nullcontext(memory.buffers.held()) if known else memory.buffers.watched() as held:
+            try:
+                result = one(Stream(memory.generators, held))
+            except _Unplanned:
+                pass
+        if not known:
+            memory.generators.learn(before, memory.generators.state(everything=True))
+        if result is None:
+            memory.generators.restore(before)
+            Buffers.restore(held)
+        return result
+
+    # ---- one run ------------------------------------------------------------------------------------------------
+
+    def run(
+        self, draw: Callable[[Message], Array], source: Stream, *, first: bool = False, constants: bool = False,
+        wide: Plate | None = None,
+    ) -> Traces:  # fmt: skip
+        model, guide, args, kwargs = self.model, self.guide, self.args, self.kwargs
+        if wide is not None:
+            model, guide = _along(wide)(model), _along(wide)(guide)
+        if constants:
+            args, kwargs = tree_map(_detached, (args, kwargs))
+        with ExitStack() as stack:
+            if first:
+                self._follow = Provenance()
+                stack.enter_context(self._follow)
+            else:
+                stack.enter_context(self._once_more(source))
+                if constants and torch.is_grad_enabled():
+                    stack.enter_context(StopParameters())
+            return execute(
+                _Streamed(source, "model")(model), _Streamed(source, "guide")(guide), args, kwargs, draw=draw,
+                subsamples=self.subsamples, provenance=self._follow if first else None, observes=self.observes,
+            )  # fmt: skip
+
+    @contextmanager
+    def _once_more(self, source: Stream) -> Iterator[None]:
+        """A further run of a particle: random numbers and buffers are what its first run found, and afterwards what it
+        left."""
+        generators = self.memory.generators
+        now = generators.state()
+        generators.restore(source.start)
+        try:
+            with Buffers.lent(source.buffers):
+                yield
+        finally:
+            generators.restore(now)
+
+    def guide_again(self, traces: Traces, source: Stream) -> Traces:
+        first = traces.guide
+
+        def replay(msg: Message) -> Array:
+            return first[msg["name"]]["value"].clone()  # no transform may answer from its cache
+
+        with self._once_more(source), StopParameters():
+            return execute(
+                None, _Streamed(source, "guide")(self.guide), self.args, self.kwargs, draw=replay,
+                subsamples=self.subsamples,
+            )  # fmt: skip
+
+    def arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        return self.args, self.kwargs
+
+    def terms(
+        self, traces: Traces, plan: Plan, relaxed: frozenset[str], *, only: frozenset[str] | None = None,
+        first: bool = False,
+    ) -> list[Term]:  # fmt: skip
+        if not first:
+            return terms_of(traces, plan.depends_on, relaxed, only=only, hard=plan.hard)
+        local = frozenset(n for n in plan.local if not plan.estimators[n].pathwise)
+        score_only = frozenset() if self.settings.objective.keeps_score else local
+        terms = terms_of(traces, plan.depends_on, relaxed, score_only, local=local, hard=plan.hard)
+        if terms:
+            self._like = terms[0].value
+        if self._unchecked and is_validation_enabled():
+            for record in (traces.model, traces.guide):
+                for msg in record.values():
+                    check_site_shape(msg, self.max_plate_nesting)
+        self._unchecked = False
+        return terms
+
+    # ---- one site -----------------------------------------------------------------------------------------------
+
+    def estimator(self, plan: Plan, msg: Message) -> Estimator:
+        name, facts = msg["name"], plan.sites.get(msg["name"])
+        asked = self.settings.asked(name, self.requested(msg))
+        if facts is not None and facts.kind == _kind(msg):
+            chosen = plan.estimators[name] if asked is None else asked
+        else:  # a structure that was not met before
+            site, particles = replace(view(msg), requested=asked), self.settings.particles
+            chosen = self.settings.alone(site)
+            named = asked is not None or isinstance(self.settings.default, Estimator)
+            if named:
+                chosen.check(site.filled(value=self._anything(msg)), particles)
+            needs_plan = chosen.lanewise or not (chosen.pathwise or named or particles > 1)
+            if needs_plan and not self._follow.control and not self._pinned:
+                raise _Unplanned
+        self._used[name] = chosen
+        return chosen
+
+    def _anything(self, msg: Message) -> Array:
+        """A value of the site's, drawn without a trace."""
+        generators = self.memory.generators
+        now = generators.state()
+        with torch.no_grad():
+            value = msg["fn"].sample()
+        generators.restore(now)
+        return value
+
+    def requested(self, msg: Message) -> Estimator | None:
+        """The site's own request: ``infer={"estimator": ...}``, or Pyro's ``infer={"baseline": {...}}``."""
+        asked = requested(msg["name"], msg["infer"])
+        return from_baseline(msg["infer"].get("baseline")) if asked is None else asked
+
+    def view(self, plan: Plan, msg: Message, wide: Plate | None = None) -> Site:
+        facts = plan.sites.get(msg["name"])
+        fn = msg["fn"]
+        if facts is None or wide is not None:
+            site = view(msg)
+            return site if site.named else site.filled(named=named(fn))
+        logits = natural_parameters(fn, facts.family)
+        arrays = {
+            "scale": msg["scale"],
+            "logits": logits,
+            "named": named(fn) if logits is None else {"logits": logits},
+            "law": Law(fn),
+            "value": msg["value"],
+            "declared": msg["infer"].get("_with_estimators"),
+        }
+        if facts.batch_shape != fn.batch_shape:  # another batch size
+            coupled, plates = {p.name for p in facts.coupled}, plates_of(msg)
+            arrays["plates"] = frozenset(p for p in plates if p.name not in coupled)
+            arrays["coupled"] = plates - arrays["plates"]
+            arrays["batch_shape"] = tuple(fn.batch_shape)
+        return facts.filled(**arrays)
+
+    def own(self, msg: Message) -> Array:
+        return self.randomness.value(msg["name"], msg["fn"], *msg["args"], **msg["kwargs"])
+
+    def value(self, msg: Message, number: int) -> Array:
+        return self.own(msg)
+
+    def again(self, msg: Message, first: Message, *, constants: bool) -> Array:
+        return first["value"].detach() if constants else first["value"]
+
+    def sampled(self, msg: Message, value: Array) -> Array:
+        return value
+
+    def noise(self, source: Stream, msg: Message, site: Site, label: str, noise: Noise, number: int) -> Array:
+        like = site.logits if site.logits is not None else next(iter(site.named.values()), torch.empty(()))
+        return self.randomness.noise(site.name, label, noise, like)
+
+    def state(self, site: Site, estimator: Estimator, label: str) -> Array:
+        like = site.logits if site.logits is not None else next(iter(site.named.values()), torch.empty(()))
+        present = read_state(site.name, label, estimator.state(site)[label], like)
+        return present.detach().clone()  # the step ends by writing the new one in its place
+
+    def keep(self, site: Site, estimator: Estimator, given: Values, like: Array) -> Kept:
+        if self.vectorized:
+            site = replace(site, lead=1, **_without_particles(site))
+        if site.declared is None:
+            self._check_trained(site, estimator, given)
+        keeper = self.keeper if site.declared is None else site.declared.keeper
+        like = like if like.is_floating_point() else self._like
+        return keeper.declare(site, estimator, given, like.detach())
+
+    def _check_trained(self, site: Site, estimator: Estimator, given: Values) -> None:
+        trains = estimator.parameters(site) or estimator.networks(site, given)
+        if trains and self.standalone and not any(isinstance(m, TraceMessenger) for m in _stack()):
+            raise site_error(
+                site.name,
+                f"{estimator!r} has parameters to train, and outside SVI only the guide can hand them to an optimiser",
+                f'Wrap the guide: guide = with_estimators(guide, {{"{site.name}": {estimator!r}}}).',
+            )
+
+    def log_q(self, msg: Message, value: Array) -> Array:
+        return msg["log_q"] if value is msg["value"] and "log_q" in msg else log_q(msg["fn"], value)
+
+    def score_norm(self, site: Site, msg: Message, value: Array) -> Array:
+        return score_norm(site, msg["fn"], value)
+
+    def arrays(self, site: Site) -> dict[str, Any]:
+        scale = site.scale
+        if isinstance(scale, torch.Tensor) and scale.ndim < len(site.batch_shape):
+            scale = scale.reshape(*(1,) * (len(site.batch_shape) - scale.ndim), *scale.shape)
+        return {
+            "logits": site.logits,
+            "named": site.named,
+            "log_q": site.log_q,
+            "score_norm": site.score_norm,
+            "scale": scale,
+        }
+
+    def zero(self, site: Site | None = None) -> Array:
+        return self._like.new_zeros(site.plate_shape if site is not None else ())
+
+    def differentiating(self, yes: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if yes else torch.no_grad()
+
+    # ---- many evaluations ---------------------------------------------------------------------------------------
+
+    def each(
+        self, evaluate: Callable[..., Any], values: Callable[[Any], Values], group: Group, run: Run,
+        differentiable: bool,
+    ) -> tuple[dict[str, Array], dict[averaging.Key, Array]]:  # fmt: skip
+        shapes = {(t.side, t.site): t.value.shape for t in run.terms}
+        chunk = self.settings.max_parallel if self.side_by_side else 1
+        found: list[dict[str, Array]] = []
+        rows: list[dict[averaging.Key, Array]] = []
+        for start in range(0, group.alternatives, chunk):
+            indices = range(start, min(start + chunk, group.alternatives))
+            with torch.no_grad():
+                several = [values(i) for i in indices]
+            with self.differentiating(differentiable):
+                if len(several) == 1:
+                    costs, terms = evaluate(several[0])
+                    costs = {n: c[None] for n, c in costs.items()}
+                else:
+                    costs, terms = self._side_by_side(evaluate, several, group, run)
+            found.append(costs)
+            rows.append({k: x.reshape(-1, *shapes[k]) for k, x in terms.items()})
+        return (
+            {n: torch.cat([costs[n] for costs in found]) for n in group.sites},
+            {k: torch.cat([row[k] for row in rows]) for k in rows[0]},
+        )
+
+    def _side_by_side(
+        self, evaluate: Callable[..., Any], values: Sequence[Values], group: Group, run: Run
+    ) -> tuple[dict[str, Array], dict[averaging.Key, Array]]:
+        """Several counterfactual values in one run, as a plate to the left of all others."""
+        members = [run.sites[n] for n in group.sites]
+        widest = max(len(m["fn"].batch_shape) for r in (run.traces.guide, run.traces.model) for m in r.values())
+        count, depth = len(values), 1 + max(int(self.max_plate_nesting), widest)
+        plate = Plate(_ALTERNATIVES, -depth, count)
+        stacked, wide = {}, []
+        for s in members:
+            pad = (1,) * (depth - 1 - len(s.batch_shape))
+            x = torch.stack([v[s.name] for v in values])
+            stacked[s.name] = x.reshape(count, *pad, *x.shape[1:])
+            wide.append(replace(s, plates=s.plates | {plate}, batch_shape=(count, *pad, *s.batch_shape)))
+        graph = run.plan.graph
+        graph = Graph(graph.ancestors, {n: p | {plate} for n, p in graph.plates.items()})
+        with SideBySide(count, self.memory.generators):
+            costs, terms = evaluate(stacked, wide, graph, plate)
+        return {
+            s.name: costs[s.name].expand(count, *w.plate_shape[1:]).reshape(count, *s.plate_shape)
+            for s, w in zip(members, wide, strict=True)
+        }, terms
+
+    def slopes(
+        self, total: Callable[[Values], tuple[Array, Values]], values: Values
+    ) -> tuple[Mapping[str, Array], Values]:
+        values = {n: v if v.requires_grad else v.clone().requires_grad_() for n, v in values.items()}
+        height, costs = total(values)
+        if not height.requires_grad:
+            return {n: torch.zeros_like(v) for n, v in values.items()}, costs
+        found = torch.autograd.grad(height, list(values.values()), create_graph=True, allow_unused=True)
+        slopes = {n: torch.zeros_like(v) if g is None else g for (n, v), g in zip(values.items(), found, strict=True)}
+        return slopes, costs
+
+    def particles(self, one: Callable[[Any], tuple[dict[str, Any], Run]], count: int | None = None) -> Joined:
+        """``one(source)`` for every particle, of which there are ``count`` or as many as the plan wants."""
+        found = [self._first(one)]
+        self._pinned = True
+        if not self.vectorized:
+            while len(found) < (self.plan().particles if count is None else count):
+                shadow = len(found) >= self.settings.particles  # no particle of the user's: leaves no trace
+                held = self.memory.buffers.held() if shadow else []
+                with Buffers.lent(held):
+                    self._used = {}
+                    found.append(one(Stream(self.memory.generators, self.memory.buffers.held())))
+        arrays, runs = zip(*found, strict=True)
+        total = self.settings.particles if self.vectorized else len(found)
+        sites: dict[str, Site] = {}
+        estimators, kept, joined = {}, {}, {}
+        for name in dict.fromkeys(n for a in arrays for n in a["sites"]):
+            here = [(a["sites"][name], r) for a, r in found if name in a["sites"]]
+            run = here[0][1]
+            sites[name] = self._facts(run.sites[name])
+            estimators[name], kept[name] = run.plan.estimators[name], run.kept[name]
+            joined[name] = self._joined([a for a, _ in here])
+        objective = [a["objective"] for a in arrays]
+        if self.vectorized:
+            collected = objective[0] if objective[0].ndim else objective[0][None] / total
+        else:
+            collected = torch.stack(objective) if len(objective) > 1 else objective[0][None]
+        return Joined({"objective": collected, "sites": joined, "runs": runs}, sites, estimators, kept, total)
+
+    def _first(self, one: Callable[[Any], tuple[dict[str, Any], Run]]) -> tuple[dict[str, Any], Run]:
+        """The first particle, drawn once the structure of the program is known as far as its choices need."""
+        expected = self._plan
+        result = self._attempt(one)
+        if result is None and self._plan is expected:
+            self._survey()
+        self._pinned = True
+        result = self._attempt(one) if result is None else result
+        if not self._verified(result[1]):
+            result = self._attempt(one)
+        return result
+
+    def _verified(self, run: Run) -> bool:
+        """Is the program what its first run said of it? Asked once for each structure, see `core.verify`. False if a
+        dependency was lost: then everything counts as depending on all that was drawn before it, from now on."""
+        plan, latents = run.plan, run.traces.latents()
+        program = self.call[1:3]
+        structure = (program, tuple((n, s.kind) for n, s in plan.sites.items()), tuple(plan.depends_on.items()))
+        known = self.memory.verified
+        if not self.verify or structure in known or sum(s[0] == program for s in known) >= _STRUCTURES:
+            return True
+        known.store(structure, True)
+        sites = [n for n in plan.local if latents[n]["fn"] is not None]
+        terms = {(t.side, t.site): t.value.detach() for t in run.terms}
+        depends_on = {k: plan.depends_on[k] for k in terms}
+        again = plan.reruns or plan.particles > self.settings.particles
+        open_pairs = not plan.branches and any(set(sites) - deps for deps in depends_on.values())
+        if not (again or open_pairs):
+            return True
+
+        def evaluate(moved: Sequence[str]) -> dict[tuple[str, str], Array]:
+            def draw(msg: Message) -> Array:
+                name = msg["name"]
+                if name not in latents:
+                    return msg["fn"].sample()
+                value = latents[name]["value"].detach()
+                return another(msg["fn"], value) if name in moved else value
+
+            with torch.no_grad():
+                traces = self.run(draw, run.source)
+                return {(t.side, t.site): t.value for t in self.terms(traces, plan, plan.soft)}
+
+        try:
+            changing = unstable(evaluate, terms, _same)
+        except Exception as error:
+            changing, cause = list(terms), error
+        else:
+            cause = None
+        if changing:
+            if again:
+                raise _not_the_same(changing, sites) from cause
+            return True
+        try:
+            found = lost(evaluate, terms, depends_on, sites, _same) if open_pairs else None
+        except Exception:  # a value that the program does not take
+            return True
+        if found is None:
+            return True
+        (side, term), site = found
+        warnings.warn(
+            f"site '{site}': the cost of site '{term}' ({'log p' if side == 'model' else '-log q'}) moves with its "
+            "value, by a way that cannot be followed (code that torch does not see). From now on every cost of this "
+            "program counts for all sites that were drawn before it: right, and noisier.",
+            EstimatorWarning,
+            stacklevel=2,
+        )
+        self.memory.distrusted.add(program)
+        return False
+
+    def _facts(self, site: Site) -> Site:
+        if not self.vectorized:
+            return site
+        if len(site.batch_shape) != self.max_plate_nesting:
+            raise EstimatorError(
+                f"site '{site.name}': batch shape {site.batch_shape} with max_plate_nesting={self.max_plate_nesting}, "
+                "the particles included: the particle axis must be the leftmost. Pass a max_plate_nesting that covers "
+                "every batch dimension, or vectorize_particles=False."
+            )
+        return site.filled(**_without_particles(site))
+
+    def _joined(self, rows: Sequence[Any], axis: int = 0) -> Any:
+        """Arrays of one particle each, joined along a new particle axis (or as they are, if vectorised)."""
+        first = rows[0]
+        if isinstance(first, Mapping):
+            return {k: self._joined([r[k] for r in rows], int(k == "elsewhere" or axis)) for k in first}
+        if not isinstance(first, torch.Tensor) or self.vectorized:
+            return first
+        if len(rows) == 1:
+            return first.unsqueeze(axis)
+        return torch.stack(list(rows), axis)
+
+
+class _Streamed(Messenger):
+    """Keeps the generators where the particle's stream says, around every site of one side."""
+
+    def __init__(self, stream: Stream, side: str):
+        super().__init__()
+        self.stream, self.side = stream, side
+
+    def _pyro_sample(self, msg: Message) -> None:
+        self.stream.before((self.side, msg["name"]))
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        self.stream.after((self.side, msg["name"]))
+
+
+def _along(plate: Plate) -> Any:
+    return pyro.plate(plate.name, plate.size, dim=plate.dim)
+
+
+def _nothing_known(settings: Settings) -> Plan:
+    return Plan({}, {}, (), Graph({}, {}), (), settings.particles, branches=False)
+
+
+def _kind(msg: Message) -> tuple[Any, ...]:
+    """What a choice depends on, of one latent site: not the sizes of its plates."""
+    fn, infer = msg["fn"], msg["infer"]
+    asked, baseline = requested(msg["name"], infer), infer.get("baseline")
+    plates = plates_of(msg)
+    dims, n = {p.dim for p in plates}, len(fn.batch_shape)
+    return (
+        type(fn),
+        type(getattr(fn, "base_dist", None)),
+        tuple(size if i - n not in dims else None for i, size in enumerate(fn.batch_shape)),
+        fn.event_shape,
+        frozenset((p.name, p.dim) for p in plates),
+        None if asked is None else asked.structure(),
+        tuple((k, baseline[k] if isinstance(baseline[k], (bool, float)) else None) for k in sorted(baseline))
+        if baseline
+        else None,
+        infer.get("enumerate"),
+    )
+
+
+def _code(fn: Any) -> Hashable:
+    """What a program is known by: its code, not the object, of which there may be a new one at every step."""
+    inner = getattr(fn, "__wrapped__", None) or getattr(fn, "func", None)
+    if isinstance(fn, partial) and inner is not None:
+        return _code(inner)
+    function = getattr(fn, "__func__", fn)
+    return getattr(function, "__code__", type(fn))
+
+
+def _shape(x: Any) -> Hashable:
+    """What of an argument may decide the structure of a program."""
+    if isinstance(x, torch.Tensor):
+        return tuple(x.shape)
+    if isinstance(x, (tuple, list)):
+        return tuple(map(_shape, x))
+    if isinstance(x, Mapping):
+        return tuple((k, _shape(v)) for k, v in x.items())
+    return x if x is None or isinstance(x, (bool, int, str)) else type(x)
+
+
+def _without_particles(site: Site) -> dict[str, Any]:
+    """Plates and batch shape of a vectorised site, the particle axis being its leading one."""
+    return {
+        "plates": frozenset(p for p in site.plates if p.name != _PARTICLES),
+        "batch_shape": site.batch_shape[1:],
+    }
+
+
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, torch.Tensor) else x
+
+
+def _same(a: Array, b: Array) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def _not_the_same(terms: Sequence[tuple[str, str]], sites: Sequence[str]) -> EstimatorError:
+    names = ", ".join(f"'{n}'" for _, n in terms)
+    chosen = ", ".join(f'"{n}": Reinforce(MovingAverage())' for n in sites)
+    return EstimatorError(
+        f"site {names}: its cost is another when the program is run again with the same values and random numbers, so "
+        "it reads something that changes (an iterator, a counter), and the estimators here run it more than once. "
+        "Fetch what changes outside and pass it in, svi.step(batch); or choose estimators that need one run: "
+        f"EstimatorELBO({{{chosen}}})."
+    )
+
+
+def traced(record: Mapping[str, Message]) -> Trace:
+    trace = Trace()
+    for name, msg in record.items():
+        trace.add_node(name, **msg)
+    return trace
+
+
+def _stack() -> list[Any]:
+    from pyro.poutine.runtime import _PYRO_STACK
+
+    return _PYRO_STACK
