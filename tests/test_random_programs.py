@@ -39,54 +39,9 @@ def test_random_programs_have_the_right_gradient(seed):
         assert failure.kind == "right", f"seed {seed}: {failure}"  # neither refused nor too noisy to tell
 
 
-#: shrunk programs that failed once, in one library or both
-FOUND = {
-    "the known mean at an undeclared dimension": Program(
-        (Latent("z0", axes=("u",), estimator="ControlVariate(double, double_mean, 0.7)"),), layout=("u",)
-    ),
-    "a composition of compositions": Program(
-        (Latent("z0", estimator="Average((Average((MuProp(), Reinforce())), RELAX(hidden=3)))"),)
-    ),
-    "wide tails in a composition": Program(
-        (Latent("z0", estimator="Repeat(2, ImportanceSampled(Reinforce(OptimalConstant(0.8))))"),)
-    ),
-    "a composition at a count": Program(
-        (Latent("z0", "binomial", estimator="Average((SumAroundMode(8), SumAroundMode(8)))"),)
-    ),
-    "a network where a cost couples the plate": Program(
-        (
-            Latent("z0", axes=("b",), estimator="Combine((Antithetic(Enumerate()), RELAX(hidden=3)))"),
-            Latent("z1", "normal", guide={"z0": 0.9}),
-        ),
-        (Observed("x0", ("b",), {"z0": 0.4, "z1": 0.4}),),
-        layout=("b",),
-    ),
-    "independent draws of a count": Program(
-        (Latent("z1", "binomial", ("u",), estimator="Repeat(2, Reinforce(LeaveOneOut()))"),), layout=("u",)
-    ),
-}
-#: those that still do: the defect is being mended
-OPEN = {
-    ("a network where a cost couples the plate", "numpyro"): "what is kept is declared for an element of open plates, "
-    "and used with the closed ones",
-    ("independent draws of a count", "numpyro"): "the first value is drawn with a key, the others with keys folded "
-    "from it, which a sampler that splits its key has used",
-}
 
-
-def once_failed() -> list[object]:
-    """A parameter for each program and library."""
-    return [
-        pytest.param(
-            name, library, id=f"{name}-{library}",
-            marks=[pytest.mark.xfail(strict=True, reason=OPEN[name, library])] if (name, library) in OPEN else [],
-        )
-        for name in FOUND
-        for library in LIBRARIES
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "library"), once_failed())
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("name", FOUND)
 def test_programs_that_failed_once(name, library):
     found = verdict(FOUND[name], library)
     assert found.kind in ("right", "refused"), found
