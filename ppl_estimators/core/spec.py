@@ -45,7 +45,8 @@ class Spec:
 
 def _shown(value: Any) -> str:
     """A function by its name, anything else as it shows itself."""
-    return value.__name__ if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)) else repr(value)
+    name = getattr(value, "__name__", None) if callable(value) else None
+    return repr(value) if name is None else name
 
 
 def _hashable(value: Any) -> Any:
