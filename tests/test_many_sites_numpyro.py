@@ -7,9 +7,10 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 
-from ppl_estimators import DisARM, LeaveOneOut, Reinforce
+from ppl_estimators import ARMS, DisARM, Enumerate, LeaveOneOut, Reinforce
 from ppl_estimators.numpyro import EstimatorELBO
-from ppl_estimators.numpyro.run import Keys, site_key
+from ppl_estimators.numpyro.library import NumPyroLibrary
+from ppl_estimators.numpyro.run import Keys, noise_key, site_key
 
 
 def program(sites):
@@ -75,5 +76,52 @@ def test_keys_made_together_are_those_made_one_by_one():
         np.testing.assert_array_equal(jax.random.key_data(keys.known[name]), jax.random.key_data(one))
     folded = jax.random.key_data(keys.folded(names[1:], 2))
     for row, name in zip(folded, names[1:], strict=True):
-        one = jax.random.fold_in(site_key(keys.guide, name), 2)
+        one = noise_key(site_key(keys.guide, name), 2)
         np.testing.assert_array_equal(row, jax.random.key_data(one))
+
+
+@pytest.mark.usefixtures("double_precision")
+def test_one_compiled_body_serves_every_level(monkeypatch):
+    """The levels of a hierarchy evaluated by one body, and each by a copy of the program of its own: the same gradient
+    from the same key. Pathwise sites between (of a transformed distribution, which keeps intermediates), a plate, and
+    estimators with several values each."""
+    data = jnp.array([0.3, -0.2, 1.1])
+
+    def program(site, log_normal):
+        top = site("top", dist.Bernoulli, jnp.asarray(0.3))
+        w = log_normal("w", 0.4 * top - 0.1)
+        mid = site("mid", dist.Categorical, jnp.array([0.2, -0.4, 0.1]) * (1 + w))
+        with numpyro.plate("data", 3):
+            low = site("low", dist.Bernoulli, 0.5 * mid - w)
+            v = numpyro.sample("v", dist.Normal(low + top, 0.7))
+            last = site("last", dist.Bernoulli, 0.2 * v - 0.3)
+        return mid + 2.0 * last + v
+
+    def site(name, kind, logits):
+        return numpyro.sample(name, kind(logits=logits))
+
+    def model():
+        mean = program(site, lambda name, loc: numpyro.sample(name, dist.LogNormal(loc, 1.0)))
+        with numpyro.plate("data", 3):
+            numpyro.sample("x", dist.Normal(mean, 1.0), obs=data)
+
+    def guide():
+        a, m = numpyro.param("a", jnp.asarray(0.3)), numpyro.param("m", jnp.asarray(0.1))
+        program(
+            lambda name, kind, logits: site(name, kind, a + 1.3 * logits),
+            lambda name, loc: numpyro.sample(name, dist.LogNormal(loc + m, 0.5)),
+        )
+
+    elbo = EstimatorELBO({"mid": Enumerate(), "top": ARMS(3), "l*": DisARM()}, max_parallel=4)
+    params = {"a": jnp.asarray(0.3), "m": jnp.asarray(0.1)}
+    assert len(elbo.step(jax.random.key(0), params, model, guide, (), {}).library.plan().groups) > 2
+
+    def gradients():
+        one = jax.value_and_grad(lambda p, key: elbo.loss(key, p, model, guide))
+        return jax.jit(jax.vmap(one, (None, 0)))(params, jax.random.split(jax.random.key(1), 64))
+
+    together = gradients()
+    monkeypatch.setattr(NumPyroLibrary, "compiled", False)
+    apart = gradients()
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9), together, apart)
+    assert np.std(together[1]["a"]) > 0.1

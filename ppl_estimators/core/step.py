@@ -46,6 +46,8 @@ class Library(Protocol):
     """What a library does for one evaluation of the loss: model, guide and their arguments are its own affair."""
 
     ops: Ops
+    #: is a step compiled, so that every copy of the program in it has a price?
+    compiled: bool
 
     def plan(self, traces: Traces | None = None) -> Plan:
         """The plan of the structure that a run had; without one, of that which is expected."""
@@ -92,6 +94,10 @@ class Library(Protocol):
     def again(self, msg: Message, first: Message, *, constants: bool) -> Array:
         """The value that the site had in the first run."""
 
+    def either(self, condition: Array, new: Array, old: Array, msg: Message, first: Message) -> Array:
+        """``new``, just drawn at the site, where ``condition`` holds, else ``old``, the value of the first run; where
+        steps are compiled."""
+
     def sampled(self, msg: Message, value: Array) -> Array:
         """``value`` in the type that the site's own sampler returns."""
 
@@ -124,6 +130,12 @@ class Library(Protocol):
         differentiable: bool,
     ) -> tuple[dict[str, Array], dict[averaging.Key, Array]]:  # fmt: skip
         """``evaluate(values(i))`` for each alternative of the group, stacked ``[A, ...]``, some side by side."""
+
+    def mapped(self, one: Callable[[Any], dict[str, Array]], jobs: Any) -> dict[str, Array]:
+        """``one`` of every job, stacked, some side by side; where steps are compiled. ``jobs`` holds lists, an entry
+        for each job."""
+
+    def rows(self, x: Array, rows: Sequence[int]) -> Array: ...
 
     def slopes(
         self, total: Callable[[Values], tuple[Array, Values]], values: Values
@@ -190,10 +202,14 @@ class Step:
         library, ops, run = self.library, self.library.ops, self.run(source)
         given, costs = self._measured(run), self._costs(run)
         elsewhere: dict[str, dict[str, Array]] = {"alternatives": {}, "relaxed": {}, "relaxed_slope": {}}
+        several = [g for g in run.plan.groups if g.alternatives]
+        if library.compiled and len(several) > 2 and not self.settings.average_model:
+            elsewhere["alternatives"] = self._alternatives_of_all(run, several)
+            several = []
         for group in run.plan.groups:
-            if group.alternatives:
+            if group in several:
                 elsewhere["alternatives"] |= self._alternatives(run, group)
-            else:
+            elif group.relaxations:
                 relaxed, slopes = self._relaxations(run, group)
                 elsewhere["relaxed"] |= relaxed
                 elsewhere["relaxed_slope"] |= slopes
@@ -338,19 +354,25 @@ class Step:
                     return library.own(msg)
             if name not in down:
                 return library.again(msg, first[name], constants=constants)
-            estimator = plan.estimators[name]
             if name in soft:
                 site = library.view(plan, msg)
                 u = None if temperature is None else (uniforms or {})[name]
                 return relaxation.downstream(library.ops, site.family, site.logits, u, temperature)
-            if estimator.library_draw:
-                return library.own(msg)
-            value = self._drawn(run, msg, library.view(plan, msg, wide), estimator, run.noise.get(name, {}))[0].value
-            return value if estimator.pathwise else library.sampled(msg, library.ops.stop_gradient(value))
+            return self._drawn_again(run, msg, wide)
 
         traces = library.run(draw, run.source, constants=constants, wide=wide)
         relaxed = plan.soft | (soft | {n for n in members if plan.relaxable(n)} if group.relaxations else frozenset())
         return library.terms(traces, plan, relaxed, only=members)
+
+    def _drawn_again(self, run: Run, msg: Message, wide: Any = None) -> Array:
+        """What a site below others takes when these have changed, from the noise that it had."""
+        library, name = self.library, msg["name"]
+        estimator = run.plan.estimators[name]
+        if estimator.library_draw:
+            return library.own(msg)
+        site = library.view(run.plan, msg, wide)
+        value = self._drawn(run, msg, site, estimator, run.noise.get(name, {}))[0].value
+        return value if estimator.pathwise else library.sampled(msg, library.ops.stop_gradient(value))
 
     def _alternatives(self, run: Run, group: Group) -> dict[str, Array]:
         """Downstream costs at each counterfactual value, ``[A, *plates]`` per site; where the model's own gradient is
@@ -383,6 +405,42 @@ class Step:
         if weights is not None:
             run.averages.append(Average(weights, terms))
         return {n: ops.stop_gradient(c) for n, c in costs.items()}
+
+    def _alternatives_of_all(self, run: Run, groups: Sequence[Group]) -> dict[str, Array]:
+        """The same for many groups, by one evaluation that serves them all: data say which sites are given a value,
+        which keep theirs and which are drawn again. A compiler sees one more copy of the program, however many groups
+        there are; the price is that every evaluation runs the whole of it."""
+        library, ops, plan, first = self.library, self.library.ops, run.plan, run.traces.guide
+        jobs = [(group, i) for group in groups for i in range(group.alternatives)]
+        members = [run.sites[n] for n in run.sites if any(n in g.sites for g in groups)]
+        down = frozenset().union(*(plan.below(g) for g in groups))
+        number = {s.name: [i if s.name in g.sites else -1 for g, i in jobs] for s in members}
+        below = {n: [n in plan.below(g) for g, _ in jobs] for n in down}
+
+        def one(job: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:
+            values = {}
+            for site in members:
+                index, draw = job["number"][site.name], run.draws[site.name]
+                most = 1 + max(number[site.name])
+                value = _alternative(ops, plan.estimators[site.name], site, draw, ops.clip(index, 0, most - 1), most)
+                values[site.name] = library.sampled(first[site.name], value)
+
+            def draw(msg: Message) -> Array:
+                name = msg["name"]
+                value = library.again(msg, first[name], constants=True)
+                if name in down:
+                    value = library.either(job["below"][name], self._drawn_again(run, msg), value, msg, first[name])
+                if name in values:
+                    value = ops.where(job["number"][name] >= 0, values[name], value)
+                return value
+
+            traces = library.run(draw, run.source, constants=True)
+            terms = library.terms(traces, plan, plan.soft, only=frozenset(values))
+            return self._downstream(run, plan.graph, terms, members)
+
+        costs = library.mapped(one, {"number": number, "below": below})
+        rows = {n: [e for e, i in enumerate(numbers) if i >= 0] for n, numbers in number.items()}
+        return {n: ops.stop_gradient(library.rows(c, rows[n])) for n, c in costs.items()}
 
     def _relaxations(self, run: Run, group: Group) -> tuple[dict[str, Array], dict[str, Array]]:
         """Costs ``[M, *plates]`` at relaxed values and their slopes ``[M, *batch, *event]``, differentiable in what

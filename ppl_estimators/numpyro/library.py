@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from numpyro.handlers import substitute
 
 from ..core import averaging
@@ -33,6 +35,7 @@ class NumPyroLibrary:
     """A NumPyro program at one key: model, guide, their parameters and arguments."""
 
     ops = OPS
+    compiled = True
 
     def __init__(
         self,
@@ -141,6 +144,11 @@ class NumPyroLibrary:
         value, msg["intermediates"] = jax.lax.stop_gradient(kept) if constants else kept
         return value
 
+    def either(self, condition: Array, new: Array, old: Array, msg: Message, first: Message) -> Array:
+        before = jax.lax.stop_gradient(first["intermediates"])
+        msg["intermediates"] = jax.tree.map(partial(jnp.where, condition), msg["intermediates"], before)
+        return jnp.where(condition, new, old)
+
     def sampled(self, msg: Message, value: Array) -> Array:
         return value.astype(self.dtypes[msg["name"]])
 
@@ -207,6 +215,14 @@ class NumPyroLibrary:
         # held back in the backward pass, not held: the activations of one chunk at a time
         mapped = jax.checkpoint(one) if differentiable else one
         return jax.lax.map(mapped, jnp.arange(group.alternatives), batch_size=chunk)
+
+    def mapped(self, one: Callable[[Any], dict[str, Array]], jobs: Any) -> dict[str, Array]:
+        jobs = jax.tree.map(jnp.asarray, jobs, is_leaf=lambda x: isinstance(x, list))
+        count = len(jax.tree.leaves(jobs)[0])
+        return jax.lax.map(one, jobs, batch_size=min(self.settings.max_parallel, count))
+
+    def rows(self, x: Array, rows: Sequence[int]) -> Array:
+        return x[np.array(rows)]
 
     def slopes(
         self, total: Callable[[Values], tuple[Array, Values]], values: Values

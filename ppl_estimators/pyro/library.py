@@ -88,6 +88,7 @@ class PyroLibrary:
     """A Pyro program: model, guide and their arguments."""
 
     ops = OPS
+    compiled = False
 
     def __init__(
         self,
