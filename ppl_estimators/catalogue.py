@@ -417,7 +417,7 @@ ENTRIES = (
         DisARM(),
         Kind.bernoulli,
         "2",
-        use="one particle; the default there",
+        use="one particle, many bits; the default there",
         avoid="several particles: LeaveOneOut() is cheaper",
         papers=("dong2020disarm", "yin2020probabilistic"),
         common=True,

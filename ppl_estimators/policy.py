@@ -45,6 +45,10 @@ OPTIONS: tuple[tuple[Estimator, tuple[str, ...]], ...] = (
     (DisARMTree(), (CATEGORICAL, ONEHOT)),
 )
 
+#: sites that are treated alike: family, categories, dependent elements (`_COUPLED` for a plate of them), in a scan?
+Kind = tuple[str, int, int, bool]
+_COUPLED = -1
+
 
 @dataclass(frozen=True)
 class Automatic:
@@ -72,11 +76,12 @@ AUTOMATIC = Automatic()
 def _spend(sites: Sequence[Site], terms: Sequence[Term], graph: Graph) -> dict[str, Estimator] | None:
     """Estimators within the budget, the most preferred; None if there are none for every site."""
     views = {s.name: replace(s, plates=graph.closed_plates(s.name, terms)) for s in sites}
-    kinds: dict[tuple[object, ...], list[Site]] = {}
+    kinds: dict[Kind, list[Site]] = {}
     for s in sites:
         v, coupled = views[s.name], views[s.name].plates != s.plates
         categories = v.categories if v.family in DISCRETE else 0
-        kinds.setdefault((s.family, categories, coupled or v.lanes, s.time), []).append(s)
+        kinds.setdefault((s.family, categories, _COUPLED if coupled else v.lanes, s.time), []).append(s)
+    kinds = dict(sorted(kinds.items()))  # in an order of their own, whatever the guide's: ranks may tie
 
     def price(options: Iterable[Estimator]) -> float:
         total, shared = 0.0, []
@@ -93,7 +98,7 @@ def _spend(sites: Sequence[Site], terms: Sequence[Term], graph: Graph) -> dict[s
     return None
 
 
-def _options(kind: tuple[object, ...]) -> list[Estimator]:
+def _options(kind: Kind) -> list[Estimator]:
     family, *_, time = kind
     return [] if time else [e for e, families in OPTIONS if family in families]
 

@@ -23,8 +23,8 @@ class DisARM(Estimator):
 
     Sites that do not depend on each other in the guide are flipped together: a mean-field guide costs one extra
     evaluation however many sites it has, a hierarchy costs its depth. For one element never noisier than
-    leave-one-out with two particles. The default for Bernoulli sites when there is one particle; with several,
-    LeaveOneOut() is cheaper.
+    leave-one-out with two particles. The default for many bits when there is one particle (a single one is
+    Enumerate() at the same price); with several, LeaveOneOut() is cheaper.
 
     >>> DisARM()
     DisARM()
