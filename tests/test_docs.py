@@ -99,27 +99,12 @@ def train(loss):
 """,
 }
 
-DESIGN = """
-from dataclasses import dataclass
-from ppl_estimators.core.estimator import Estimator, Noise
-from ppl_estimators.core.families import threshold
-from ppl_estimators.core.site import Draw, Local
-"""
-
 #: (page, number of the block): before it, after it
 AROUND = {
     ("README.md", 0): (PYRO, "for _ in range(2): svi.step()"),
     ("README.md", 1): (NUMPYRO, "svi.run(jax.random.key(0), 2, progress_bar=False)"),
     ("index.md", 0): ("", "for _ in range(2): svi.step(torch.tensor(1.4))"),
     ("index.md", 1): ("import jax", "svi.run(jax.random.key(0), 2, 1.4, progress_bar=False)"),
-    ("design.md", 0): (
-        DESIGN + PYRO,
-        """
-from ppl_estimators.pyro import EstimatorELBO
-elbo = EstimatorELBO({"z_1": DisARM()})
-pyro.infer.SVI(model, guide, optim, loss=elbo).step()
-""",
-    ),
 }
 #: pages that run from their first block to their last
 STORIES = {"adding-an-estimator.md": 5, "diagnostics.md": 4}
@@ -271,6 +256,24 @@ def test_every_make_target_is_one():
     made = {target for line in commands() for target in re.findall(r"\bmake ([\w-]+)", line)}
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
     assert {"demo", "test"} <= made <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_is_said_of_the_code_is_in_it(page):
+    """Names written as `core/step.py: Step.run`; `*` stands for both libraries."""
+    text = " ".join(page.read_text(encoding="utf-8").split())
+    for path, name in re.findall(r"`((?:[\w*]+/)*\w+\.py): ([\w.]+)`", text):
+        for library in ("pyro", "numpyro"):
+            file = ROOT / "ppl_estimators" / path.replace("*", library)
+            assert name in definitions(ast.parse(file.read_text(encoding="utf-8"))), (file, name)
+
+
+def definitions(tree, prefix=""):
+    for node in tree.body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            yield prefix + node.name
+            if isinstance(node, ast.ClassDef):
+                yield from definitions(node, f"{prefix}{node.name}.")
 
 
 # ---- what scripts make -----------------------------------------------------------------------------------------------
