@@ -36,9 +36,10 @@ from ppl_estimators import (
 )
 from ppl_estimators import numpyro as ours_numpyro
 from ppl_estimators import pyro as ours_pyro
+from ppl_estimators.backends import Library
 from ppl_estimators.diagnostics import GradientMonitor
 from ppl_estimators.diagnostics.moments import running
-from ppl_estimators.diagnostics.monitor import Moment, Snapshot
+from ppl_estimators.measure.watch import Moment, Snapshot
 
 Array = Any
 
@@ -429,7 +430,7 @@ def snapshot(step: int, signal: float, variance: float, skipped: int = 0) -> Sna
 def test_a_signal_that_drowns_and_one_that_converges():
     for factor, warned in ((100.0, True), (1.0, False)):
         monitor = GradientMonitor()
-        monitor.library = "pyro"
+        monitor.library = Library.pyro
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             for i in range(1, 6):

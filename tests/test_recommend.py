@@ -35,6 +35,7 @@ from ppl_estimators import (
     SumAndSample,
     UnorderedSet,
 )
+from ppl_estimators.backends import Library
 from ppl_estimators.commands import programs
 from ppl_estimators.diagnostics import GradientMonitor, compare, gradient_report, recommend
 from ppl_estimators.diagnostics.groups import keys, mapping_of
@@ -266,7 +267,7 @@ def test_fifty_sites_share_one_choice(lib, two_candidates, monkeypatch):
 
 def jointly(module, model, guide, told, budget=60):
     """The joint stage after searches that are told their best and second, ``{site: (best, second)}``."""
-    program = module.Program("pyro", model, guide, (), {}, None, 0)
+    program = module.Program(Library.pyro, model, guide, (), {}, None, 0)
     plan = module.look(program, 1)
     reference = module.reference_for(program, plan, "auto", 2000, budget, False)
     search = module._Search(program, plan, reference, budget, 1, False)
@@ -379,7 +380,7 @@ def made_up(monkeypatch):
     def reference(program, plan, *_):
         return Reference("made up", {f"a_{site}": np.float64(0.7) for site in plan.sites})
 
-    monkeypatch.setattr("ppl_estimators.diagnostics.measured.gradients_class", lambda library: MadeUp)
+    monkeypatch.setattr(Library, "gradients", MadeUp)
     monkeypatch.setattr(module, "reference_for", reference)
     monkeypatch.setattr(module, "candidates", lambda: list(facts))
     return SimpleNamespace(facts=facts, measured=measured)

@@ -35,6 +35,7 @@ from ppl_estimators import (
 )
 from ppl_estimators import numpyro as jax_side
 from ppl_estimators import pyro as torch_side
+from ppl_estimators.backends import of_program
 from ppl_estimators.testing import (
     Biased,
     Differ,
@@ -44,7 +45,6 @@ from ppl_estimators.testing import (
     exact_gradient,
     zoo,
 )
-from ppl_estimators.testing.library import backend_of
 from ppl_estimators.testing.power import Sums, Wanted, measure
 from ppl_estimators.testing.zoo.oracle import gradient
 
@@ -222,7 +222,7 @@ def test_an_empty_store_stays_empty():
 def test_the_library_is_found_by_whose_statements_run(library):
     model, guide = zoo.CASES["chain"].build(library)
     state = torch.random.get_rng_state()
-    assert backend_of(model, guide, (), {}) == library
+    assert of_program(model, guide, (), {}) == library
     assert len(pyro.get_param_store()) == 0
     assert torch.equal(torch.random.get_rng_state(), state)
 

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ppl_estimators.backends import Library
 from ppl_estimators.commands import programs
 from ppl_estimators.commands.errors import CommandError
 
 PROGRAM = f"{', '.join(programs.BUILT_IN)}, or module:function of your own, which returns (model, guide) or with args."
-
-
-class Library(StrEnum):
-    """Which library the program is written in."""
-
-    pyro = "pyro"
-    numpyro = "numpyro"
 
 
 Backend = Annotated[Library, typer.Option(help="The library of the program.")]
@@ -64,7 +57,7 @@ def report(
 
     def run() -> Any:
         check_program(model, guide, args, {}, backend=backend)
-        measured = candidates.Program(str(backend), model, guide, args, {}, None, seed)
+        measured = candidates.Program(backend, model, guide, args, {}, None, seed)
         plan = candidates.look(measured, particles)
         name: Any = {} if estimator == "default" else estimator
         chosen = candidates.resolve(name, None, backend, guide, plan, particles)

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ppl_estimators.backends import Library
 from ppl_estimators.commands.errors import CommandError
 
 #: built-in programs, and what is worth seeing in each
@@ -25,7 +26,7 @@ BUILT_IN = {
 Program = tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]
 
 
-def load(name: str, backend: str) -> Program:
+def load(name: str, backend: Library) -> Program:
     """``(model, guide, args)`` of a built-in name, or of ``module:function``, which returns that."""
     if find_spec(backend) is None:
         raise CommandError(f"--backend {backend} needs {backend}: pip install 'ppl-estimators[{backend}]'")
@@ -46,8 +47,8 @@ def load(name: str, backend: str) -> Program:
     return found[0], found[1], tuple(found[2]) if len(found) == 3 else ()
 
 
-def _built_in(name: str, backend: str) -> Program:
-    if backend == "pyro":
+def _built_in(name: str, backend: Library) -> Program:
+    if backend == Library.pyro:
         import pyro as ppl
         import pyro.distributions as dist
         from torch import tensor as array
@@ -56,7 +57,7 @@ def _built_in(name: str, backend: str) -> Program:
         import numpyro.distributions as dist
         from jax.numpy import array
     sample, param, factor, positive = ppl.sample, ppl.param, ppl.factor, dist.constraints.positive
-    handlers = ppl.poutine if backend == "pyro" else ppl.handlers
+    handlers = ppl.poutine if backend == Library.pyro else ppl.handlers
 
     def bit_model() -> None:
         sample("x", dist.Normal(2.0 * sample("b", dist.Bernoulli(0.4)), 1.0), obs=array(1.3))

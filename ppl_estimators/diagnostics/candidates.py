@@ -7,22 +7,22 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import ppl_estimators
 
+from ..backends import Library
 from ..core.errors import EstimatorError, EstimatorWarning
 from ..core.estimator import Estimator
 from ..core.plan import Plan, match
-from .library import gradients_class, library_of
+from .library import library_of
 
 
 @dataclass(frozen=True)
 class Program:
     """What is measured, and where: a point of the parameters, a seed."""
 
-    library: str
+    library: Library
     model: Callable[..., Any]
     guide: Callable[..., Any]
     args: tuple[Any, ...]
@@ -42,21 +42,16 @@ class Candidate:
     unbiased: bool | None = None  # as declared; None for stock ELBOs
 
 
-def ours(library: str) -> Any:
-    """The module `ppl_estimators.pyro` or `ppl_estimators.numpyro`."""
-    return import_module(f"ppl_estimators.{library}")
-
-
 def look(program: Program, particles: int) -> Plan:
     """The plan of the default: the guide's sites as our engine sees them."""
-    p, elbo = program, ours(program.library).EstimatorELBO(num_particles=particles)
+    p, elbo = program, program.library.adapter.EstimatorELBO(num_particles=particles)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EstimatorWarning)
-        return gradients_class(p.library)(elbo, p.model, p.guide, p.args, p.kwargs, p.params).plan()
+        return p.library.gradients(elbo, p.model, p.guide, p.args, p.kwargs, p.params).plan()
 
 
 def resolve(
-    given: Any, label: str | None, library: str, guide: Callable[..., Any], plan: Any, particles: int
+    given: Any, label: str | None, library: Library, guide: Callable[..., Any], plan: Any, particles: int
 ) -> Candidate:
     """A candidate from an ELBO, a mapping, a spec, or a name.
 
@@ -79,17 +74,8 @@ def resolve(
     name = text or (type(given).__name__ if mapping is None else repr(given))
     unbiased = all(e.unbiased for e in mapping.values()) if mapping is not None else None
     if text == "TraceEnum_ELBO":  # without marked sites it would sum nothing
-        guide = _marked(library, guide)
+        guide = library.part("look").summed_out(guide)
     return Candidate(label or name, given, guide, None, unbiased)
-
-
-def _marked(library: str, guide: Callable[..., Any]) -> Callable[..., Any]:
-    """The guide with its sites of finite support marked to be summed out."""
-    if library == "pyro":
-        from pyro.infer import config_enumerate
-    else:
-        from numpyro.contrib.funsor import config_enumerate
-    return config_enumerate(guide)
 
 
 def _short(mapping: Mapping[str, Estimator]) -> str:
@@ -124,7 +110,7 @@ def admitted(estimator: Estimator, plan: Any, particles: int) -> dict[str, Estim
     return found
 
 
-def _spec(given: Estimator, label: str, library: str, guide: Any, plan: Any, particles: int) -> Candidate:
+def _spec(given: Estimator, label: str, library: Library, guide: Any, plan: Any, particles: int) -> Candidate:
     reasons = admitted(given, plan, particles)
     fits = [n for n, why in reasons.items() if why is None]
     # at sites that could be reparameterised a score function is a choice, not a default
@@ -136,23 +122,23 @@ def _spec(given: Estimator, label: str, library: str, guide: Any, plan: Any, par
     return _mapped(mapping, label, library, guide, max(particles_for(given, plan.sites[n], particles) for n in fits))
 
 
-def _mapped(mapping: dict[str, Estimator], label: str, library: str, guide: Any, particles: int) -> Candidate:
-    module = ours(library)
+def _mapped(mapping: dict[str, Estimator], label: str, library: Library, guide: Any, particles: int) -> Candidate:
+    module = library.adapter
     if any(e.keeps for e in mapping.values()):
         guide = module.with_estimators(guide, mapping)
     elbo = module.EstimatorELBO(mapping, num_particles=particles)
     return Candidate(label, elbo, guide, mapping, all(e.unbiased for e in mapping.values()))
 
 
-def parse(text: str, library: str) -> Any:
+def parse(text: str, library: Library) -> Any:
     """ "Trace_ELBO", "DisARM", "Reinforce(LeaveOneOut())", "ARMS(4)", "default": what it names.
 
     Only names of the package, calls and literals; nothing else is evaluated.
     """
     if text == "default":
-        return ours(library).EstimatorELBO()
+        return library.adapter.EstimatorELBO()
     if text.endswith("ELBO"):
-        found = getattr(import_module(f"{library}.infer"), text, None)
+        found = library.stock(text)
         if found is None:
             raise EstimatorError(f"'{text}' is not in {library}.infer.")
         return found()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.errors import EstimatorError
-from ..testing.library import named
+from ..measure.look import in_short
 from .candidates import Program, look, resolve
 from .measured import Measured, time_together
 from .program import check_call, check_program, within
@@ -206,7 +206,7 @@ def compare(
 
 def reason(error: Exception) -> str:
     """One line; an error of ours names everything itself."""
-    return str(error) if isinstance(error, EstimatorError) else named(error)
+    return str(error) if isinstance(error, EstimatorError) else in_short(error)
 
 
 def row(m: Measured, reference: Reference, label: str | None = None) -> Compared:

@@ -1,4 +1,4 @@
-"""Which library an ELBO belongs to, and its `Gradients`."""
+"""What every diagnostic does: ask an ELBO for its library, refuse what is not finite, show a bar."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from ..backends import Library, of_elbo
 from ..core.errors import EstimatorError
-from ..testing.library import elbo_backend
 
 
-def library_of(elbo: Any, call: str = "") -> str:
-    """ "pyro" or "numpyro", by the class of the ELBO."""
+def library_of(elbo: Any, call: str = "") -> Library:
+    """Of an ELBO, or an `EstimatorError`."""
     if isinstance(elbo, type):
         raise EstimatorError(f"elbo is the class {elbo.__name__}, not an ELBO. Write {elbo.__name__}().")
-    library = elbo_backend(elbo)
+    library = of_elbo(elbo)
     if library is None:
         order = f" The order is {call}." if call else ""
         raise EstimatorError(
@@ -25,15 +25,6 @@ def library_of(elbo: Any, call: str = "") -> str:
             f"Trace_ELBO().{order}"
         )
     return library
-
-
-def gradients_class(library: str) -> Any:
-    """`Gradients` of a library."""
-    if library == "pyro":
-        from ..pyro.gradients import Gradients
-    else:
-        from ..numpyro.gradients import Gradients
-    return Gradients
 
 
 def check_finite(losses: np.ndarray, gradients: Mapping[str, np.ndarray], elbo: Any) -> None:

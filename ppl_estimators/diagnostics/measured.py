@@ -10,7 +10,7 @@ import numpy as np
 
 from ..core.errors import EstimatorWarning
 from .candidates import Candidate, Program
-from .library import bar, check_finite, gradients_class
+from .library import bar, check_finite
 from .moments import Moments
 
 #: seconds that a draw by itself costs in NumPyro beside its own time
@@ -32,7 +32,7 @@ class Measured:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EstimatorWarning)
             p = program
-            self.gradients = gradients_class(p.library)(
+            self.gradients = p.library.gradients(
                 candidate.elbo, p.model, candidate.guide, p.args, p.kwargs, p.params, seed=p.seed
             )
 
@@ -55,7 +55,7 @@ class Measured:
 
     @property
     def compile_seconds(self) -> float | None:
-        return None if self.program.library == "pyro" else max(self._first - self.milliseconds / 1e3, 0.0)
+        return max(self._first - self.milliseconds / 1e3, 0.0) if self.program.library.compiles else None
 
     # ---- noise --------------------------------------------------------------------------------------------------
 

@@ -6,13 +6,16 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from ..backends import Library, of_svi
 from ..core.errors import EstimatorError, EstimatorWarning
+from ..measure.watch import Bias, Moment, Snapshot
 from .log import Log, open_log
 from .moments import concentration, running
+from .program import check_program
+from .reference import UNBIASED
 from .show import Showable, Shown, axes, number
 
 #: signal to noise below which a step is nothing but noise, and what counts as a clear signal
@@ -23,35 +26,6 @@ LOOKS, FEWEST = 10, 3
 LOUDER = 10.0
 #: a bias of more than this part of the gradient
 LARGE_BIAS = 0.5
-
-
-class Moment(NamedTuple):
-    """Exponential averages of one vector g over ``count`` steps, the weights summing to 1 − decay^count:
-    ``square_of_mean`` is ‖avg g‖², ``mean_square`` avg ‖g‖²."""
-
-    kind: str  # "parameter" or "site"
-    name: str
-    count: int
-    square_of_mean: float
-    mean_square: float
-
-
-class Bias(NamedTuple):
-    """The gradient minus that of an unbiased estimator, and the latter, over ``looks`` looks."""
-
-    difference: Moment
-    reference: Moment
-    decay: float
-
-
-class Snapshot(NamedTuple):
-    """What an adapter hands over at a look. ``skipped``: steps left out because something was not finite."""
-
-    step: int
-    skipped: int
-    loss: float
-    moments: tuple[Moment, ...]
-    bias: Bias | None = None
 
 
 @dataclass(frozen=True)
@@ -174,14 +148,15 @@ class GradientMonitor:
             raise EstimatorError(f"GradientMonitor(decay=...) lies between 0 and 1, got {decay!r}.")
         if bias_draws < 0:
             raise EstimatorError(f"GradientMonitor(bias_draws=...) needs 0 or more draws, got {bias_draws!r}.")
-        self.every, self.decay, self.bias_draws = every, decay, bias_draws
+        self.every, self.decay, self.bias_draws, self.unbiased = every, decay, bias_draws, UNBIASED
         self.rows: list[MonitorRow] = []
-        self.library: str | None = None
+        self.library: Library | None = None
         self._log: Log | None = open_log(log)
         self._last: Snapshot | None = None
         self._bias: float | None = None
         self._first_bias: float | None = None
         self._watched: Any = None
+        self._close: Callable[..., None] | None = None  # of a Pyro loop's step
         self._memory: dict[str, _Memory] = {}
         self._said: set[str] = set()
 
@@ -190,30 +165,28 @@ class GradientMonitor:
 
         In Pyro also of a guide, for a loop without `SVI`: call the monitor after each backward pass.
         """
-        library = next((b.__module__.split(".")[0] for b in type(thing).__mro__ if b.__name__ == "SVI"), None)
-        if library not in ("pyro", "numpyro"):
+        library = of_svi(thing)
+        if library is None:
             if not callable(thing):
                 raise EstimatorError(f"GradientMonitor.watch takes an SVI (or in Pyro a guide), got {thing!r}.")
-            library = "pyro"
+            library = Library.pyro
         if self._watched is not None:
             raise EstimatorError("this GradientMonitor watches already. Make one for each SVI.")
         self.library = library
-        self._watched = import_module(f"ppl_estimators.{library}.monitor").watch(thing, self)
+        self._watched, self._close = library.part("monitor").watch(thing, self)
         return self._watched
 
     def __call__(self, loss: Any, parameters: Iterable[tuple[str, Any]]) -> None:
         """In a Pyro loop without `SVI`, after ``loss.backward()``: one step has its gradients in
         ``module.named_parameters()``."""
-        if self.library != "pyro" or not hasattr(self._watched, "record"):
+        if self._close is None:
             raise EstimatorError("this GradientMonitor watches no guide. Write guide = monitor.watch(guide) first.")
-        self._watched.record.close(loss, dict(parameters))
+        self._close(loss, dict(parameters))
 
     def report(self) -> MonitorReport:
         """All looks so far."""
-        if self.library == "numpyro":
-            import jax
-
-            jax.effects_barrier()
+        if self.library is not None:
+            self.library.part("monitor").arrived()
         if self._last is None:
             raise EstimatorError(
                 f"this GradientMonitor has seen no step that it looks at: it looks every {self.every} steps. Train on "
@@ -224,7 +197,11 @@ class GradientMonitor:
             str(self.library), self.every, self.decay, at.step, at.skipped, at.loss, self._bias, tuple(self.rows)
         )
 
-    # ---- what the adapters hand over --------------------------------------------------------------------------------
+    # ---- what the adapters ask and hand over: `measure.watch.Watcher` -----------------------------------------------
+
+    def begin(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Name a mistake in the program, in its own terms."""
+        check_program(model, guide, args, kwargs, backend=self.library)
 
     def receive(self, snapshot: Snapshot) -> None:
         """One look."""
@@ -320,29 +297,3 @@ class _Memory:
 
     ratios: deque[float] = field(default_factory=lambda: deque(maxlen=LOOKS))
     clear: float | None = None
-
-
-def biased_sites(estimators: Mapping[str, Any]) -> list[str]:
-    """Sites whose estimator is declared biased."""
-    return [name for name, e in estimators.items() if not e.unbiased]
-
-
-def place(term: Any) -> str:
-    """A cost term, in words."""
-    return f"'{term.site}'" + (" in the guide" if term.side == "guide" else "")
-
-
-#: what both adapters call with a change of a site's value: the terms' values and their derivatives along the change
-Probe = Callable[[Any], Mapping[str, tuple[float, float]]]
-
-
-def jumps(probe: Probe, values: Iterable[Any]) -> list[str]:
-    """Terms that change with the value although their derivative was exactly 0 at every value."""
-    seen = [probe(v) for v in values]
-    found = []
-    for term in seen[0]:
-        pairs = [s[term] for s in seen if term in s]
-        heights = [height for height, _ in pairs]
-        if all(slope == 0 for _, slope in pairs) and max(heights) - min(heights) > 1e-6 * (1 + abs(heights[0])):
-            found.append(term)
-    return found

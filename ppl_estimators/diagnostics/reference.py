@@ -12,10 +12,12 @@ from ..core.families import DISCRETE
 from ..estimators.baselines.leave_one_out import LeaveOneOut
 from ..estimators.reinforce import Reinforce
 from ..testing.exact import exact_gradient
-from .candidates import Candidate, Program, ours
+from .candidates import Candidate, Program
 from .measured import Measured
 from .moments import Moments
 
+#: unbiased whatever the model, with two particles or more
+UNBIASED = Reinforce(LeaveOneOut())
 #: draws of the reference, for one of each candidate's
 LONGER = 10
 
@@ -58,7 +60,7 @@ def reference_for(
         except EstimatorError:
             if reference == "exact":
                 raise
-    elbo = ours(p.library).EstimatorELBO(Reinforce(LeaveOneOut()), num_particles=4)
+    elbo = p.library.adapter.EstimatorELBO(UNBIASED, num_particles=4)
     long = Measured(program, Candidate("reference", elbo, p.guide), num_draws)
     long.draw(LONGER * num_draws, show, offset=num_draws)  # none that a candidate sees
     m = long.moments

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ..backends import Library
 from ..core.errors import EstimatorError
 from ..core.gradients import EXPLICIT
-from .library import bar, check_finite, gradients_class, library_of
+from .library import bar, check_finite, library_of
 from .moments import Moments, signal_to_noise
 from .program import check_call, check_program, within
 from .show import Showable, Shown, axes, number, percent
@@ -148,11 +149,11 @@ def gradient_report(
     library = library_of(elbo, call)
     check_call(call, model, guide, args)
     check_program(model, guide, args, kwargs, backend=library, anywhere=not params)
-    more = {} if mutable_state is None or library == "pyro" else {"mutable_state": mutable_state}
+    more = {} if mutable_state is None else {"mutable_state": mutable_state}
     why, moments = None, Moments()
     with within(type(elbo).__name__):
-        g = gradients_class(library)(elbo, model, guide, args, kwargs, params, seed=seed, **more)
-        milliseconds, compiled = timing(g, timing_steps)
+        g = library.gradients(elbo, model, guide, args, kwargs, params, seed=seed, **more)
+        milliseconds, compiled = timing(g, library, timing_steps)
         with bar("gradients", num_draws, progress) as report:
             if by_site and not g.has_parts:
                 by_site, why = False, f"{type(elbo).__name__} runs backward itself: parameters only"
@@ -183,11 +184,11 @@ def gradient_report(
     )  # fmt: skip
 
 
-def timing(g: Any, steps: int) -> tuple[float, float | None]:
+def timing(g: Any, library: Library, steps: int) -> tuple[float, float | None]:
     """Milliseconds of a step (median), and seconds to compile it (None in Pyro)."""
     first = g.seconds(1)[0]
     median = statistics.median(g.seconds(max(steps, 1)))
-    return 1e3 * median, None if g.library == "pyro" else max(first - median, 0.0)
+    return 1e3 * median, max(first - median, 0.0) if library.compiles else None
 
 
 def evaluations_by_site(plan: Any) -> dict[str, float]:

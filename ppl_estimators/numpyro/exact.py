@@ -13,12 +13,13 @@ import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.transforms import ComposeTransform
+from numpyro.handlers import infer_config
 from numpyro.primitives import Messenger
 
 from ..core import families
 from ..core.errors import EstimatorError, site_error
-from ..testing import quadrature
-from ..testing.states import Count, Exact, Minibatches, check_budget, minibatches_of
+from ..measure import quadrature
+from ..measure.states import Count, Exact, Minibatches, check_budget, minibatches_of
 from .distributions import family, log_q, sampled_dtype, unwrapped
 from .run import Keys, Message, Traces, execute, terms_of
 
@@ -120,6 +121,8 @@ class _Minibatch(Messenger):
 
 class _Program:
     def __init__(self, model: Any, guide: Any, args: Any, kwargs: Any, params: Any, nodes: int):
+        # whatever is marked for enumeration is summed out here like all the rest
+        model, guide = (infer_config(fn, lambda site: {"enumerate": None}) for fn in (model, guide))
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         _look_at_guide(guide, args, kwargs)
         self.params, constraint, traces = point(model, guide, args, kwargs, params)

@@ -54,8 +54,6 @@ class Gradients:
     Raises `EstimatorError` for unknown parameters, a guide without latent sites, a program without parameters.
     """
 
-    library = "numpyro"
-
     def __init__(
         self,
         elbo: Any,

@@ -13,7 +13,7 @@ from numpyro.distributions import biject_to
 from numpyro.primitives import Messenger
 
 from ..core.errors import EstimatorError
-from ..testing.twins import NODES, Given, Twin
+from ..measure.chosen import NODES, Given, Twin
 from .exact import named_leaves, point, rule_of
 from .randomness import Randomness
 

@@ -21,10 +21,7 @@ from numpyro.primitives import Messenger
 from ..core import families
 from ..core.errors import EstimatorError, EstimatorWarning
 from ..core.gradients import check_sites, kept_by_estimators
-from ..diagnostics.monitor import Bias, GradientMonitor, Moment, Snapshot, biased_sites, jumps, place
-from ..diagnostics.program import check_program
-from ..estimators.baselines.leave_one_out import LeaveOneOut
-from ..estimators.reinforce import Reinforce
+from ..measure.watch import Bias, Moment, Snapshot, Watcher, biased_sites, jumps, place
 from .distributions import unwrapped
 from .elbo import EstimatorELBO
 from .run import Keys, execute, site_key, terms_of
@@ -36,7 +33,7 @@ BIAS_DECAY = 0.9
 _PROBE = re.compile(r"(.*)\$monitor\.\d+")
 
 
-def watch(svi: Any, monitor: GradientMonitor) -> Any:
+def watch(svi: Any, monitor: Watcher) -> tuple[Any, None]:
     """A copy of ``svi`` whose steps are watched."""
     if not isinstance(svi, SVI):
         raise EstimatorError(f"GradientMonitor.watch takes an SVI, got {svi!r}.")
@@ -49,7 +46,12 @@ def watch(svi: Any, monitor: GradientMonitor) -> Any:
     watched.monitor, watched.watched = monitor, svi
     watched.guide = partial(_probed, svi.guide)
     watched.optim = _Optim(svi.optim, monitor)
-    return watched
+    return watched, None
+
+
+def arrived() -> None:
+    """Waits for looks that are on their way from a compiled step."""
+    jax.effects_barrier()
 
 
 class State(NamedTuple):
@@ -67,14 +69,14 @@ class State(NamedTuple):
 class _Watched:
     """Mixed into the class of the user's `SVI`."""
 
-    monitor: GradientMonitor
+    monitor: Watcher
     watched: SVI
     _difference: Callable[..., Any] | None = None
 
     def init(self, rng_key: Array, *args: Any, **kwargs: Any) -> Any:
         given = {**{k: v for k, v in kwargs.items() if k != "init_params"}, **self.static_kwargs}
         if not _traced((rng_key, args, given)):
-            check_program(self.model, self.watched.guide, args, given, backend="numpyro")
+            self.monitor.begin(self.model, self.watched.guide, args, given)
         state = super().init(rng_key, *args, **kwargs)  # type: ignore[misc]
         kwargs = given
         check_sites(["some"], self.optim.own(state.optim_state.inner))
@@ -135,7 +137,7 @@ class _Watched:
 
     def _bias_draws(self, biased: list[str], svi_state: Any, bias: Any, args: Any, kwargs: Any) -> Any:
         elbo = copy.copy(self.loss)
-        elbo.estimators = {**self._plan.estimators, **dict.fromkeys(biased, Reinforce(LeaveOneOut()))}
+        elbo.estimators = {**self._plan.estimators, **dict.fromkeys(biased, self.monitor.unbiased)}
         elbo.num_particles = max(2, elbo.num_particles)
         own = self.optim.own(svi_state.optim_state.inner)
         rest = {n: v for n, v in self.optim.get_params(svi_state.optim_state).items() if n not in own}
@@ -164,7 +166,7 @@ class _Watched:
 class _Optim(_NumPyroOptim):
     """The user's optimiser, which keeps moments of what it is given; probes never reach it."""
 
-    def __init__(self, inner: _NumPyroOptim, monitor: GradientMonitor):
+    def __init__(self, inner: _NumPyroOptim, monitor: Watcher):
         self.inner, self.monitor, self.biased = inner, monitor, ""
 
     def init(self, params: Mapping[str, Any]) -> State:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -14,14 +13,16 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.distributions as td
+from pyro import poutine
 from pyro.poutine.guide import GuideMessenger
 from torch.distributions import constraints, transform_to
 
 from ..core import families
 from ..core.errors import EstimatorError, site_error
-from ..testing import quadrature
-from ..testing.states import Count, Exact, Minibatches, check_budget, minibatches_of
+from ..measure import quadrature
+from ..measure.states import Count, Exact, Minibatches, check_budget, minibatches_of
 from .distributions import family, log_q, unwrapped
+from .look import untouched
 from .run import Message, Traces, execute, terms_of
 
 Array = torch.Tensor
@@ -48,19 +49,6 @@ def exact(
             return program.sum()
         finally:
             program.point.restore()
-
-
-@contextmanager
-def untouched() -> Iterator[None]:
-    """The parameter store and all random states are afterwards what they were."""
-    store = pyro.get_param_store()
-    state, rng = store.get_state(), pyro.util.get_rng_state()
-    try:
-        yield
-    finally:
-        store.clear()
-        store.set_state(state)
-        pyro.util.set_rng_state(rng)
 
 
 class Point:
@@ -112,7 +100,9 @@ class _Program:
     def __init__(
         self, model: Any, guide: Any, args: Any, kwargs: Any, params: Any, nodes: int, max_states: int, minibatches: Any
     ):
-        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        # whatever is marked for enumeration is summed out here like all the rest
+        self.model, self.guide = (poutine.infer_config(fn, lambda site: {"enumerate": None}) for fn in (model, guide))
+        self.args, self.kwargs = args, kwargs
         self.params, self.nodes, self.max_states, self.minibatches = params, nodes, max_states, minibatches
         self.observes = isinstance(getattr(guide, "guide", guide), GuideMessenger)
         self.point = Point(self.params)

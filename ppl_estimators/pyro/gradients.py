@@ -53,8 +53,6 @@ class Gradients:
     Raises `EstimatorError` for unknown parameters, a guide without latent sites, a program without parameters.
     """
 
-    library = "pyro"
-
     def __init__(
         self,
         elbo: Any,
@@ -64,9 +62,14 @@ class Gradients:
         kwargs: Mapping[str, Any] | None = None,
         params: Mapping[str, Any] | None = None,
         *,
+        mutable_state: None = None,
         seed: int = 0,
     ):
         check_program(elbo, model, guide)
+        if mutable_state is not None:
+            raise EstimatorError(
+                "mutable_state is NumPyro's; Pyro holds it in modules and the parameter store. Leave it out."
+            )
         self.elbo = _own(elbo)
         self.model, self.guide = model, guide
         self.args, self.kwargs = tuple(args), dict(kwargs or {})

@@ -12,9 +12,10 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
-from ..testing.twins import NODES, Given, Twin
-from .exact import Point, rule_of, untouched
+from ..measure.chosen import NODES, Given, Twin
+from .exact import Point, rule_of
 from .library import Memory
+from .look import untouched
 from .randomness import Randomness
 
 Array = torch.Tensor

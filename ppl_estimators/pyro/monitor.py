@@ -19,10 +19,7 @@ from torch.overrides import _get_current_function_mode
 from ..core import families
 from ..core.errors import EstimatorError, EstimatorWarning
 from ..core.gradients import check_sites, kept_by_estimators
-from ..diagnostics.monitor import Bias, GradientMonitor, Moment, Snapshot, biased_sites, jumps, place
-from ..diagnostics.program import check_program
-from ..estimators.baselines.leave_one_out import LeaveOneOut
-from ..estimators.reinforce import Reinforce
+from ..measure.watch import Bias, Moment, Snapshot, Watcher, biased_sites, jumps, place
 from .dependencies import StopParameters
 from .distributions import unwrapped
 from .elbo import EstimatorELBO
@@ -37,17 +34,21 @@ BIAS_DECAY = 0.9
 SHAPES = 4
 
 
-def watch(thing: Any, monitor: GradientMonitor) -> Any:
-    """A copy of an `SVI` whose steps are watched; of a guide, one whose sites are."""
+def watch(thing: Any, monitor: Watcher) -> tuple[Any, Callable[..., None]]:
+    """A copy of an `SVI` whose steps are watched; of a guide, one whose sites are. And what ends a step."""
     record = Record(monitor)
     if not isinstance(thing, SVI):
-        return WatchedGuide(thing, record)
+        return WatchedGuide(thing, record), record.close
     watched = copy.copy(thing)
     watched.__class__ = type(f"Watched{type(thing).__name__}", (_Watched, type(thing)), {})
     watched.record, watched.watched = record, thing
     watched.guide = WatchedGuide(thing.guide, record)
     watched.optim = _Optim(thing.optim, record)
-    return watched
+    return watched, record.close
+
+
+def arrived() -> None:
+    """Nothing is on its way."""
 
 
 class _Watched:
@@ -59,7 +60,7 @@ class _Watched:
     def step(self, *args: Any, **kwargs: Any) -> Any:
         record = self.record
         if not self.looked:
-            check_program(self.model, self.watched.guide, args, kwargs, backend="pyro")
+            record.monitor.begin(self.model, self.watched.guide, args, kwargs)
         loss = super().step(*args, **kwargs)  # type: ignore[misc]
         value = sum(loss) if isinstance(loss, tuple) else loss
         elbo = getattr(self.loss, "__self__", None)  # an `ELBO` is held by its bound method
@@ -83,7 +84,7 @@ class _Watched:
         if not biased:
             return
         other = _own(elbo)
-        other.estimators = {**estimators, **dict.fromkeys(biased, Reinforce(LeaveOneOut()))}
+        other.estimators = {**estimators, **dict.fromkeys(biased, self.record.monitor.unbiased)}
         other.num_particles = max(2, elbo.num_particles)
         draws, seed = self.record.monitor.bias_draws, self.record.step
         with warnings.catch_warnings():
@@ -134,7 +135,7 @@ class Running:
 class Record:
     """The running averages of one training run."""
 
-    def __init__(self, monitor: GradientMonitor):
+    def __init__(self, monitor: Watcher):
         self.monitor = monitor
         self.step, self.skipped, self.finite, self.loss = 0, 0, 0, 0.0
         self.taken: dict[str, Array] = {}

@@ -5,10 +5,11 @@ that, with a stated power; `assert_same_gradient` puts one noise through a Pyro 
 small hard models with their exact ELBOs. Importing this imports neither torch nor jax.
 """
 
+from ..measure.chosen import Twin
+from ..measure.states import Exact
 from . import zoo
 from .exact import exact_gradient
-from .states import Exact
-from .twins import Differ, Twin, assert_same_gradient
+from .twins import Differ, assert_same_gradient
 from .unbiased import Biased, TooFewDraws, Unbiased, assert_unbiased
 
 __all__ = [

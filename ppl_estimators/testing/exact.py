@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .library import BACKENDS, backend_of
-from .states import Exact, Minibatches
+from ..backends import Library, of_program
+from ..measure.states import Exact, Minibatches
 
 
 def exact_gradient(
@@ -46,13 +46,12 @@ def exact_gradient(
 
     >>> exact_gradient(model, guide, data).gradient["loc"]  # doctest: +SKIP
     """
-    backend = backend or backend_of(model, guide, args, kwargs)
-    if backend not in BACKENDS:
+    if backend is not None and backend not in list(Library):
         raise ValueError(f'exact_gradient(backend=...) takes "pyro" or "numpyro", got {backend!r}.')
     if not 2 <= nodes <= 200:
         raise ValueError(f"exact_gradient(nodes=...) takes 2 to 200 Gauss nodes per element, got {nodes!r}.")
-    if backend == "pyro":
-        from ..pyro.exact import exact
-    else:
-        from ..numpyro.exact import exact
-    return exact(model, guide, args, kwargs, params=params, nodes=nodes, max_states=max_states, minibatches=minibatches)
+    library = of_program(model, guide, args, kwargs) if backend is None else Library(backend)
+    exact: Exact = library.part("exact").exact(
+        model, guide, args, kwargs, params=params, nodes=nodes, max_states=max_states, minibatches=minibatches
+    )
+    return exact

@@ -2,76 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from ..core.errors import EstimatorError, site_error
-from ..core.estimator import Noise
-from ..core.objectives import Objective
-
-NODES = 8  # continuous sites take one of so many quadrature nodes: away from the tails
-
-
-class Twin(NamedTuple):
-    """One side: an `EstimatorELBO` of one particle, a program, and what it is called with."""
-
-    elbo: Any
-    model: Callable[..., Any]
-    guide: Callable[..., Any]
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = {}
+from ..backends import Library
+from ..core.errors import EstimatorError
+from ..measure.chosen import Given, Twin
 
 
 class Differ(AssertionError):
     """The twins' losses or gradients are not the same."""
-
-
-@dataclass
-class Given:
-    """The noise of one comparison. The Pyro twin asks first, and its answers are kept for the other."""
-
-    rng: np.random.Generator
-    kept: dict[tuple[str, ...], np.ndarray] = field(default_factory=dict)
-    replay: bool = False
-
-    def choices(self, site: str, elements: tuple[int, ...], size: int) -> np.ndarray:
-        """Which of ``size`` values every element of the site takes, integers ``[*elements]``."""
-        return self._get(site, "value", elements, lambda: self.rng.integers(size, size=elements))
-
-    def noise(self, site: str, label: str, noise: Noise) -> np.ndarray:
-        """What an estimator asked for."""
-        draw: dict[str, Callable[[], Any]] = {
-            "uniform": lambda: self.rng.uniform(size=noise.shape),
-            "normal": lambda: self.rng.normal(size=noise.shape),
-            "log gamma": lambda: np.log(self.rng.gamma(np.asarray(noise.concentration), size=noise.shape)),
-            "poisson": lambda: self.rng.poisson(np.asarray(noise.concentration), size=noise.shape).astype(float),
-        }
-        return self._get(site, label, tuple(noise.shape), draw[noise.law])
-
-    def minibatch(self, plate: str, size: int, part: int) -> np.ndarray:
-        return self._get(plate, "minibatch", (part,), lambda: self.rng.permutation(size)[:part])
-
-    def _get(self, site: str, label: str, shape: tuple[int, ...], draw: Callable[[], Any]) -> np.ndarray:
-        key = (site, label)
-        if key not in self.kept:
-            if self.replay:
-                known = ", ".join(sorted({f"'{s}'" for s, _ in self.kept})) or "none"
-                raise site_error(
-                    site,
-                    f"the NumPyro twin draws '{label}' here, which the Pyro twin does not (it draws at {known})",
-                    "Give both twins the same sites and the same estimators.",
-                )
-            self.kept[key] = np.asarray(draw())
-        if self.kept[key].shape != shape:
-            raise site_error(
-                site,
-                f"'{label}' has shape {self.kept[key].shape} in the Pyro twin and {shape} in the NumPyro twin",
-                "Give the site the same batch and event shape in both.",
-            )
-        return self.kept[key]
 
 
 def assert_same_gradient(
@@ -99,27 +41,22 @@ def assert_same_gradient(
     >>> assert_same_gradient((PyroELBO(), model, guide, (data,)), (NumPyroELBO(), jax_model, jax_guide, (data,)))
     ... # doctest: +SKIP
     """
-    from ..numpyro.injected import loss_and_gradient as in_numpyro
-    from ..pyro.injected import loss_and_gradient as in_pyro
-
     one, other = Twin(*pyro_twin), Twin(*numpyro_twin)
-    _check(one, "pyro")
-    _check(other, "numpyro")
+    _check(one, Library.pyro)
+    _check(other, Library.numpyro)
     if draws < 1:
         raise ValueError(f"assert_same_gradient(draws=...) needs 1 or more, got {draws!r}.")
     for index in range(draws):
         given = Given(np.random.default_rng([seed, index]))
-        loss, gradient, point = in_pyro(one, params, given)
+        loss, gradient, point = Library.pyro.part("injected").loss_and_gradient(one, params, given)
         given.replay = True
-        their_loss, theirs = in_numpyro(other, point, given)
+        their_loss, theirs = Library.numpyro.part("injected").loss_and_gradient(other, point, given)
         _compare(index, loss, gradient, their_loss, theirs, rtol)
 
 
-def _check(twin: Twin, library: str) -> None:
+def _check(twin: Twin, library: Library) -> None:
     kind = type(twin.elbo)
-    if not any(
-        b.__name__ == "EstimatorELBO" and b.__module__.startswith(f"ppl_estimators.{library}") for b in kind.__mro__
-    ):
+    if not isinstance(twin.elbo, library.adapter.EstimatorELBO):
         raise EstimatorError(
             f"assert_same_gradient: the {library} twin's ELBO must be ppl_estimators.{library}.EstimatorELBO, whose "
             f"noise can be given, got {kind.__module__}.{kind.__name__}."
@@ -129,7 +66,6 @@ def _check(twin: Twin, library: str) -> None:
             f"assert_same_gradient compares one particle, got num_particles={twin.elbo.num_particles} in the {library} "
             "twin. Use num_particles=1 in both."
         )
-    assert isinstance(twin.elbo.objective, Objective)
 
 
 def _compare(

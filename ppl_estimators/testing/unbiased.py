@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from ..backends import of_elbo, of_program
 from ..core.errors import EstimatorError
 from ..core.gradients import kept_by_estimators
+from ..measure.states import Exact, Minibatches
 from .draws import Differences
 from .exact import exact_gradient
-from .library import backend_of, elbo_backend
 from .power import Outcome, Wanted, measure
-from .states import Exact, Minibatches
 
 
 class Biased(AssertionError):
@@ -89,18 +89,18 @@ def assert_unbiased(
     wanted = Wanted(able_to_see, false_alarms, detection)
     if max_draws < 2:
         raise ValueError(f"assert_unbiased(max_draws=...) needs 2 or more, got {max_draws!r}.")
-    backend = elbo_backend(elbo) or backend_of(model, guide, args, kwargs)
+    library = of_elbo(elbo) or of_program(model, guide, args, kwargs)
     if reference is None:
         _check_objective(elbo)
         reference = exact_gradient(
             model, guide, *args, params=params, nodes=nodes, max_states=max_states, minibatches=minibatches,
-            backend=backend, **kwargs,
+            backend=library, **kwargs,
         )  # fmt: skip
     off = 0.0
     if isinstance(reference, Exact):
         off, params = reference.quadrature_error, {**_trained(reference), **(params or {})}
         reference = reference.gradient
-    gradients = _gradients(backend)(elbo, model, guide, args, kwargs, params, seed=seed)
+    gradients = library.gradients(elbo, model, guide, args, kwargs, params, seed=seed)
     target = _comparable(reference, gradients)
     length = float(np.linalg.norm(np.concatenate([np.ravel(g) for g in target.values()])))
     if length < 1e-6:
@@ -116,16 +116,6 @@ def assert_unbiased(
     draws = Differences(gradients, target, seed)
     outcome = measure(draws, length, wanted, max_draws, lambda spread: off + 200 * draws.eps * (length + spread))
     return _judge(outcome, target, wanted, max_draws)
-
-
-def _gradients(backend: str) -> Any:
-    if backend == "pyro":
-        from ..pyro.gradients import Gradients
-    elif backend == "numpyro":
-        from ..numpyro.gradients import Gradients  # type: ignore[assignment]
-    else:
-        raise ValueError(f"no such library: {backend!r}")
-    return Gradients
 
 
 def _trained(exact: Exact) -> dict[str, Any]:

@@ -1,0 +1,79 @@
+"""What a `GradientMonitor` and the adapters tell one another while a program trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+
+class Moment(NamedTuple):
+    """Exponential averages of one vector g over ``count`` steps, the weights summing to 1 − decay^count:
+    ``square_of_mean`` is ‖avg g‖², ``mean_square`` avg ‖g‖²."""
+
+    kind: str  # "parameter" or "site"
+    name: str
+    count: int
+    square_of_mean: float
+    mean_square: float
+
+
+class Bias(NamedTuple):
+    """The gradient minus that of an unbiased estimator, and the latter, over ``looks`` looks."""
+
+    difference: Moment
+    reference: Moment
+    decay: float
+
+
+class Snapshot(NamedTuple):
+    """What an adapter hands over at a look. ``skipped``: steps left out because something was not finite."""
+
+    step: int
+    skipped: int
+    loss: float
+    moments: tuple[Moment, ...]
+    bias: Bias | None = None
+
+
+class Watcher(Protocol):
+    """What an adapter asks of a monitor. ``unbiased``: the estimator against which bias is measured."""
+
+    every: int
+    decay: float
+    bias_draws: int
+    unbiased: Any
+
+    def begin(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Before the first step."""
+
+    def flat(self, site: str, terms: Iterable[str]) -> None:
+        """A pathwise site in which these cost terms jump."""
+
+    def receive(self, snapshot: Snapshot) -> None:
+        """One look."""
+
+
+def biased_sites(estimators: Mapping[str, Any]) -> list[str]:
+    """Sites whose estimator is declared biased."""
+    return [name for name, e in estimators.items() if not e.unbiased]
+
+
+def place(term: Any) -> str:
+    """A cost term, in words."""
+    return f"'{term.site}'" + (" in the guide" if term.side == "guide" else "")
+
+
+#: what both adapters call with a change of a site's value: the terms' values and their derivatives along the change
+Probe = Callable[[Any], Mapping[str, tuple[float, float]]]
+
+
+def jumps(probe: Probe, values: Iterable[Any]) -> list[str]:
+    """Terms that change with the value although their derivative was exactly 0 at every value."""
+    seen = [probe(v) for v in values]
+    found = []
+    for term in seen[0]:
+        pairs = [s[term] for s in seen if term in s]
+        heights = [height for height, _ in pairs]
+        if all(slope == 0 for _, slope in pairs) and max(heights) - min(heights) > 1e-6 * (1 + abs(heights[0])):
+            found.append(term)
+    return found

@@ -1,0 +1,67 @@
+"""Plain runs of the user's guide and model, as the tools want them before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import config_enumerate
+from pyro.poutine.util import site_is_subsample
+
+from ..measure.look import Ran, raised_by
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """The parameter store and all random states are afterwards what they were."""
+    store = pyro.get_param_store()
+    state, rng = store.get_state(), pyro.util.get_rng_state()
+    try:
+        yield
+    finally:
+        store.clear()
+        store.set_state(state)
+        pyro.util.set_rng_state(rng)
+
+
+@contextmanager
+def listening() -> Iterator[list[str]]:
+    """Which sample statements run meanwhile."""
+    heard: list[str] = []
+    with untouched(), poutine.trace() as trace:
+        yield heard
+        heard += [name for name, site in trace.trace.nodes.items() if site["type"] == "sample"]
+
+
+def look(model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Ran, Ran]:
+    """One run of the guide, and of the model on its values."""
+    with untouched(), torch.no_grad():
+        pyro.set_rng_seed(0)
+        with raised_by("guide"):
+            inner = poutine.trace(guide).get_trace(*args, **kwargs)
+            inner.compute_log_prob()
+        with raised_by("model"):
+            outer = poutine.trace(poutine.replay(model, trace=inner)).get_trace(*args, **kwargs)
+            outer.compute_log_prob()
+    return _seen(inner), _seen(outer)
+
+
+def _seen(trace: Any) -> Ran:
+    ran = Ran()
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample":
+            continue
+        if site_is_subsample(site):
+            ran.plates[name] = (site["fn"].size, site["fn"].subsample_size or site["fn"].size)
+        else:
+            ran.note(site, site["log_prob"].sum().item())
+    return ran
+
+
+def summed_out(guide: Callable[..., Any]) -> Callable[..., Any]:
+    """The guide with its sites of finite support marked to be summed out."""
+    return config_enumerate(guide)
