@@ -15,16 +15,13 @@ from ..catalogue import ENTRIES, Kind
 from ..core.errors import EstimatorError, EstimatorWarning
 from ..core.estimator import Estimator
 from ..core.plan import Plan
-from ..estimators.baselines.leave_one_out import LeaveOneOut
-from ..estimators.control_variate import ControlVariate
-from ..estimators.reinforce import Reinforce
 from .candidates import Program, look, resolve
 from .compare import Compared, Comparison, draw_frontier, reason, row
 from .groups import Alike, alike, mapping_of
 from .measured import Measured, time_together
 from .moments import Moments
 from .program import check_call, check_program, within
-from .reference import Reference, reference_for
+from .reference import UNBIASED, Reference, reference_for
 from .show import Showable, Shown, axes, number
 
 #: an estimator that adds more evaluations to a step is not tried
@@ -366,7 +363,6 @@ def candidates() -> list[Estimator]:
         e.subject
         for e in ENTRIES
         if e.unbiased and e.kind is not Kind.composition and isinstance(e.subject, Estimator)
-        and not e.subject.keeps and not isinstance(e.subject, ControlVariate)
+        and not e.subject.keeps and not any(map(callable, vars(e.subject).values()))
     ]  # fmt: skip
-    named = [e for e in found if not (isinstance(e, Reinforce) and e != Reinforce())]
-    return [*named, Reinforce(LeaveOneOut())]
+    return [*found, UNBIASED]

@@ -69,7 +69,7 @@ def point(
         raise EstimatorError(f"params: the program declares no parameter {unknown}. There are: {sorted(declared)}.")
     for name, site in declared.items():
         initial = site["args"][0] if site["args"] else None
-        if name in given and hasattr(initial, "shape") and np.shape(given[name]) != initial.shape:
+        if name in given and isinstance(initial, (jax.Array, np.ndarray)) and np.shape(given[name]) != initial.shape:
             raise EstimatorError(
                 f"params: '{name}' has shape {np.shape(given[name])}, the program's is {initial.shape}."
             )
