@@ -62,17 +62,11 @@ def point(
 ) -> tuple[dict[str, Any], dict[str, Any], Traces]:
     """Parameters, constrained, with those of ``params`` put in, their constraints, and the run that declared them."""
     given = {n: v if isinstance(v, dict) else jnp.asarray(v) for n, v in dict(params or {}).items()}
-    with _Parameters() as recorded:
+    with _Parameters(given) as recorded:
         traces = execute(Keys(jax.random.key(0)), jax.random.key(1), given, model, guide, args, kwargs, draw=_own_draw)
     declared = recorded.sites
     if unknown := sorted(n for n in given.keys() - declared.keys() if not n.endswith("$state")):
         raise EstimatorError(f"params: the program declares no parameter {unknown}. There are: {sorted(declared)}.")
-    for name, site in declared.items():
-        initial = site["args"][0] if site["args"] else None
-        if name in given and isinstance(initial, (jax.Array, np.ndarray)) and np.shape(given[name]) != initial.shape:
-            raise EstimatorError(
-                f"params: '{name}' has shape {np.shape(given[name])}, the program's is {initial.shape}."
-            )
     found = {n: jax.tree.map(lambda x: jnp.asarray(x, float), s["value"]) for n, s in declared.items()}
     return found, {n: s["kwargs"].get("constraint", constraints.real) for n, s in declared.items()}, traces
 
@@ -92,9 +86,10 @@ def _own_draw(msg: Message) -> Array:
 
 
 class _Parameters(Messenger):
-    """Takes note of the param statements."""
+    """Takes note of the param statements, and holds ``given`` values against their shapes."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self.given = given
         self.sites: dict[str, Message] = {}
         super().__init__()
 
@@ -103,8 +98,14 @@ class _Parameters(Messenger):
         return self
 
     def postprocess_message(self, msg: Message) -> None:
-        if msg["type"] == "param":
-            self.sites[msg["name"]] = msg.copy()
+        if msg["type"] != "param":
+            return
+        name, initial = msg["name"], msg["args"][0] if msg["args"] else None
+        self.sites[name] = msg.copy()
+        if name in self.given and isinstance(initial, (jax.Array, np.ndarray)):
+            given = np.shape(self.given[name])
+            if given != initial.shape:
+                raise EstimatorError(f"params: '{name}' has shape {given}, the program's is {initial.shape}.")
 
 
 class _Minibatch(Messenger):
