@@ -189,7 +189,7 @@ class Entry:
         if self.differentiated:
             where = {"relaxed": "at relaxed values", "mean": "at the means", "drawn": "in z", "redrawn": "in z"}
             return f"gradient {where[self.example.downstream]}"
-        return "gradient in z" if self.example.pathwise else "nothing"
+        return "gradient in z" if self.example.value.moves else "nothing"
 
     @property
     def shown_keeps(self) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +65,8 @@ from ppl_estimators import (
     SumAroundMode,
     UnorderedSet,
 )
-from ppl_estimators.core.estimator import Estimator
+from ppl_estimators.core.estimator import Estimator, Value
+from ppl_estimators.core.step import Step
 from ppl_estimators.estimators.baselines.base import Baseline
 from ppl_estimators.numpyro import EstimatorELBO as JaxELBO
 from ppl_estimators.numpyro import OneHotCategorical
@@ -183,6 +186,7 @@ def test_docstrings_have_the_head_and_a_reference(estimator):
 
 def jax_site(family, where):
     logits = jnp.array([0.3, -0.2, 0.5])
+    logits = numpyro.param("logits", logits) if where == "guide" else logits
     made = {
         "Bernoulli": lambda: jdist.Bernoulli(logits=logits[0]),
         "Categorical": lambda: jdist.Categorical(logits=logits),
@@ -298,6 +302,93 @@ def test_families_and_finite_gradients_in_numpyro(estimator, family):
     gradient = many(params, keys)
     assert all(bool(jnp.all(jnp.isfinite(g))) for g in gradient.values())
     assert float(jnp.abs(gradient["shift"]).sum()) > 0
+
+
+# ---- how the value is made ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Moved(Step):
+    """With ``delta`` added to the value, to see how a term moves with it."""
+
+    delta: Any = 0.0
+
+    def _draw(self, run, msg):
+        value = super()._draw(run, msg)
+        return value + self.delta if self.settings.mapping["z"].value.moves else value
+
+    def seen(self):
+        """The value, −log q as the loss differentiates it, and the run."""
+        runs = []
+
+        def one(source):
+            runs.append(self.run(source))
+            return self.drawn(source)
+
+        self.library.particles(one, 1)
+        term = next(t for t in self._explicit(runs[-1]) if (t.side, t.site) == ("guide", "z"))
+        return runs[-1].traces.guide["z"]["value"], term.value.sum(), runs[-1]
+
+
+def assert_made_as_declared(estimator, run, drawn, slope, rest):
+    """``slope`` is how the value moves with the parameters, ``rest`` how -log q does while the value stands still."""
+    value = estimator.value
+    assert bool(abs(slope).max() > 0) is value.moves
+    assert bool(abs(rest).max() > 1e-5) is (value in (Value.LIBRARY, Value.OWN, Value.PARTIAL))
+    assert (value.moves and bool((drawn == drawn.round()).all())) is (value is Value.HARD)
+    assert ("z" not in run.draws) is value.library
+    assert ("z" in run.sites) is (not value.whole or estimator.keeps)
+
+
+def last_family(estimator):
+    """One number, or three of which each moves."""
+    return next(f for f in (*OWN, *reversed(FAMILIES)) if f in ROWS[estimator][0])
+
+
+@pytest.mark.parametrize("estimator", ROWS, ids=repr)
+def test_how_the_value_is_made_in_pyro(estimator):
+    family = last_family(estimator)
+    pyro.set_rng_seed(3)
+    elbo = TorchELBO({"z": estimator}, num_particles=ROWS[estimator][2])
+    step = elbo.step(lambda: torch_site(family, "model"), lambda: torch_site(family, "guide"), (), {})
+    delta = torch.zeros(3 if family == "OneHot" else (), requires_grad=True)
+    value, term, run = Moved(step.settings, step.library, delta).seen()
+    logits = pyro.get_param_store()["logits"]
+
+    def slope(y, x, along=None):
+        found = torch.autograd.grad(y, x, along, retain_graph=True, allow_unused=True)[0] if y.requires_grad else None
+        return torch.zeros_like(x) if found is None else found
+
+    moves = slope(value, logits, torch.arange(1.0, 1.0 + value.numel()).reshape(value.shape))
+    rest = slope(term, logits) - slope(value, logits, slope(term, delta))
+    assert_made_as_declared(estimator, run, value, moves, rest)
+
+
+@pytest.mark.parametrize("estimator", [Reinforce(), DisARM(), *(e for e in ROWS if e.value.moves)], ids=repr)
+def test_how_the_value_is_made_in_numpyro(estimator):
+    family = last_family(estimator)
+    elbo = JaxELBO({"z": estimator}, num_particles=ROWS[estimator][2])
+    hooked = jax_hook(lambda: jax_site(family, "guide"), {"z": estimator})
+    trace = numpyro.handlers.trace(numpyro.handlers.seed(hooked, 0)).get_trace()
+    kept = {k: s["value"] for k, s in trace.items() if s["type"] in ("param", "mutable")}
+    runs = []
+
+    def seen(logits, delta):
+        step = elbo.step(
+            jax.random.key(3), {**kept, "logits": logits}, lambda: jax_site(family, "model"), hooked, (), {}
+        )
+        value, term, run = Moved(step.settings, step.library, delta).seen()
+        runs.append(run)
+        return 1.0 * value, term
+
+    def both(logits, delta):
+        (value, _), back = jax.vjp(seen, logits, delta)
+        of_term, along = back((jnp.zeros_like(value), 1.0))
+        moves, _ = back((1.0 + jnp.arange(value.size).reshape(value.shape), 0.0))
+        return value, moves, of_term - back((along, 0.0))[0]
+
+    value, moves, rest = both(kept["logits"], jnp.zeros(3 if family == "OneHot" else ()))
+    assert_made_as_declared(estimator, runs[0], value, moves, rest)
 
 
 @pytest.mark.parametrize("estimator", [e for e, (families, *_) in ROWS.items() if "Bernoulli" in families], ids=repr)

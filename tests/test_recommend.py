@@ -148,7 +148,7 @@ def test_a_smooth_normal_is_pathwise(lib):
 @pytest.mark.parametrize("lib", [pytest.param(PYRO, marks=pytest.mark.slow), NUMPYRO], ids=lambda lib: lib.name)
 def test_a_jump_is_not_differentiated(lib):
     found = recommend(*normal(lib, 0.3, 0.8, jump=True), budget=100)
-    assert not found.mapping["z"].pathwise
+    assert not found.mapping["z"].value.moves
     assert found["z"].evidence["Pathwise()"].biased
     assert found.joint["default"].biased
 

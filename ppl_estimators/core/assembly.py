@@ -29,15 +29,15 @@ def assemble(
     kept: Mapping[str, Kept],
     particles: int,
 ) -> tuple[Array, dict[str, dict[str, Array]]]:
-    """The loss, and the new state of every site that keeps some. A ``signal [K, ...]`` of the objective replaces every
-    site's own downstream cost; it holds its own control.
+    """The loss, and the new state of every site that keeps some. A ``signal [K, ...]`` of the objective replaces the
+    downstream cost of every score function; it holds its own control.
 
     loss = −objective − Σ_i (s_i − stop(s_i)) + Σ_i (aux_i − stop(aux_i)),   s_i, aux_i averaged over particles
     """
     riders = []
     states: dict[str, dict[str, Array]] = {}
     for name, e in evaluated.items():
-        if signal is None:
+        if signal is None or estimators[name].value.moves:
             local = estimators[name].local(ops, e.site, e.draw, e.costs, kept.get(name, Kept()))
         else:
             k, *plates = signal.shape

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from .errors import EstimatorError, EstimatorWarning
+from .estimator import Value
 from .families import ONEHOT
 from .ops import Array, Ops
 from .plan import Group, Plan
@@ -81,12 +82,12 @@ def counted(plan: Plan, group: Group, terms: Sequence[Term]) -> list[Term]:
     factor or an observed site of the guide is a cost like those of the model."""
     latent = plan.estimators
     redrawn = plan.graph.descendants(frozenset(group.sites))
-    partial = frozenset(n for n in redrawn if plan.estimators[n].corrected)
+    partial = frozenset(n for n in redrawn if plan.estimators[n].value is Value.PARTIAL)
     return [
         t
         for t in terms
         if not t.depends_on & partial
-        and (t.side == "model" or t.site not in latent or (latent[t.site].pathwise and t.site not in plan.sticking))
+        and (t.side == "model" or t.site not in latent or (latent[t.site].value.moves and t.site not in plan.sticking))
     ]
 
 

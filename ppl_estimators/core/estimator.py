@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, ClassVar
 
 from .errors import site_error
@@ -28,6 +29,48 @@ class Noise:
     concentration: Any = None
 
 
+class Value(Enum):
+    """How a value is made, and with it what -log q is differentiated in."""
+
+    #: a plain draw, which carries no gradient: -log q is held fixed (its own gradient has mean zero)
+    PLAIN = "plain"
+    #: the library's own reparameterised draw: -log q in full
+    LIBRARY = "library"
+    #: the same: -log q through the value only, every parameter of the guide held fixed
+    STICKING = "sticking"
+    #: a differentiable draw of the estimator's own: -log q in full
+    OWN = "own"
+    #: the same, but the value carries only a part of the gradient, and `Estimator.local` has the rest
+    PARTIAL = "partial"
+    #: a discrete draw with a made-up derivative: -log q through the value only
+    HARD = "hard"
+
+    @property
+    def moves(self) -> bool:
+        """Does the value carry a gradient?"""
+        return self is not Value.PLAIN
+
+    @property
+    def whole(self) -> bool:
+        """Does it carry all of the gradient?"""
+        return self not in (Value.PLAIN, Value.PARTIAL)
+
+    @property
+    def library(self) -> bool:
+        """Is it the library's own draw?"""
+        return self in (Value.LIBRARY, Value.STICKING)
+
+
+class Control(Enum):
+    """What holds the variance of a score function down."""
+
+    NOTHING = "nothing"
+    #: the mean of the other particles' costs and nothing else: an objective of several particles has its own in place
+    OTHERS = "others"
+    #: anything else
+    OWN = "own"
+
+
 OWN_VALUE: Mapping[str, Noise] = {"value": Noise("value")}
 
 
@@ -42,15 +85,8 @@ class Estimator(Spec):
     unbiased: ClassVar[bool] = True
     #: families it supports; None for every distribution
     families: ClassVar[tuple[str, ...] | None] = None
-    #: does the value carry a gradient (reparameterisation)? Then -log q keeps its own gradient too.
-    pathwise: ClassVar[bool] = False
-    #: is that value the library's own reparameterised draw? Then `noise` and `draw` are not used.
-    library_draw: ClassVar[bool] = False
-    #: is a pathwise value a draw of the site's discrete law, with a derivative made up for it? Then -log q is
-    #: differentiated in the value only: its own score has mean zero, and only adds noise.
-    hard: ClassVar[bool] = False
-    #: does a pathwise estimator also have a surrogate in its downstream cost? All the others have one.
-    corrected: ClassVar[bool] = False
+    #: how the value is made
+    value: ClassVar[Value] = Value.PLAIN
     #: does it use the log probability of the drawn value (`Site.log_q`)?
     score: ClassVar[bool] = False
     #: may its counterfactual values be evaluated together with those of sites that don't depend on it?
@@ -64,12 +100,12 @@ class Estimator(Spec):
     lanewise: ClassVar[bool] = False
     #: does every counterfactual value have the site's own distribution given its parents, as the drawn one has?
     exchangeable: ClassVar[bool] = False
-    #: does a pathwise estimator differentiate its own -log q through the value only?
-    sticking: ClassVar[bool] = False
     #: does it want the norm of the score (`Site.score_norm`)?
     wants_score_norm: ClassVar[bool] = False
     #: fewest particles it needs
     min_particles: ClassVar[int] = 1
+    #: what is subtracted from the cost
+    control: ClassVar[Control] = Control.OWN
     #: what to use instead, for the error that `check` raises
     instead: ClassVar[str] = "Use Pathwise() if the distribution is reparameterisable, or Reinforce(LeaveOneOut())"
 
@@ -123,7 +159,7 @@ class Estimator(Spec):
         return OWN_VALUE
 
     def draw(self, ops: Ops, site: Site, noise: Mapping[str, Array]) -> Draw:
-        """Differentiable in the site's parameters where the estimator is pathwise."""
+        """Differentiable in the site's parameters unless ``value`` is plain; not used for the library's own draw."""
         return Draw(noise["value"])
 
     def alternative(self, ops: Ops, site: Site, draw: Draw, index: Array) -> Array:
@@ -155,6 +191,7 @@ class Estimator(Spec):
     # ---- costs in, surrogate out --------------------------------------------------------------------------------
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
+        """Not asked where the value carries the whole gradient and nothing is kept."""
         raise NotImplementedError
 
     # ---- derived ------------------------------------------------------------------------------------------------
@@ -165,16 +202,6 @@ class Estimator(Spec):
         return False
 
     @property
-    def bare(self) -> bool:
-        """A score function that nothing is subtracted from?"""
-        return False
-
-    @property
     def weighted(self) -> bool:
         """Has it `weights`?"""
         return type(self).weights is not Estimator.weights
-
-    @property
-    def local_part(self) -> bool:
-        """Is `local` asked for a surrogate?"""
-        return self.corrected or not self.pathwise

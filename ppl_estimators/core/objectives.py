@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from .errors import EstimatorError, site_error
-from .estimator import Estimator
+from .estimator import Control, Estimator, Value
 from .ops import Array, Ops
 from .site import Plate, Site, Term, sum_to
 from .spec import Spec
@@ -62,19 +62,13 @@ class MultiSample(Objective):
     keeps_score: ClassVar[bool] = True
 
     def check(self, site: Site, estimator: Estimator, particles: int) -> None:
-        from ..estimators.baselines.leave_one_out import LeaveOneOut
-        from ..estimators.implicit_pathwise import ImplicitPathwise
-        from ..estimators.pathwise import Pathwise
-        from ..estimators.reinforce import Reinforce
-
         name = type(self).__name__
         if particles < 2:
             raise site_error(
                 site.name, f"{name} is a bound of several particles, got num_particles={particles}", "Pass 2 or more."
             )
-        if type(estimator) in (Pathwise, ImplicitPathwise) or (
-            isinstance(estimator, Reinforce) and isinstance(estimator.baseline, LeaveOneOut)
-        ):
+        in_full = estimator.unbiased and estimator.value in (Value.LIBRARY, Value.OWN)  # of any cost, -log q included
+        if in_full or estimator.control is Control.OTHERS:  # whose cost a signal may replace
             return
         raise site_error(
             site.name,

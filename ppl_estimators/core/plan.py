@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from .credit import Graph
 from .errors import EstimatorError, EstimatorWarning, site_error
-from .estimator import Estimator
+from .estimator import Control, Estimator, Value
 from .families import RELAXABLE
 from .site import Site, Term
 from .spec import Spec
@@ -149,23 +149,23 @@ class Plan:
 
     @cached_property
     def local(self) -> list[str]:
-        """Sites with a surrogate of their own."""
-        return [name for name, e in self.estimators.items() if e.local_part]
+        """Sites whose estimator is asked for its `local`."""
+        return [n for n, e in self.estimators.items() if not e.value.whole or e.keeps]
 
     @cached_property
     def soft(self) -> frozenset[str]:
         """Discrete sites whose value carries a gradient: only our log probability is differentiable in it."""
-        return frozenset(n for n, e in self.estimators.items() if e.pathwise and self.sites[n].family in RELAXABLE)
+        return frozenset(n for n, e in self.estimators.items() if e.value.moves and self.sites[n].family in RELAXABLE)
 
     @cached_property
     def hard(self) -> frozenset[str]:
         """Sites with a discrete draw whose derivative is made up."""
-        return frozenset(n for n, e in self.estimators.items() if e.hard)
+        return frozenset(n for n, e in self.estimators.items() if e.value is Value.HARD)
 
     @cached_property
     def sticking(self) -> frozenset[str]:
         """Sites whose -log q is differentiated through the value only."""
-        return frozenset(n for n, e in self.estimators.items() if e.sticking)
+        return frozenset(n for n, e in self.estimators.items() if e.value is Value.STICKING)
 
     @cached_property
     def depends_on(self) -> dict[tuple[str, str], frozenset[str]]:
@@ -178,7 +178,7 @@ class Plan:
 
     def relaxable(self, name: str) -> bool:
         """Can the site take relaxed values?"""
-        return not self.estimators[name].pathwise and self.sites[name].family in RELAXABLE
+        return not self.estimators[name].value.moves and self.sites[name].family in RELAXABLE
 
     def below(self, group: Group) -> frozenset[str]:
         """Sites that are drawn again when the group takes other values."""
@@ -219,7 +219,7 @@ def make_plan(
             closed = graph.closed_plates(site.name, terms)
             site = replace(site, plates=closed, coupled=site.plates - closed)
         views[site.name] = site
-    bare = [n for n, e in chosen.items() if particles == 1 and e.bare]
+    bare = [n for n, e in chosen.items() if particles == 1 and e.control is Control.NOTHING]
     if bare:
         names = ", ".join(f"'{n}'" for n in bare)
         warnings.warn(
@@ -266,7 +266,7 @@ def _together(
 def _check_relaxable(name: str, views: Mapping[str, Site], chosen: Mapping[str, Estimator], graph: Graph) -> None:
     """A hard draw downstream of a relaxed value would make the cost jump: the gradient would be biased."""
     for down in graph.descendants(frozenset([name])):
-        if chosen[down].local_part and (views[down].family not in RELAXABLE or views[down].time):
+        if not chosen[down].value.whole and (views[down].family not in RELAXABLE or views[down].time):
             raise site_error(
                 name,
                 f"{type(chosen[name]).__name__} differentiates the cost at relaxed values, but site '{down}' "

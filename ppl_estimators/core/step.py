@@ -244,12 +244,12 @@ class Step:
 
     def _draw(self, run: Run, msg: Message) -> Array:
         name, estimator = msg["name"], self.library.estimator(run.plan, msg)
-        if estimator.library_draw:
+        if estimator.value.library:
             return self.library.own(msg)
         site = self.library.view(run.plan, msg)
         draw, run.noise[name] = self._drawn(run, msg, site, estimator, {})
         run.draws[name], run.sites[name] = _held(self.library.ops, draw), site
-        if estimator.pathwise:
+        if estimator.value.moves:
             return draw.value
         return self.library.sampled(msg, run.draws[name].value)
 
@@ -271,7 +271,7 @@ class Step:
                 elif n.law != "value":
                     reuse = label in before and n.concentration is None
                     noise[label] = before[label] if reuse else library.noise(run.source, msg, site, label, n, i)
-        with library.differentiating(estimator.pathwise):
+        with library.differentiating(estimator.value.moves):
             return estimator.draw(ops, site, noise), noise
 
     def _measured(self, run: Run) -> dict[str, dict[str, Array]]:
@@ -322,7 +322,7 @@ class Step:
             if t.side == "guide" and t.site in fixed:
                 t = replace(t, value=fixed[t.site])
             elif t.side == "guide" and t.site in plan.estimators and not self.settings.objective.keeps_score:
-                if not plan.estimators[t.site].pathwise:
+                if not plan.estimators[t.site].value.moves:
                     t = replace(t, value=library.ops.stop_gradient(t.value))
             explicit.append(t)
         return explicit
@@ -368,11 +368,11 @@ class Step:
         """What a site below others takes when these have changed, from the noise that it had."""
         library, name = self.library, msg["name"]
         estimator = run.plan.estimators[name]
-        if estimator.library_draw:
+        if estimator.value.library:
             return library.own(msg)
         site = library.view(run.plan, msg, wide)
         value = self._drawn(run, msg, site, estimator, run.noise.get(name, {}))[0].value
-        return value if estimator.pathwise else library.sampled(msg, library.ops.stop_gradient(value))
+        return value if estimator.value.moves else library.sampled(msg, library.ops.stop_gradient(value))
 
     def _alternatives(self, run: Run, group: Group) -> dict[str, Array]:
         """Downstream costs at each counterfactual value, ``[A, *plates]`` per site; where the model's own gradient is

@@ -101,7 +101,7 @@ def admitted(estimator: Estimator, plan: Any, particles: int) -> dict[str, Estim
     found: dict[str, EstimatorError | None] = {}
     for name, site in plan.sites.items():
         try:
-            if (estimator.pathwise and estimator.library_draw) and not site.reparameterised:
+            if estimator.value.library and not site.reparameterised:
                 raise EstimatorError(f"site '{name}': {site.distribution} has no reparameterised draw.")
             particles_for(estimator, site, particles)
             found[name] = None

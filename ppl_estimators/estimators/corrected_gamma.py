@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from ..core.estimator import Estimator, Noise
+from ..core.estimator import Estimator, Noise, Value
 from ..core.families import BETA, CONTINUOUS, DIRICHLET, GAMMA
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
@@ -22,8 +22,7 @@ class CorrectedGamma(Estimator):
     """Base: a subclass gives ``log T``, its inverse and ``log |∂_ε log T|``, each for gammas of unit rate."""
 
     families: ClassVar[tuple[str, ...] | None] = (GAMMA, BETA, DIRICHLET)
-    pathwise: ClassVar[bool] = True
-    corrected: ClassVar[bool] = True
+    value: ClassVar[Value] = Value.PARTIAL
     instead: ClassVar[str] = "Use Pathwise() if the distribution is reparameterisable, or Reinforce(LeaveOneOut())"
 
     #: how far above the site's own concentration the gammas are drawn

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..core import relaxation
 from ..core.families import BERNOULLI
@@ -33,8 +32,6 @@ class GappedStraightThrough(Tempered):
     Reference: Fan, Chi, Rudnicky & Ramadge (2022), "Training Discrete Deep Generative Models via Gapped
     Straight-Through Estimator", arXiv:2206.07235.
     """
-
-    hard: ClassVar[bool] = True
 
     gap: float = 1.0
     temperature: Temperature = 0.5

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..core import relaxation
+from ..core.estimator import Value
 from ..core.ops import Array, Ops
 from ..core.site import Draw, Site
 from .relaxed_value import Temperature, Tempered
@@ -35,6 +37,8 @@ class GumbelSoftmax(Tempered):
     """
 
     temperature: Temperature = 0.5
+
+    value: ClassVar[Value] = Value.OWN
 
     def draw(self, ops: Ops, site: Site, noise: Mapping[str, Array]) -> Draw:
         z = relaxation.unconditional(ops, site.family, site.logits, noise["u"])

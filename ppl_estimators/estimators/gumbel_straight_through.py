@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..core import relaxation
 from ..core.ops import Array, Ops
@@ -30,8 +29,6 @@ class GumbelStraightThrough(Tempered):
 
     Reference: Jang, Gu & Poole (2017), "Categorical Reparameterization with Gumbel-Softmax", arXiv:1611.01144.
     """
-
-    hard: ClassVar[bool] = True
 
     temperature: Temperature = 0.5
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core.errors import site_error
-from ..core.estimator import Estimator
+from ..core.estimator import Estimator, Value
 from ..core.families import DISCRETE
 from ..core.ops import Array, Ops
 from ..core.site import Draw, Site
@@ -33,7 +33,7 @@ class ImplicitPathwise(Estimator):
     Reference: Figurnov, Mohamed & Mnih (2018), "Implicit Reparameterization Gradients", arXiv:1805.08498.
     """
 
-    pathwise: ClassVar[bool] = True
+    value: ClassVar[Value] = Value.OWN
     instead: ClassVar[str] = "Use Pathwise() if the distribution is reparameterisable, or Reinforce(LeaveOneOut())"
 
     def check(self, site: Site, particles: int) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ..core.errors import site_error
-from ..core.estimator import Estimator
+from ..core.estimator import Estimator, Value
 from ..core.site import Site
 
 
 class LibraryDraw(Estimator):
     """Base: the value comes from the distribution's `rsample`, and carries its gradient."""
 
-    pathwise: ClassVar[bool] = True
-    library_draw: ClassVar[bool] = True
+    value: ClassVar[Value] = Value.LIBRARY
     instead: ClassVar[str] = "Use DisARM() for Bernoulli sites, or Reinforce(LeaveOneOut()) for any"
 
     def check(self, site: Site, particles: int) -> None:

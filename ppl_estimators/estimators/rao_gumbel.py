@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..core import relaxation
 from ..core.estimator import Noise
@@ -34,8 +33,6 @@ class RaoGumbel(Tempered):
     Reference: Paulus, Maddison & Krause (2021), "Rao-Blackwellizing the Straight-Through Gumbel-Softmax Gradient
     Estimator", arXiv:2010.04838.
     """
-
-    hard: ClassVar[bool] = True
 
     r: int = 10
     temperature: Temperature = 0.5

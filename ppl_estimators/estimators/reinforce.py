@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core.densities import check_score
+from ..core.estimator import Control
 from ..core.keep import Kept
 from ..core.ops import Ops
 from ..core.site import Costs, Draw, Local, Site
 from .baselines.base import Baseline, WithBaseline
+from .baselines.leave_one_out import LeaveOneOut
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,8 +40,10 @@ class Reinforce(WithBaseline):
     instead: ClassVar[str] = ""
 
     @property
-    def bare(self) -> bool:
-        return self.baseline is None
+    def control(self) -> Control:  # type: ignore[override]
+        if self.baseline is None:
+            return Control.NOTHING
+        return Control.OTHERS if self.baseline == LeaveOneOut() else Control.OWN
 
     def check(self, site: Site, particles: int) -> None:
         super().check(site, particles)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..core.families import BERNOULLI
 from ..core.ops import Array, Ops
@@ -34,8 +33,6 @@ class ReinMax(Tempered):
     Reference: Liu, Dong, Liu, Yu & Gao (2023), "Bridging Discrete and Backpropagation: Straight-Through and Beyond",
     arXiv:2304.08612.
     """
-
-    hard: ClassVar[bool] = True
 
     temperature: Temperature = 1.0
 

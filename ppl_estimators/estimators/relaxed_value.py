@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-from ..core.estimator import Estimator, Noise
+from ..core.estimator import Estimator, Noise, Value
 from ..core.families import RELAXABLE, threshold
 from ..core.keep import Initial, Kept
 from ..core.ops import Array, Ops
@@ -23,7 +23,7 @@ class RelaxedValue(Estimator):
     """
 
     unbiased: ClassVar[bool] = False
-    pathwise: ClassVar[bool] = True
+    value: ClassVar[Value] = Value.HARD
     families: ClassVar[tuple[str, ...] | None] = RELAXABLE
     instead: ClassVar[str] = "Use OneHotCategorical for a categorical, or Reinforce(LeaveOneOut())"
 
@@ -47,10 +47,6 @@ class Tempered(RelaxedValue):
     def keeps(self) -> bool:
         return callable(self.temperature)
 
-    @property
-    def local_part(self) -> bool:
-        return self.keeps  # its surrogate is zero, but `local` counts the steps; the value carries all of the gradient
-
     def state(self, site: Site) -> dict[str, Initial]:
         return {"steps": Initial()} if self.keeps else {}
 
@@ -62,6 +58,7 @@ class Tempered(RelaxedValue):
         return self.temperature(noise["steps"]) if callable(self.temperature) else self.temperature
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
+        """Counts the steps."""
         return Local(ops.zeros_like(costs.value), state={"steps": kept.state["steps"] + 1})
 
 

@@ -70,7 +70,7 @@ class Several(Estimator):
     def check_parts(self, site: Site, particles: int) -> None:
         name = type(self).__name__
         for p in self.parts:
-            if p.pathwise or asks_the_distribution(p) or site.time:
+            if p.value.moves or asks_the_distribution(p) or site.time:
                 where = "inside a scan" if site.time else f"with {p!r}"
                 raise site_error(
                     site.name,

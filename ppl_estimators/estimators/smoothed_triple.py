@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core.counts import in_natural_units
-from ..core.estimator import Estimator
+from ..core.estimator import Estimator, Value
 from ..core.families import BERNOULLI, BINOMIAL, GEOMETRIC, POISSON
 from ..core.ops import Array, Ops
 from ..core.site import Draw, Site
@@ -36,8 +36,7 @@ class SmoothedTriple(Estimator):
 
     unbiased: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI, POISSON, GEOMETRIC, BINOMIAL)
-    pathwise: ClassVar[bool] = True
-    hard: ClassVar[bool] = True
+    value: ClassVar[Value] = Value.HARD
 
     def draw(self, ops: Ops, site: Site, noise: Mapping[str, Array]) -> Draw:
         """The drawn value, with the mean size of its perturbation for a slope."""

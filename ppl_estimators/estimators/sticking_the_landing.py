@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core.densities import check_density
+from ..core.estimator import Value
 from ..core.site import Site
 from .library_draw import LibraryDraw
 
@@ -30,7 +31,7 @@ class StickingTheLanding(LibraryDraw):
     Reference: Roeder, Wu & Duvenaud (2017), "Sticking the Landing", arXiv:1703.09194.
     """
 
-    sticking: ClassVar[bool] = True
+    value: ClassVar[Value] = Value.STICKING
 
     def check(self, site: Site, particles: int) -> None:
         super().check(site, particles)

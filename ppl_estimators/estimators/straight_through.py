@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 from ..core.families import probabilities
 from ..core.ops import Array, Ops
@@ -30,8 +29,6 @@ class StraightThrough(RelaxedValue):
     Reference: Bengio, Léonard & Courville (2013), "Estimating or Propagating Gradients Through Stochastic Neurons",
     arXiv:1308.3432.
     """
-
-    hard: ClassVar[bool] = True
 
     def draw(self, ops: Ops, site: Site, noise: Mapping[str, Array]) -> Draw:
         mean = probabilities(ops, site.family, site.logits)

@@ -74,7 +74,7 @@ class NumPyroLibrary:
         plan = make_plan(list(found.sites.values()), found.terms, graph, self.settings, branches=not found.followed)
         for name, operation in found.stuck.items():
             estimator = plan.estimators[name]
-            if estimator.pathwise or estimator.relaxations(plan.sites[name]):
+            if estimator.value.moves or estimator.relaxations(plan.sites[name]):
                 raise without_derivative(name, type(estimator).__name__, operation)
         if self.settings.average_model:
             averaging.check(plan)
@@ -105,7 +105,7 @@ class NumPyroLibrary:
 
     def _in_scan(self, msg: Message) -> Array | None:
         """Values of latent sites inside a scan, where no handler of ours can reach."""
-        if msg["type"] != "sample" or msg["is_observed"] or self._plan.estimators[msg["name"]].pathwise:
+        if msg["type"] != "sample" or msg["is_observed"] or self._plan.estimators[msg["name"]].value.moves:
             return None
         return jax.lax.stop_gradient(msg["fn"].sample(msg["kwargs"]["rng_key"]))
 

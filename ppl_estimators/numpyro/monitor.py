@@ -289,7 +289,7 @@ def flat_sites(elbo: Any, model: Any, guide: Any, params: Any, args: Any, kwargs
     if isinstance(elbo, EstimatorELBO):
         plan = _plan(elbo, params, model, guide, args, kwargs)
         pathwise = [
-            n for n, e in plan.estimators.items() if e.pathwise and plan.sites[n].family not in families.DISCRETE
+            n for n, e in plan.estimators.items() if e.value.moves and plan.sites[n].family not in families.DISCRETE
         ]
     key = jax.random.key(0)
 

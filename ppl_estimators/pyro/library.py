@@ -284,7 +284,7 @@ class PyroLibrary:
     ) -> list[Term]:  # fmt: skip
         if not first:
             return terms_of(traces, plan.depends_on, relaxed, only=only, hard=plan.hard)
-        local = frozenset(n for n in plan.local if not plan.estimators[n].pathwise)
+        local = frozenset(n for n in plan.local if not plan.estimators[n].value.moves)
         score_only = frozenset() if self.settings.objective.keeps_score else local
         terms = terms_of(traces, plan.depends_on, relaxed, score_only, local=local, hard=plan.hard)
         if terms:
@@ -309,7 +309,7 @@ class PyroLibrary:
             named = asked is not None or isinstance(self.settings.default, Estimator)
             if named:
                 chosen.check(site.filled(value=self._anything(msg)), particles)
-            needs_plan = chosen.lanewise or not (chosen.pathwise or named or particles > 1)
+            needs_plan = chosen.lanewise or not (chosen.value.moves or named or particles > 1)
             if needs_plan and not self._follow.control and not self._pinned:
                 raise _Unplanned
         self._used[name] = chosen

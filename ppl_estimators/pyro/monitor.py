@@ -273,7 +273,7 @@ def flat_sites(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> dic
     if isinstance(elbo, EstimatorELBO) and elbo.memory.last is not None:
         plan = elbo.memory.last
         pathwise = [
-            n for n, e in plan.estimators.items() if e.pathwise and plan.sites[n].family not in families.DISCRETE
+            n for n, e in plan.estimators.items() if e.value.moves and plan.sites[n].family not in families.DISCRETE
         ]
     subsamples: dict[str, Array] = {}
 

@@ -56,7 +56,7 @@ def estimates(estimator, family, parameters, noise, f=cost, log_q=None):
     noise = {k: jnp.moveaxis(jnp.asarray(x), 0, 1) if k == "m" else jnp.asarray(x) for k, x in noise.items()}
     site = site_of(family, parameters, count)
     draw = estimator.draw(OPS, site, noise)
-    if estimator.pathwise:
+    if estimator.value.moves:
         slope = jax.vmap(jax.grad(f))(jax.lax.stop_gradient(draw.value))
 
         def moving(arrays):

@@ -47,6 +47,7 @@ from ppl_estimators import (
     RejectionPathwise,
     StraightThrough,
 )
+from ppl_estimators.core.estimator import Value
 from ppl_estimators.core.families import CONTINUOUS, log_prob
 from ppl_estimators.core.keep import Kept
 from ppl_estimators.core.site import Costs, Draw, Site
@@ -790,7 +791,7 @@ class PathOnly(RejectionPathwise):
     """The right value without its correction."""
 
     boost: int = 1
-    corrected: ClassVar[bool] = False
+    value: ClassVar[Value] = Value.OWN
 
     def __post_init__(self):
         if self.boost == 0:

@@ -343,7 +343,11 @@ LEFT_OUT = {"numpyro": NUMPYRO_REFUSES, "pyro": PYRO_SLOW}
 
 
 #: of an estimator the engine sees these facts, and whether it has relaxed values and weights; the rest is arithmetic
-FACTS = [name for name in Estimator.__annotations__ if name not in ("unbiased", "families", "min_particles", "instead")]
+FACTS = [
+    name
+    for name in Estimator.__annotations__
+    if name not in ("unbiased", "families", "control", "min_particles", "instead")
+]
 
 
 def profile(mix: Mix) -> frozenset[Any]:
