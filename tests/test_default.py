@@ -13,6 +13,7 @@ import pytest
 from ppl_estimators import Constant, DisARM, Enumerate, LeaveOneOut, Reinforce
 from ppl_estimators import numpyro as ours_jax
 from ppl_estimators import pyro as ours_torch
+from ppl_estimators.core.estimator import Control
 from ppl_estimators.testing.zoo.languages import language
 
 PAGE = Path(__file__).parent.parent / "docs" / "default.md"
@@ -313,7 +314,7 @@ def ppl(request):
 def test_no_site_is_left_without_a_control_variate(ppl):
     for shape, (build, settings) in SHAPES.items():
         plan = plan_of(ppl, *build(ppl), **settings)
-        assert not any(e.bare for e in plan.estimators.values()), shape
+        assert not any(e.control is Control.NOTHING for e in plan.estimators.values()), shape
         assert plan.particles == settings.get("num_particles", 1) or plan.particles == 2, shape
 
 
