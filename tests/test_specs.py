@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import subprocess
 import sys
@@ -173,13 +174,148 @@ def test_each_adapter_imports_only_its_library(library, absent):
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
 
 
-@pytest.mark.parametrize("folder", ["core", "estimators"])
+#: what each folder or file of the package may import of the package; "" is the package itself, with its public names
+ARROWS = {
+    "core": {"core"},
+    "measure": {"measure", "core"},
+    "estimators": {"estimators", "core"},
+    "policy.py": {"estimators", "core"},
+    "pyro": {"pyro", "measure", "core"},
+    "numpyro": {"numpyro", "measure", "core"},
+    "backends.py": {"measure", "core"},
+    "__init__.py": {"estimators", "citations", "core"},
+    "catalogue.py": {"", "core"},
+    "citations.py": {"catalogue", "core"},
+    "figures.py": set(),
+    "testing": {"testing", "backends", "measure", "core"},
+    "diagnostics": {"diagnostics", "testing", "backends", "measure", "figures", "catalogue", "estimators", "", "core"},
+    "demo": {"demo", "pyro", "numpyro", "figures", "", "core"},
+    "commands": {"commands", "demo", "diagnostics", "testing", "backends", "catalogue", "", "core"},
+    "cli.py": {"commands"},
+}
+#: arrows beside these, each with its reason
+EXCEPTIONS = {
+    ("pyro/baseline.py", "estimators"): 'says Pyro\'s infer={"baseline": ...} in specs',
+    ("pyro/elbo.py", "policy"): "its default",
+    ("numpyro/elbo.py", "policy"): "its default",
+    ("core/objectives.py", "estimators"): "which estimators serve a bound of several particles",
+}
+FRAMEWORKS = {"torch", "jax", "pyro", "numpyro"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Absolute names of the modules that a file imports, lazily or for types too."""
+    here = (PACKAGE.name, *path.relative_to(PACKAGE).parts[:-1])
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) + 1 - node.level] if node.level else ()
+            module = ".".join((*base, *([node.module] if node.module else [])))
+            folder = PACKAGE.parent / module.replace(".", "/")
+            parts = {a.name for a in node.names if (folder / a.name).is_dir() or (folder / f"{a.name}.py").exists()}
+            found |= {f"{module}.{name}" for name in parts} | ({module} if len(parts) < len(node.names) else set())
+    return found
+
+
+def test_arrows_point_downward():
+    wrong, used = [], set()
+    for path in FILES:
+        file = path.relative_to(PACKAGE).as_posix()
+        folder = path.relative_to(PACKAGE).parts[0]
+        for name in imported(path):
+            top, _, rest = name.partition(".")
+            if top != PACKAGE.name or (target := rest.partition(".")[0]) in ARROWS[folder]:
+                continue
+            used.add((file, target))
+            if (file, target) not in EXCEPTIONS:
+                wrong.append(f"{file} imports {name}")
+    assert not wrong
+    assert used <= EXCEPTIONS.keys()
+
+
+@pytest.mark.parametrize("folder", ["core", "estimators", "measure", "policy.py", "backends.py"])
 def test_shared_code_imports_no_framework(folder):
-    for path in (PACKAGE / folder).rglob("*.py"):
-        for line in path.read_text().splitlines():
-            words = line.split()
-            if words[:1] in (["import"], ["from"]):
-                assert words[1].split(".")[0] not in {"torch", "jax", "pyro", "numpyro", "numpy"}, f"{path}: {line}"
+    allowed = {"numpy"} if folder == "measure" else set()
+    for path in FILES:
+        if path.relative_to(PACKAGE).parts[0] == folder:
+            found = {name.partition(".")[0] for name in imported(path)}
+            assert not found & ({*FRAMEWORKS, "numpy"} - allowed), path
+
+
+@pytest.mark.parametrize(("library", "other"), [("pyro", {"jax", "numpyro"}), ("numpyro", {"torch", "pyro"})])
+def test_an_adapter_names_only_its_library(library, other):
+    for path in (PACKAGE / library).rglob("*.py"):
+        assert not {name.partition(".")[0] for name in imported(path)} & other, path
+
+
+#: who may ask a foreign object what it has
+ASKS = {
+    "pyro/distributions.py": "a distribution of the user's that wraps another one shows it by `base_dist` only",
+    "numpyro/distributions.py": "a distribution of the user's that wraps another one shows it by `base_dist` only",
+    "pyro/gradients.py": "stock ELBOs without a backward pass of their own have `differentiable_loss` in common",
+}
+
+
+def calls(path: Path, name: str) -> list[ast.Call]:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return [n for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == name]
+
+
+def test_nobody_asks_hasattr():
+    assert {path.relative_to(PACKAGE).as_posix() for path in FILES if calls(path, "hasattr")} == ASKS.keys()
+
+
+CONCRETE = {c for c in vars(ppl_estimators).values() if isinstance(c, type) and issubclass(c, Spec)}
+#: who may know a concrete spec by its class
+KNOWS = {
+    ("catalogue.py", "Reinforce"): "its rows are about what Reinforce carries",
+    ("estimators/importance_sampled.py", "Reinforce"): "is made of it",
+    **{
+        ("core/objectives.py", name): "serves a bound"
+        for name in ("Reinforce", "LeaveOneOut", "Pathwise", "ImplicitPathwise")
+    },
+}
+
+
+def test_nobody_asks_for_a_concrete_spec():
+    names, found = {c.__name__: c.__module__ for c in CONCRETE}, set()
+    for path in FILES:
+        module = ".".join((PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts))
+        for call in [*calls(path, "isinstance"), *calls(path, "issubclass")]:
+            asked = {n.id for n in ast.walk(call.args[1]) if isinstance(n, ast.Name)} & names.keys()
+            found |= {(path.relative_to(PACKAGE).as_posix(), n) for n in asked if names[n] != module}
+        for node in ast.walk(ast.parse(path.read_text())):  # type(x) is C, type(x) in (C, D)
+            if isinstance(node, ast.Compare) and isinstance(node.left, ast.Call) and calls_type(node.left):
+                asked = {n.id for c in node.comparators for n in ast.walk(c) if isinstance(n, ast.Name)} & names.keys()
+                found |= {(path.relative_to(PACKAGE).as_posix(), n) for n in asked if names[n] != module}
+    assert found <= KNOWS.keys()
+
+
+def calls_type(call: ast.Call) -> bool:
+    return isinstance(call.func, ast.Name) and call.func.id == "type"
+
+
+#: concrete classes that others inherit from
+INHERITED = {
+    "EstimatorError": "an exception is caught by its base",
+    "Randomness": "the source of random numbers, which tools and tests replace",
+}
+
+
+def test_a_class_is_abstract_or_final():
+    """What is made somewhere in the package inherits nothing that is made, too."""
+    bases, made = set(), set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                bases |= {n.id for b in node.bases for n in ast.walk(b) if isinstance(n, ast.Name)}
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                made.add(node.func.id)
+    own = {n.name for p in FILES for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.ClassDef)}
+    assert bases & own & (made | {c.__name__ for c in CONCRETE}) == INHERITED.keys()
 
 
 #: files that one library needs and the other has no use for
@@ -192,3 +328,86 @@ ONLY_PYRO = {
 def test_the_adapters_have_the_same_files():
     names = [{p.name for p in (PACKAGE / library).glob("*.py")} for library in ("pyro", "numpyro")]
     assert names[0] - ONLY_PYRO == names[1]
+
+
+#: public names that one adapter's file has and its twin has not, and why
+ALONE = {
+    ("pyro", "library.py"): {
+        "Recent": "what a program has shown, from step to step; in NumPyro a step is traced and nothing is kept",
+        "Memory": "holds it",
+        "PyroLibrary": "the twins' classes bear their library's name",
+        "traced": "the table of shapes that Pyro's validation prints",
+    },
+    ("numpyro", "library.py"): {"NumPyroLibrary": "the twins' classes bear their library's name"},
+    ("pyro", "ops.py"): {"TorchOps": "named after the arrays"},
+    ("numpyro", "ops.py"): {"JaxOps": "named after the arrays"},
+    ("pyro", "randomness.py"): {
+        "State": "of Pyro's generators; NumPyro's keys are values",
+        "Generators": "rewinds them",
+        "Stream": "what a rewound program draws again",
+        "SideBySide": "the same for alternatives evaluated in one run",
+    },
+    ("pyro", "keep.py"): {
+        "Keeper": "holds parameters by name, as the store does; NumPyro declares them as sites",
+        "read_state": "of the store",
+        "update_state": "of the store",
+    },
+    ("numpyro", "keep.py"): {
+        "state_name": "of a mutable site",
+        "declare": "declares sites for what estimators keep",
+    },
+    ("pyro", "look.py"): {"untouched": "the parameter store and the random state are global"},
+    ("pyro", "gradients.py"): {
+        "aliased": "a distribution on watch: backward hooks stand where NumPyro differentiates a gate"
+    },
+    ("numpyro", "gradients.py"): {
+        "CHUNK_NUMBERS": "draws are mapped, so many at once",
+        "CHUNK_DRAWS": "draws are mapped, so many at once",
+    },
+    ("pyro", "monitor.py"): {
+        "SHAPES": "sites whose shape changes from step to step",
+        "Running": "averages are objects that hooks add to; NumPyro carries them as a state",
+        "Record": "averages are objects that hooks add to; NumPyro carries them as a state",
+        "WatchedGuide": "a guide may be watched without an SVI",
+    },
+    ("numpyro", "monitor.py"): {"State": "averages ride in the optimiser's state, through compiled loops"},
+    ("pyro", "exact.py"): {"Point": "moves the store's parameters, and back; NumPyro's are arguments"},
+    ("numpyro", "exact.py"): {
+        "point": "finds the parameters and their constraints; Pyro's store has them",
+        "named_leaves": "a network's parameters are a tree under one name",
+    },
+}
+TWIN_FILES = (
+    "library",
+    "elbo",
+    "ops",
+    "hook",
+    "keep",
+    "randomness",
+    "look",
+    "gradients",
+    "monitor",
+    "exact",
+    "injected",
+)
+
+
+def defined(path: Path) -> list[str]:
+    """Top-level names in the order of the file, constants included."""
+    found = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.append(node.name)
+        elif isinstance(node, ast.Assign):
+            found += [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return found
+
+
+@pytest.mark.parametrize("name", TWIN_FILES)
+def test_twin_files_read_alike(name):
+    """The same public names in the same order; private ones that both have stand in the same order, too."""
+    pyro, numpyro = (defined(PACKAGE / library / f"{name}.py") for library in ("pyro", "numpyro"))
+    for library, mine, other in (("pyro", pyro, numpyro), ("numpyro", numpyro, pyro)):
+        alone = {n for n in mine if n not in other and not n.startswith("_")}
+        assert alone == ALONE.get((library, f"{name}.py"), {}).keys(), library
+    assert [n for n in pyro if n in numpyro] == [n for n in numpyro if n in pyro]
