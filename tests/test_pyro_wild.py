@@ -15,7 +15,7 @@ from pyro.distributions.testing.rejection_gamma import RejectionGamma, ShapeAugm
 from pyro.infer import Trace_ELBO, config_enumerate
 from torch.distributions import GeneralizedPareto
 
-from ppl_estimators import EstimatorError, Pathwise, Reinforce
+from ppl_estimators import Enumerate, EstimatorError, Pathwise, Reinforce, StickingTheLanding
 from ppl_estimators.pyro import EstimatorELBO
 from ppl_estimators.pyro.distributions import reparameterised, support_moves
 
@@ -126,8 +126,9 @@ def test_refusals_of_false_claims() -> None:
         with pytest.raises(EstimatorError, match=r"site 'z': Pathwise needs a reparameterisable distribution"):
             EstimatorELBO(Pathwise()).loss_and_grads(*one_site(law))
         pyro.clear_param_store()
-    with pytest.raises(EstimatorError, match=r"site 'z': the support of Uniform moves.*Use Pathwise\(\)"):
-        EstimatorELBO(Reinforce()).loss_and_grads(*one_site(lambda a: dist.Uniform(-a, 2.0)))
+    for estimator in (Reinforce(), StickingTheLanding()):  # the score has a mean: neither to be used nor to be left out
+        with pytest.raises(EstimatorError, match=r"site 'z': the support of Uniform moves.*Use Pathwise\(\)"):
+            EstimatorELBO(estimator).loss_and_grads(*one_site(lambda a: dist.Uniform(-a, 2.0)))
     EstimatorELBO(Pathwise()).loss_and_grads(*one_site(lambda a: dist.Uniform(-a, 2.0)))
 
 
@@ -140,6 +141,39 @@ def test_a_hand_made_score_in_the_guide() -> None:
     with pytest.raises(EstimatorError, match=r"site 'extra': a factor of the guide with has_rsample=False.*=True"):
         EstimatorELBO().loss(model, lambda: guide(False))
     EstimatorELBO().loss(model, lambda: guide(True))
+
+
+# ---- a run is the same program ------------------------------------------------------------------------------
+
+
+def test_a_compiled_function_runs_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a module, in the first step, where modules are watched: no warning, nothing compiled, nothing assumed."""
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)  # which `torch.compile` switches off
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    net = torch.compile(torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(0.5)), backend=backend)
+
+    def model() -> None:
+        b, z = pyro.sample("b", dist.Bernoulli(0.5)), pyro.sample("z", dist.Bernoulli(0.5))
+        pyro.sample("x", dist.Normal(net(z[None])[0], 1.0), obs=torch.tensor(0.5))
+        pyro.sample("y", dist.Normal(b, 1.0), obs=torch.tensor(0.5))
+
+    def guide() -> None:
+        for name in ("b", "z"):
+            pyro.sample(name, dist.Bernoulli(logits=pyro.param(f"{name}_logit", torch.tensor(0.3))))
+
+    elbo = EstimatorELBO(Enumerate())
+    for _ in range(3):
+        elbo.loss_and_grads(model, guide)
+    assert not graphs
+    assert elbo.memory.last is not None
+    assert elbo.memory.last.depends_on["model", "x"] == {"z"}
+    net(torch.ones(1))
+    assert graphs  # outside it compiles as before
 
 
 # ---- guide and model ------------------------------------------------------------------------------------------------

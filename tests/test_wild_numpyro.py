@@ -32,6 +32,7 @@ from ppl_estimators import (
     MovingAverage,
     Pathwise,
     Reinforce,
+    StickingTheLanding,
 )
 from ppl_estimators.numpyro import EstimatorELBO, dependencies
 from ppl_estimators.numpyro.dependencies import mark, scan_layout
@@ -387,6 +388,7 @@ STANDING: dict[str, Callable[[Any], dist.Distribution]] = {
     "Binomial": lambda a: dist.Binomial(3, jax.nn.sigmoid(a)),
 }
 SCORES = [Reinforce(MovingAverage()), Reinforce(LeaveOneOut()), ControlVariate(jnp.sin, lambda d: d.mean, 1.0)]
+LEFT_OUT = StickingTheLanding()  # its part of -log q has the mean that the score would have
 
 
 def loss_of(law: Any, estimators: Any = None) -> Any:
@@ -400,7 +402,7 @@ def loss_of(law: Any, estimators: Any = None) -> Any:
 
 
 @pytest.mark.parametrize("name", MOVING)
-@pytest.mark.parametrize("estimator", SCORES, ids=repr)
+@pytest.mark.parametrize("estimator", [*SCORES, LEFT_OUT], ids=repr)
 def test_a_support_that_moves_has_no_score_function(name, estimator):
     with pytest.raises(EstimatorError, match=r"site 'z': the support of \w+ moves .* Use Pathwise\(\) here"):
         loss_of(MOVING[name], {"z": estimator})

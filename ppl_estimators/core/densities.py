@@ -15,6 +15,12 @@ def check_score(site: Site) -> None:
             "a Delta has no score function, its draw is its parameter",
             "Use Pathwise() here; in an autoguide choose the estimator at the auxiliary site behind it.",
         )
+    check_ends(site)
+    check_density(site)
+
+
+def check_ends(site: Site) -> None:
+    """Where the support moves the score has another mean than zero: it can neither be used nor be left out."""
     if site.support_moves:
         fix = (
             "Use Pathwise() here." if site.reparameterised else "Draw it in fixed bounds, and shift and scale the draw."
@@ -25,7 +31,6 @@ def check_score(site: Site) -> None:
             "over the edge",
             fix,
         )
-    check_density(site)
 
 
 def check_density(site: Site) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..core.densities import check_density
+from ..core.densities import check_density, check_ends
 from ..core.estimator import Value
 from ..core.site import Site
 from .library_draw import LibraryDraw
@@ -22,8 +22,8 @@ class StickingTheLanding(LibraryDraw):
     The dropped part, ∇_λ log q_λ(z) at fixed z, has mean zero but not variance zero. At the exact posterior the
     estimator's variance is zero. Prefer it when the guide can come close to the posterior; early in training it can
     be noisier than Pathwise. Every parameter of the guide is held fixed inside log q, also those through which this
-    site moves the parameters of later sites. Refused for the importance-weighted bounds, where dropping the score
-    part is biased.
+    site moves the parameters of later sites. Refused for the importance-weighted bounds and at a support that moves
+    with the parameters, where dropping the score part is biased.
 
     >>> StickingTheLanding()
     StickingTheLanding()
@@ -35,4 +35,5 @@ class StickingTheLanding(LibraryDraw):
 
     def check(self, site: Site, particles: int) -> None:
         super().check(site, particles)
+        check_ends(site)
         check_density(site)

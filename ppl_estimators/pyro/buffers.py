@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,9 @@ class Buffers:
 
         hook = register_module_forward_pre_hook(note)
         try:
-            yield held
+            with warnings.catch_warnings():  # noting a module of `torch.compile` twice does no harm
+                warnings.filterwarnings("ignore", r"Using `torch.compile\(module\)` when there are global hooks")
+                yield held
         finally:
             hook.remove()
             held[:] = [h for h in held if h[0]._buffers.get(h[1]) is not h[2] or not torch.equal(h[2], h[3])]

@@ -21,7 +21,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import pyro
@@ -500,6 +500,13 @@ def _names(code: types.CodeType) -> tuple[str, ...]:
     """Names that code looks up outside of itself, that of the functions inside it included."""
     inner = [_names(c) for c in code.co_consts if isinstance(c, types.CodeType)]
     return code.co_names + tuple(n for names in inner for n in names) if inner else code.co_names
+
+
+def as_written() -> AbstractContextManager[Any]:
+    """Functions of `torch.compile` run uncompiled: what they do can be followed, nothing of ours is compiled with them,
+    and all runs of a program draw the same numbers inside them."""
+    in_use = "torch._dynamo" in sys.modules  # which takes a second to load
+    return torch.compiler.set_stance("force_eager") if in_use else nullcontext()
 
 
 class StopParameters(TorchFunctionMode):

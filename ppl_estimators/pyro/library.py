@@ -31,7 +31,7 @@ from ..core.step import Joined, Run, Values
 from ..core.verify import lost, unstable
 from .baseline import from_baseline
 from .buffers import Buffers
-from .dependencies import Provenance, StopParameters
+from .dependencies import Provenance, StopParameters, as_written
 from .distributions import Law, another, log_q, named, natural_parameters, score_norm
 from .keep import Keeper, read_state
 from .ops import OPS
@@ -238,6 +238,7 @@ class PyroLibrary:
         if constants:
             args, kwargs = tree_map(_detached, (args, kwargs))
         with ExitStack() as stack:
+            stack.enter_context(as_written())
             if first:
                 self._follow = Provenance()
                 stack.enter_context(self._follow)
@@ -269,7 +270,7 @@ class PyroLibrary:
         def replay(msg: Message) -> Array:
             return first[msg["name"]]["value"].clone()  # no transform may answer from its cache
 
-        with self._once_more(source), StopParameters():
+        with as_written(), self._once_more(source), StopParameters():
             return execute(
                 None, _Streamed(source, "guide")(self.guide), self.args, self.kwargs, draw=replay,
                 subsamples=self.subsamples,
