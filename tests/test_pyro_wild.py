@@ -3,9 +3,11 @@ must speak of the same things, and errors name their site."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -174,6 +176,35 @@ def test_a_compiled_function_runs_as_written(monkeypatch: pytest.MonkeyPatch) ->
     assert elbo.memory.last.depends_on["model", "x"] == {"z"}
     net(torch.ones(1))
     assert graphs  # outside it compiles as before
+
+
+OWN: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    "torch": (lambda: torch.Generator().manual_seed(3), lambda g: float(torch.rand((), generator=g))),
+    "numpy": (lambda: np.random.default_rng(3), lambda g: g.random()),
+    "numpy, of old": (lambda: np.random.RandomState(3), lambda g: g.random_sample()),
+    "Python": (lambda: random.Random(3), lambda g: g.random()),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_generator_that_the_program_holds(name: str) -> None:
+    """Every run of a step sees the same number, and a step uses as many as one run."""
+    make, draw = OWN[name]
+    held, plain = make(), make()
+    seen: list[float] = []
+
+    def guide() -> None:
+        seen.append(draw(held))
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("a", torch.tensor(0.3)) + seen[-1]))
+
+    def model() -> None:
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Bernoulli(0.5)), 1.0), obs=torch.tensor(0.5))
+
+    elbo = EstimatorELBO(Enumerate())
+    for _ in range(3):
+        elbo.loss_and_grads(model, guide)
+    assert len(seen) > 3
+    assert list(dict.fromkeys(seen)) == [draw(plain) for _ in range(3)]
 
 
 # ---- guide and model ------------------------------------------------------------------------------------------------

@@ -417,19 +417,19 @@ _WALKED = (f"{_OURS}.", "torch.", "pyro.", "types")  # objects of these may hold
 _MODULE = {*vars(torch.nn.Module()), "_pyro_params"} - {"_parameters", "_buffers", "_modules"}
 
 
-def reachable(*roots: Any) -> list[torch.Tensor]:
-    """Tensors that functions, methods, modules and plain objects of the user's can lead to, through closures, defaults,
-    globals that code names, attributes and containers."""
-    found: list[torch.Tensor] = []
+def reachable(*roots: Any, kinds: Any = torch.Tensor) -> list[Any]:
+    """Tensors (or things of other ``kinds``) that functions, methods, modules and plain objects of the user's can lead
+    to, through closures, defaults, globals that code names, attributes and containers."""
+    found: list[Any] = []
     seen: set[int] = set()
     queue = list(roots)
     for thing in queue:  # which grows
         kind = type(thing)
         if kind in _ATOMS:
             continue
-        if isinstance(thing, torch.Tensor):
+        if isinstance(thing, kinds):
             found.append(thing)
-        elif id(thing) not in seen:
+        elif not isinstance(thing, torch.Tensor) and id(thing) not in seen:
             seen.add(id(thing))
             if len(seen) > _OBJECTS:
                 break

@@ -213,6 +213,7 @@ class PyroLibrary:
         was drawn, the minibatch, the buffers of modules."""
         memory, known, result = self.memory, self._plan is not None, None
         self._used, self.subsamples = {}, {}
+        memory.generators.look(self.model, self.guide, self.args, self.kwargs, everything=not known)
         before = memory.generators.state(everything=not known)
         with nullcontext(memory.buffers.held()) if known else memory.buffers.watched() as held:
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.estimator import Noise
+from .dependencies import reachable
 
 Array = torch.Tensor
 
@@ -39,32 +41,54 @@ class Randomness:
 
 State = tuple[Any, ...]
 
+#: how generators that a program holds for itself tell their state, and take it back
+_OWN: dict[Any, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
+    torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
+    np.random.Generator: (lambda g: g.bit_generator.state, lambda g, x: setattr(g.bit_generator, "state", x)),
+    np.random.RandomState: (np.random.RandomState.get_state, np.random.RandomState.set_state),
+    random.Random: (random.Random.getstate, random.Random.setstate),
+}
+
 
 class Generators:
-    """Every generator of random numbers that a program may read: torch's on each device, and Python's and numpy's once
-    a program was seen to use them."""
+    """Every generator of random numbers that a program may read: torch's on each device, those that it holds for
+    itself, and Python's and numpy's once a program was seen to use them."""
 
     def __init__(self) -> None:
         self.foreign = False
+        self._own: dict[Any, None] = {}
+
+    def look(self, *roots: Any, everything: bool) -> None:
+        """Find the generators that a program holds: at its first run, and then at every one if there were some."""
+        if everything or self._own:
+            held = reachable(*roots, kinds=tuple(_OWN))
+            self._own = dict.fromkeys(g for g in held if not isinstance(g, random.SystemRandom))
 
     def state(self, *, everything: bool = False) -> State:
         devices = torch.cuda.default_generators if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
         foreign = (random.getstate(), np.random.get_state()) if self.foreign or everything else None
-        return torch.default_generator.get_state(), tuple(g.get_state() for g in devices), foreign
+        own = tuple((g, _ways(g)[0](g)) for g in self._own)
+        return torch.default_generator.get_state(), tuple(g.get_state() for g in devices), foreign, own
 
     def restore(self, state: State) -> None:
-        here, devices, foreign = state
+        here, devices, foreign, own = state
         torch.default_generator.set_state(here)
         for generator, its in zip(torch.cuda.default_generators if devices else (), devices, strict=False):
             generator.set_state(its)
         if foreign is not None:
             random.setstate(foreign[0])
             np.random.set_state(foreign[1])
+        for generator, its in own:
+            _ways(generator)[1](generator, its)
 
     def learn(self, before: State, after: State) -> None:
         """Note whether a run between two complete states used Python's or numpy's generator."""
         (a, x), (b, y) = before[2], after[2]
         self.foreign |= a != b or x[2:] != y[2:] or bool((x[1] != y[1]).any())
+
+
+def _ways(generator: Any) -> tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]:
+    return next(ways for kind, ways in _OWN.items() if isinstance(generator, kind))
 
 
 class Stream:
