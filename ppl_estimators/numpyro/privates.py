@@ -1,0 +1,58 @@
+"""Names of JAX and NumPyro that no documentation promises and that this adapter relies on: what each is for, and where
+it is. A test looks each up, so that a release which drops one is told by its name; another finds what is missing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend
+import numpyro
+from jax.interpreters import ad
+from numpyro.contrib.control_flow import scan
+from numpyro.contrib.control_flow.cond import cond_wrapper
+from numpyro.ops.pytree import PytreeTrace
+
+
+def _infer_in_scan() -> Any:
+    """``infer`` of a site inside a scan."""
+
+    def step(carry: Any, x: Any) -> Any:
+        return carry, numpyro.sample("z", numpyro.distributions.Bernoulli(0.5))
+
+    found = []
+
+    class Look(numpyro.primitives.Messenger):
+        def process_message(self, message: Any) -> None:
+            if message["type"] == "sample":
+                found.append(message["infer"])
+
+    with numpyro.handlers.seed(rng_seed=0), Look():
+        scan(step, 0, None, length=2)
+    return found[0]
+
+
+PRIVATES: dict[str, tuple[str, Callable[[], Any]]] = {
+    # ---- JAX: following values ----------------------------------------------------------------------------------
+    "Tracer": ("a value that is not known yet", lambda: jax.core.Tracer),
+    "eval_jaxpr": ("runs a program that was looked at", lambda: jax.core.eval_jaxpr),
+    "Jaxpr": ("the traced program", lambda: jax.extend.core.Jaxpr),
+    "ClosedJaxpr": ("the same with its constants", lambda: jax.extend.core.ClosedJaxpr),
+    "Literal": ("a constant inside it", lambda: jax.extend.core.Literal),
+    "checkpoint_name": ("marks a value by name in the traced program", lambda: jax.ad_checkpoint.checkpoint_name),
+    "primitive_jvps": ("which primitives have a derivative", lambda: ad.primitive_jvps),
+    # ---- NumPyro ------------------------------------------------------------------------------------------------
+    "_scan_current_index": (
+        "in a site's infer: it is inside a scan, at this step",
+        lambda: _infer_in_scan()["_scan_current_index"],
+    ),
+    "PytreeTrace": ("the sites inside a scan or a cond, in the outer trace", lambda: PytreeTrace({}).trace),
+    "cond_wrapper": ("tells a cond from a scan", lambda: cond_wrapper),
+    "_mask": (
+        "of a masked distribution",
+        lambda: numpyro.distributions.Normal(0.0, 1.0).mask(jax.numpy.asarray(True))._mask,
+    ),
+    "_NumPyroOptim": ("the class of an optimiser of SVI", lambda: numpyro.optim._NumPyroOptim),
+}

@@ -1,0 +1,62 @@
+"""Names of torch and Pyro that no documentation promises and that this adapter relies on: what each is for, and where
+it is. A test looks each up, so that a release which drops one is told by its name; another finds what is missing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+
+PRIVATES: dict[str, tuple[str, Callable[[], Any]]] = {
+    # ---- torch: following values --------------------------------------------------------------------------------
+    "_get_current_function_mode": (
+        "is the mode that follows values the uppermost one?",
+        lambda: torch.overrides._get_current_function_mode,
+    ),
+    "_version": ("has a tensor been written to since?", lambda: torch.zeros(())._version),
+    "_cdata": ("the identity of a storage", lambda: torch.zeros(()).untyped_storage()._cdata),
+    "_unique": ("what torch.unique calls", lambda: torch._unique),
+    "_is_view": ("a question that needs no data", lambda: torch.zeros(())._is_view),
+    "_python_dispatch": (
+        "`TorchDispatchMode`, which sees every random operation of a run",
+        lambda: torch.utils._python_dispatch.TorchDispatchMode,
+    ),
+    "_schema": ("does an operation write in place?", lambda: torch.ops.aten.add_.Tensor._schema.is_mutable),
+    "_pytree": ("maps over arguments of any structure", lambda: torch.utils._pytree.tree_map),
+    # ---- torch: modules -----------------------------------------------------------------------------------------
+    "_buffers": ("what a module counts, restored before a re-run", lambda: torch.nn.Module()._buffers),
+    "_parameters": ("a module's own parameters", lambda: torch.nn.Module()._parameters),
+    "_modules": ("a module's parts", lambda: torch.nn.Module()._modules),
+    # ---- torch: distributions -----------------------------------------------------------------------------------
+    "_standard_gamma": ("the gamma draw that Gamma.rsample differentiates", lambda: torch._standard_gamma),
+    "_cached_x_y": (
+        "what a transform remembers, forgotten in a copy",
+        lambda: torch.distributions.ExpTransform(cache_size=1)._cached_x_y,
+    ),
+    "_inv": ("a transform's inverse, likewise", lambda: torch.distributions.ExpTransform()._inv),
+    # ---- Pyro ---------------------------------------------------------------------------------------------------
+    "_PYRO_STACK": ("which handlers are at work", lambda: pyro.poutine.runtime._PYRO_STACK),
+    "COERCIONS": (
+        "is asked whenever a distribution is made: values are followed into it",
+        lambda: pyro.distributions.distribution.COERCIONS.append,
+    ),
+    "_mask": ("of a masked distribution", lambda: pyro.distributions.Normal(0.0, 1.0).mask(torch.tensor(True))._mask),
+    "_params": ("the store's unconstrained tensors by name", lambda: pyro.get_param_store()._params),
+    "_constraints": ("the store's constraints by name", lambda: pyro.get_param_store()._constraints),
+    "_pyro_params": ("a PyroModule's own names", lambda: pyro.nn.PyroModule()._pyro_params),
+    "_guess_max_plate_nesting": (
+        "how many plates lie below the particles'",
+        lambda: pyro.infer.ELBO._guess_max_plate_nesting,
+    ),
+    "_vectorized_num_particles": (
+        "the plate of the particles",
+        lambda: pyro.infer.ELBO._vectorized_num_particles,
+    ),
+    "_loss_and_surrogate_loss": (
+        "the surrogate of TraceGraph_ELBO, which has no `differentiable_loss`",
+        lambda: pyro.infer.TraceGraph_ELBO._loss_and_surrogate_loss,
+    ),
+}
