@@ -7,7 +7,8 @@
 #   make benchmarks  the speed and variance tables of the docs
 #   make docs        the generated pages, and the site in build/docs; NOTEBOOKS=force runs the tutorials anew
 #   make figures     the figures of the docs, drawn again from benchmarks/results
-#   make lint        ruff: rules and format
+#   make versions    a small set of tests by the lowest and the newest versions of JAX and NumPyro
+#   make lint        ruff: rules and format; mypy
 #   make clean       remove what the targets above made, the virtual environment too
 #
 # All paths are relative, so the checkout may lie under a folder with spaces in its name.
@@ -19,7 +20,7 @@ DEMO     ?=
 PYTEST   ?=
 PROGRAMS ?=
 
-.PHONY: help demo test test-all programs benchmarks docs figures lint clean
+.PHONY: help demo test test-all programs benchmarks docs figures versions lint clean
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -52,6 +53,10 @@ docs: $(STAMP)
 
 figures: $(STAMP)
 	$(PY) docs/make_figures.py
+
+# By other versions than those of constraints.txt: the lowest and the newest that pyproject.toml allows.
+versions: $(STAMP)
+	$(PY) .ci/versions.py
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -1,22 +1,79 @@
-"""The lowest and the newest versions that `pyproject.toml` promises: an environment for each, and a small set of tests.
+"""A small set of tests by the lowest and by the newest versions of JAX and NumPyro that `pyproject.toml` allows.
 
-python .ci/versions.py [NAME ...]
+python .ci/versions.py [lowest | newest ...]
 
-Environments live in build/versions/NAME and are made once. Of torch the package index has one build for the CPU that is not
-gigabytes large, so Pyro is tested with that one only, by the ordinary suite.
+"newest" is what the package index has for the newest Python that is here. Environments are made afresh in
+build/versions. Only NumPyro: of torch the index has one build without gigabytes of CUDA, and `make test` runs that.
 """
 
 from __future__ import annotations
 
-import shutil
+import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from shutil import which
 
 ROOT = Path(__file__).resolve().parent.parent
-#: name: (pythons, the first that is found is taken, and what is installed)
-NUMPYRO = ("numpy", "scipy", "pytest", "optax", "flax", "equinox", "rich", "matplotlib")
+#: what the tests below need beside JAX and NumPyro
+BESIDE = ("pytest", "scipy", "optax", "flax", "equinox", "pandas>=2.2,<3")
+#: exact gradients, the laws' known mistakes, programs of every structure (scan, cond, while), use through SVI
+TESTS = (
+    "tests/exact/test_exact_counts.py",
+    "tests/exact/test_exact_slopes.py",
+    "tests/exact/test_known_mistakes.py",
+    "tests/test_posteriors_numpyro.py",
+    "tests/test_use_numpyro.py",
+    "tests/test_wild_numpyro.py",
+)
+
+
+def lowest() -> list[str]:
+    """The requirements with the versions that they name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [re.sub(">=", "==", need) for need in project["optional-dependencies"]["numpyro"]]
+
+
+def newest() -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return list(project["optional-dependencies"]["numpyro"])
+
+
+def python(names: tuple[str, ...]) -> str:
+    """The first of them that starts."""
+    for name in names:
+        if (found := which(name)) and not subprocess.run([found, "-c", ""], capture_output=True).returncode:
+            return found
+    raise SystemExit(f"versions: none of {', '.join(names)} is on the PATH")
+
+
 ENVIRONMENTS = {
-    "lowest": (("python3.11",), ("numpyro==0.22.0", "jax==0.10.0", "jaxlib==0.10.0", *NUMPYRO)),
-    "newest": (("python3.13", "python3.12", "python3.11"), ("numpyro", "jax", *NUMPYRO)),
+    "lowest": (lowest, ("python3.11",)),
+    "newest": (newest, ("python3.14", "python3.13", "python3.12", "python3.11")),
 }
+
+
+def run(name: str) -> bool:
+    requirements, pythons = ENVIRONMENTS[name]
+    folder = ROOT / "build" / "versions" / name
+    subprocess.run([python(pythons), "-m", "venv", "--clear", folder], check=True)
+    own = folder / "bin" / "python"
+    subprocess.run([own, "-m", "pip", "install", "-q", *requirements(), *BESIDE], check=True)
+    print(f"== {name}", flush=True)
+    subprocess.run([own, "-c", SAY], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [own, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *TESTS]
+    return subprocess.run(command, cwd=ROOT, env=environment).returncode == 0
+
+
+SAY = """
+import sys
+from importlib.metadata import version
+print("Python", sys.version.split()[0], *(f"{n} {version(n)}" for n in ("jax", "jaxlib", "numpyro", "numpy")), sep=", ")
+"""
+
+if __name__ == "__main__":
+    results = {name: run(name) for name in sys.argv[1:] or ENVIRONMENTS}
+    sys.exit(not all(results.values()))

@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 from xla import QUICK_COMPILATION, known
@@ -12,6 +13,9 @@ from xla import QUICK_COMPILATION, known
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit what their parent has found
     os.environ["XLA_FLAGS"] = " ".join([*known(QUICK_COMPILATION), os.environ.get("XLA_FLAGS", "")])
 
+#: `make versions` runs the tests of NumPyro where there is no Pyro
+PYRO = find_spec("pyro") is not None
+
 # Tracing makes many small objects, and a tenth of the time went into looking for garbage among them.
 gc.set_threshold(100_000, 50, 100)
 
@@ -20,13 +24,17 @@ gc.set_threshold(100_000, 50, 100)
 def double_precision() -> Iterator[None]:
     """float64 in both libraries, for one test."""
     import jax
-    import torch
 
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
     with jax.enable_x64(True):
+        if not PYRO:
+            yield
+            return
+        import torch
+
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
         yield
-    torch.set_default_dtype(before)
+        torch.set_default_dtype(before)
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +51,9 @@ def quick_compilation() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def afresh() -> Iterator[None]:
     """No test sees another's parameters, and none draws otherwise than yesterday (NumPyro's keys are explicit)."""
+    if not PYRO:
+        yield
+        return
     import pyro
 
     pyro.set_rng_seed(0)

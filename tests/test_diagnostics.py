@@ -192,7 +192,7 @@ def test_tables_for_pandas():
     assert list(table["kind"]) == ["parameter", "site", "site"]
     assert list(table["name"]) == ["a", "(explicit)", "b"]
     assert table.loc[0, "variance"] == report.parameters[0].variance
-    assert table.loc[2, "estimator"] == "DisARM()"
+    assert table.loc[2, "estimator"] == "Enumerate()"
     found = compare(numpyro_model, numpyro_guide, (), SPECS, num_draws=8, timing_steps=1)
     table = found.to_pandas().set_index("label")
     assert set(table.index) == set(SPECS)
