@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpyro
 from numpyro.primitives import mutable
 
-from ..core.errors import site_error
 from ..core.estimator import Estimator
 from ..core.keep import Initial, Kept, Network, mlp
 from ..core.site import Site
@@ -33,22 +32,11 @@ def declare(site: Site, estimator: Estimator, given: Mapping[str, Array]) -> Kep
 
 
 def _param(name: str, initial: Initial) -> Array:
-    if initial.spread:
-        value = numpyro.param(
-            name, lambda key: initial.value + initial.spread * jax.random.normal(key, initial.shape, dtype=float)
-        )
-    else:
-        value = numpyro.param(name, jnp.full(initial.shape, initial.value, dtype=float))
-    if value is not None and value.shape != initial.shape:  # the guide alone does not show what the model couples
-        site, part = name.split("$", 1)
-        raise site_error(
-            site,
-            f"the hook declared '{part}' of shape {value.shape} for elements that stand alone; a cost couples those of "
-            f"a plate, and then it has shape {initial.shape}",
-            "Use an estimator that keeps no network here, such as Enumerate() or, with several particles, "
-            "Reinforce(LeaveOneOut()).",
-        )
-    return value
+    if not initial.spread:
+        return numpyro.param(name, jnp.full(initial.shape, initial.value, dtype=float))
+    return numpyro.param(
+        name, lambda key: initial.value + initial.spread * jax.random.normal(key, initial.shape, dtype=float)
+    )
 
 
 def _network(name: str, network: Network) -> Callable[[Array], Array]:
