@@ -4,6 +4,9 @@
 
 A plate keeps them apart if both are inside it and every latent site on the way from z_i to t is inside it too: a
 site outside the plate that z_i moves and that moves t carries the influence of one element to all the others.
+
+The steps of a scan are kept apart by the same rule, but a step moves all later ones: what counts for it is the sum from
+its own step on. Everything else (event dimensions, batch dimensions without a plate) is summed.
 """
 
 from __future__ import annotations
@@ -13,23 +16,31 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .ops import Array, Ops
-from .site import Plate, Site, Term, sum_to
+from .site import Plate, Site, Term, from_each_step, sum_to
 
 
 class Credit(NamedTuple):
-    """Term number ``term``, summed to ``plates``, counts for the sites of number ``sites``."""
+    """Term number ``term``, summed to ``plates`` (``ordered``: and from each step on), counts for the sites of number
+    ``sites``."""
 
     term: int
     plates: frozenset[Plate]
+    ordered: bool
     sites: frozenset[int]
 
 
 class Graph:
     """Who depends on whom among the latent sites of the guide, and in which plates they are."""
 
-    def __init__(self, ancestors: Mapping[str, frozenset[str]], plates: Mapping[str, frozenset[Plate]]):
+    def __init__(
+        self,
+        ancestors: Mapping[str, frozenset[str]],
+        plates: Mapping[str, frozenset[Plate]],
+        orders: Mapping[str, str | None] | None = None,
+    ):
         self.ancestors = ancestors  # strict: a site is not its own ancestor
         self.plates = plates
+        self.orders = orders or {}  # of sites inside a scan, its name
         self._leaks: dict[tuple[str, frozenset[str]], frozenset[Plate]] = {}
         self._credits: dict[tuple[object, ...], tuple[Credit, ...]] = {}
 
@@ -40,6 +51,13 @@ class Graph:
         """Plates along which an element of ``term`` depends on the same element of ``site`` only."""
         both = self.plates[site] & term.plates
         return both - self._leaking(site, term.depends_on) if both else both
+
+    def ordered(self, site: str, term: Term) -> bool:
+        """Does a step of ``site`` move its own and later steps of ``term`` only?"""
+        order = self.orders.get(site)
+        if order is None or term.order != order:
+            return False
+        return all(self.orders.get(w) == order for w in term.depends_on if site in self.ancestors[w])
 
     def _leaking(self, site: str, via: frozenset[str]) -> frozenset[Plate]:
         key = (site, via)
@@ -63,15 +81,16 @@ class Graph:
     def credits(self, sites: Sequence[Site], terms: Sequence[Term]) -> tuple[Credit, ...]:
         """Which terms count for which of ``sites``, all in the same plates. Worked out once for each structure."""
         plates = sites[0].plates
-        key = (plates, tuple(s.name for s in sites), tuple((t.plates, t.depends_on) for t in terms))
+        key = (plates, tuple(s.name for s in sites), tuple((t.plates, t.depends_on, t.order) for t in terms))
         if key not in self._credits:
             found = []
             for index, term in enumerate(terms):
-                by_plates: dict[frozenset[Plate], set[int]] = {}
+                by_axes: dict[tuple[frozenset[Plate], bool], set[int]] = {}
                 for i, site in enumerate(sites):
                     if site.name in term.depends_on:
-                        by_plates.setdefault(self.shared_plates(site.name, term) & plates, set()).add(i)
-                found += [Credit(index, shared, frozenset(members)) for shared, members in by_plates.items()]
+                        axes = self.shared_plates(site.name, term) & plates, self.ordered(site.name, term)
+                        by_axes.setdefault(axes, set()).add(i)
+                found += [Credit(index, *axes, frozenset(members)) for axes, members in by_axes.items()]
             self._credits[key] = tuple(found)
         return self._credits[key]
 
@@ -97,8 +116,8 @@ def downstream_costs(ops: Ops, graph: Graph, terms: Sequence[Term], sites: Seque
         ndim = len(group[0].batch_shape)
         # by shape: terms reduced to it, and for each the numbers of the sites that count it
         columns: dict[tuple[int, ...], tuple[list[Array], list[frozenset[int]]]] = {}
-        for index, plates, members in graph.credits(group, terms):
-            reduced = sum_to(ops, terms[index].value, plates, ndim)
+        for index, plates, ordered, members in graph.credits(group, terms):
+            reduced = (from_each_step if ordered else sum_to)(ops, terms[index].value, plates, ndim)
             arrays, counts = columns.setdefault(tuple(reduced.shape), ([], []))
             arrays.append(reduced)
             counts.append(members)
@@ -108,6 +127,9 @@ def downstream_costs(ops: Ops, graph: Graph, terms: Sequence[Term], sites: Seque
             for i, total in _products(ops, arrays, tuple(counts), len(group)):
                 name = group[i].name
                 result[name] = total if result[name] is None else result[name] + total
+        for site in group:
+            if site.time and result[site.name] is not None:  # what cannot be told apart counts for every step
+                result[site.name] = ops.broadcast_to(result[site.name], site.plate_shape)
     return result
 
 

@@ -25,7 +25,7 @@ class Term:
     """One cost term of the ELBO: log p or -log q of one site, scaled and masked.
 
     ``value`` has shape ``[*batch]``; ``depends_on`` names every latent site of the guide that can move it;
-    ``side`` is "model" or "guide".
+    ``side`` is "model" or "guide"; ``order`` as in `Site`, the steps being those of the sites that it depends on.
     """
 
     side: str
@@ -33,6 +33,7 @@ class Term:
     value: Array
     plates: frozenset[Plate]
     depends_on: frozenset[str]
+    order: str | None = None
 
 
 @dataclass
@@ -54,7 +55,8 @@ class Site:
     #: plates of the guide that a cost couples, for an estimator of single elements: not in ``plates``, so that their
     #: elements count as dependent
     coupled: frozenset[Plate] = frozenset()
-    time: bool = False  # drawn inside a scan: a leading batch axis of dependent steps
+    time: bool = False  # drawn inside a scan: a leading batch axis of steps, each with its own parents and its own cost
+    order: str | None = None  # the name of this axis, if the cost of a step is that of its own and of later steps only
     scale: Any = 1.0
     logits: Array | None = None
     named: Mapping[str, Array] = field(default_factory=dict)  # distribution parameters by name, [*lead, *batch, ...]
@@ -82,18 +84,21 @@ class Site:
 
     @property
     def plate_shape(self) -> tuple[int, ...]:
-        """The batch shape with 1 in every dimension that no plate declares."""
-        dims = {p.dim for p in self.plates}
+        """The batch shape with 1 in every dimension of dependent elements."""
+        return tuple(size if i in self._own_axes else 1 for i, size in enumerate(self.batch_shape))
+
+    @property
+    def _own_axes(self) -> frozenset[int]:
+        """Batch axes, from the left, whose elements have costs of their own: plates, and the steps of a scan."""
         n = len(self.batch_shape)
-        return tuple(size if i - n in dims else 1 for i, size in enumerate(self.batch_shape))
+        return frozenset(n + p.dim for p in self.plates) | ({0} if self.time else frozenset())
 
     @property
     def lane_axes(self) -> tuple[int, ...]:
         """Axes of a value, from the left and without lead axes, along which elements are *dependent*:
         event dimensions, and batch dimensions that no plate declares. A one-hot's category axis is not one."""
-        dims = {p.dim for p in self.plates}
         n = len(self.batch_shape)
-        batch = [i for i in range(n) if i - n not in dims]
+        batch = [i for i in range(n) if i not in self._own_axes]
         event = range(n, n + len(self.event_shape) - (self.family == families.ONEHOT))
         return (*batch, *event)
 
@@ -195,15 +200,27 @@ class Site:
 def sum_to(ops: Ops, value: Array, plates: frozenset[Plate], batch_ndim: int) -> Array:
     """Sum ``value [*batch]`` over every batch dimension but those of ``plates``; the result has ``batch_ndim``
     dimensions, 1 wherever it was summed."""
+    return _reduced(ops, value, plates, batch_ndim, 0)
+
+
+def from_each_step(ops: Ops, value: Array, plates: frozenset[Plate], batch_ndim: int) -> Array:
+    """The same for a term whose first axis is time: what remains of it at each step, later steps included."""
+    each = _reduced(ops, value, plates, batch_ndim, 1)
+    return ops.flip(ops.cumulative_sum(ops.flip(each, axis=0), axis=0), axis=0)
+
+
+def _reduced(ops: Ops, value: Array, plates: frozenset[Plate], batch_ndim: int, leading: int) -> Array:
+    """Summed but for ``plates`` and the first ``leading`` axes, which stay in front."""
     keep = {p.dim for p in plates}
     ndim = value.ndim
-    axes = tuple(i for i in range(ndim) if i - ndim not in keep and value.shape[i] != 1)
+    axes = tuple(i for i in range(leading, ndim) if i - ndim not in keep and value.shape[i] != 1)
     if axes:
         value = ops.sum(value, axis=axes, keepdims=True)
+    front, rest = value.shape[:leading], value.shape[leading:]
     if ndim > batch_ndim:
-        return ops.reshape(value, value.shape[ndim - batch_ndim :])
+        return ops.reshape(value, (*front, *rest[ndim - batch_ndim :]))
     if ndim < batch_ndim:
-        return ops.reshape(value, (*(1,) * (batch_ndim - ndim), *value.shape))
+        return ops.reshape(value, (*front, *(1,) * (batch_ndim - ndim), *rest))
     return value
 
 

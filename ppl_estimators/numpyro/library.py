@@ -70,7 +70,8 @@ class NumPyroLibrary:
         check_keys(self.settings.mapping, list(found.sites), "EstimatorELBO", in_model)
         for hooked in {id(h): h for s in found.sites.values() if (h := s.declared) is not None}.values():
             check_keys(hooked.estimators, list(found.sites), "with_estimators", in_model)
-        graph = Graph(found.ancestors, {n: s.plates for n, s in found.sites.items()})
+        sites = found.sites
+        graph = Graph(found.ancestors, {n: s.plates for n, s in sites.items()}, {n: s.order for n, s in sites.items()})
         plan = make_plan(list(found.sites.values()), found.terms, graph, self.settings, branches=not found.followed)
         for name, operation in found.stuck.items():
             estimator = plan.estimators[name]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro.contrib.control_flow.cond import cond_wrapper
+from numpyro.contrib.control_flow.scan import scan_wrapper
 from numpyro.distributions.util import scale_and_mask
 from numpyro.handlers import replay, substitute
 from numpyro.ops.pytree import PytreeTrace
@@ -98,6 +99,15 @@ class DuplicateName(EstimatorError, AssertionError):
     """Two sites of one name: an `AssertionError` too, as NumPyro's own."""
 
 
+class Scan(NamedTuple):
+    """One of NumPyro's scans: the how manieth of its side, whether it runs from the last step to the first, and the
+    names of the sites inside that are not observed."""
+
+    number: int
+    reverse: bool
+    latent: frozenset[str]
+
+
 class _Conduct(Messenger):
     """Gives out keys by name, asks ``draw`` for the values of latent sites, records every site.
 
@@ -118,7 +128,7 @@ class _Conduct(Messenger):
         self.key, self.plate_key, self.draw, self.record, self.in_scan = key, plate_key, draw, record, in_scan
         self.params, self.known, self.guide = params, known or {}, guide
         self.kinds: dict[str, str] = {}  # of what has a name
-        self.anonymous = 0
+        self.anonymous = self.scans = 0
         super().__init__()
 
     def process_message(self, msg: Message) -> None:
@@ -163,6 +173,12 @@ class _Conduct(Messenger):
         """Latent sites of NumPyro's scan and cond: no handler of ours reaches them, and what has no value is drawn."""
         traces = jax.tree.leaves(msg["value"], is_leaf=lambda x: isinstance(x, PytreeTrace))
         inside = {n: m for t in traces if isinstance(t, PytreeTrace) for n, m in t.trace.items()}
+        if msg["fn"] is scan_wrapper:
+            self.scans += 1
+            *_, reverse = msg["args"]
+            scan = Scan(self.scans, bool(reverse), frozenset(n for n, m in inside.items() if _latent(m)))
+            for inner in inside.values():
+                inner["scan"] = scan
         for name, inner in inside.items():
             if not _latent(inner):
                 continue
@@ -338,8 +354,26 @@ def terms_of(
                 except (ValueError, TypeError, ArithmeticError) as error:
                     raise _no_log_prob(name, side, record, error) from error
                 deps = frozenset() if depends_on is None else depends_on.get((side, name), everything)
-                terms.append(Term(side, name, log_p if sign > 0 else -log_p, _scaled_plates(msg, traces), deps))
+                value = log_p if sign > 0 else -log_p
+                terms.append(Term(side, name, value, _scaled_plates(msg, traces), deps, _order(side, msg, traces)))
     return terms
+
+
+def _order(side: str, msg: Message, traces: Traces) -> str | None:
+    """The name of the time axis along which the steps of a site follow those of the guide's: in one scan of the guide
+    that runs forward, or in a scan of the model that does too and takes just its values."""
+    scan = msg.get("scan")
+    if scan is None or scan.reverse or not scan.latent:
+        return None
+    of_guide = scan if side == "guide" else _common(traces.guide[n].get("scan") for n in scan.latent)
+    if of_guide is None or of_guide.reverse or of_guide.latent != scan.latent:
+        return None
+    return f"scan {of_guide.number}"
+
+
+def _common(scans: Iterable[Scan | None]) -> Scan | None:
+    first, *others = set(scans)
+    return None if others else first
 
 
 def _no_log_prob(name: str, side: str, record: Mapping[str, Message], error: Exception) -> EstimatorError:
@@ -374,7 +408,9 @@ def _scaled_plates(msg: Message, traces: Traces) -> frozenset[Plate]:
 def view(msg: Message, traces: Traces | None = None) -> Site:
     """The site's facts and arrays, from its message."""
     plates = plates_of(msg) if traces is None else _scaled_plates(msg, traces)
-    return describe(msg["name"], msg["fn"], plates, msg["scale"], msg["infer"], msg["value"])
+    site = describe(msg["name"], msg["fn"], plates, msg["scale"], msg["infer"], msg["value"])
+    scan = msg.get("scan")
+    return site if scan is None or scan.reverse else replace(site, order=f"scan {scan.number}")
 
 
 @dataclass(frozen=True)
