@@ -214,7 +214,8 @@ def execute(
     if model is not None:
         own = {**params, **{n: m["value"] for n, m in traces.guide.items() if m["type"] == "mutable"}}
         with _Conduct(keys.model, plate_key, _refuse, traces.model, params, guide=traces.guide):
-            replay(substitute(model, data=own), trace=traces.guide)(*args, **kwargs)
+            drawn = {n: m for n, m in traces.guide.items() if m["type"] in ("sample", "plate")}
+            replay(substitute(model, data=own), trace=drawn)(*args, **kwargs)
         _same_sizes(traces)
     return traces
 
