@@ -12,7 +12,7 @@ import re
 import textwrap
 from pathlib import Path
 
-from ppl_estimators.catalogue import COLUMNS, ENTRIES, LEGEND, Entry, Kind, by_kind, markdown
+from ppl_estimators.catalogue import COLUMNS, ENTRIES, LEGEND, Entry, Kind, by_kind, markdown, site_of
 from ppl_estimators.citations import REFERENCES
 
 DOCS = Path(__file__).parent
@@ -91,7 +91,8 @@ def section(entries: list[Entry], derivation: str) -> str:
 def facts(entry: Entry) -> str:
     """One row in a sentence."""
     said = [f"sites: {entry.shown_sites}", f"evaluations: {entry.shown_evaluations}"]
-    if entry.example.shared and entry.evaluations != "1" and entry.kind is not Kind.composition:
+    alone = not entry.example.alternatives(site_of(entry.families[0])).own_law
+    if not alone and entry.evaluations != "1" and entry.kind is not Kind.composition:
         said[-1] += ", which sites that do not depend on each other share"
     said += [f"needs of the model: {entry.shown_model}", f"keeps: {entry.shown_keeps}".replace("–", "nothing")]
     if entry.particles > 1:

@@ -160,7 +160,7 @@ class Entry:
     @property
     def differentiated(self) -> int:
         """How many of its evaluations are differentiated, beside the gradient of the model's own parameters."""
-        return self.example.relaxations(site_of(self.families[0]))
+        return self.example.relaxations(site_of(self.families[0])).count
 
     @property
     def shown_sites(self) -> str:
@@ -188,7 +188,7 @@ class Entry:
             return self.model
         if self.differentiated:
             where = {"relaxed": "at relaxed values", "mean": "at the means", "drawn": "in z", "redrawn": "in z"}
-            return f"gradient {where[self.example.downstream]}"
+            return f"gradient {where[self.example.relaxations(site_of(self.families[0])).downstream]}"
         return "gradient in z" if self.example.value.moves else "nothing"
 
     @property

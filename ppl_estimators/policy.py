@@ -86,7 +86,7 @@ def _spend(sites: Sequence[Site], terms: Sequence[Term], graph: Graph) -> dict[s
     def price(options: Iterable[Estimator]) -> float:
         total, shared = 0.0, []
         for option, members in zip(options, kinds.values(), strict=True):
-            if option.shared:
+            if option.alternatives(views[members[0].name]).own_law:
                 shared += [s.name for s in members]
             else:
                 total += sum(_alone(option, s, views[s.name]) for s in members)
@@ -110,4 +110,4 @@ def _rank(options: Sequence[Estimator]) -> int:
 
 def _alone(option: Estimator, site: Site, view: Site) -> float:
     """Evaluations for one site. One whose plate a cost couples has as many elements as the plate: too many, always."""
-    return math.inf if view.plates != site.plates else option.alternatives(view)
+    return math.inf if view.plates != site.plates else option.alternatives(view).count

@@ -61,7 +61,7 @@ def test_evaluations_are_those_that_the_class_asks_for(entry):
         a = {CATEGORICAL: 3, ONEHOT: 3, NORMAL: 3}.get(family, 1)
         formula = entry.evaluations.replace("·", "*").replace("−", "-")
         expected = eval(formula, {"D": elements, "C": site.categories if family in DISCRETE else None, "A": a, **own})
-        found = 1 + entry.example.alternatives(site) + entry.example.relaxations(site)
+        found = 1 + entry.example.alternatives(site).count + entry.example.relaxations(site).count
         assert found == expected, f"{entry.call} at {family}: the class asks for {found}, the row says {expected}"
 
 

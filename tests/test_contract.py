@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as jdist
 import pyro
@@ -65,14 +66,18 @@ from ppl_estimators import (
     SumAroundMode,
     UnorderedSet,
 )
+from ppl_estimators.core import families
 from ppl_estimators.core.estimator import Estimator, Value
+from ppl_estimators.core.site import Plate, Site
 from ppl_estimators.core.step import Step
 from ppl_estimators.estimators.baselines.base import Baseline
 from ppl_estimators.numpyro import EstimatorELBO as JaxELBO
 from ppl_estimators.numpyro import OneHotCategorical
 from ppl_estimators.numpyro import with_estimators as jax_hook
+from ppl_estimators.numpyro.ops import OPS as JAX
 from ppl_estimators.pyro import EstimatorELBO as TorchELBO
 from ppl_estimators.pyro import with_estimators as torch_hook
+from ppl_estimators.pyro.ops import OPS as TORCH
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ppl_estimators.EstimatorWarning"),
@@ -389,6 +394,84 @@ def test_how_the_value_is_made_in_numpyro(estimator):
 
     value, moves, rest = both(kept["logits"], jnp.zeros(3 if family == "OneHot" else ()))
     assert_made_as_declared(estimator, runs[0], value, moves, rest)
+
+
+# ---- the values that are evaluated ----------------------------------------------------------------------------------
+
+COPIES = 20_000
+LIBRARIES = {"pyro": (TORCH, torch.as_tensor), "numpyro": (JAX, jnp.asarray)}
+
+
+def many(family, array):
+    """A site of independent copies, in a plate."""
+    logits, n = np.array([0.3, -0.2, 0.5]), (COPIES,)
+    categories = {"Categorical": families.CATEGORICAL, "OneHot": families.ONEHOT}
+    named = {
+        "Bernoulli": {"logits": 0.3},
+        "Poisson": {"rate": 1.3},
+        "Normal": {"loc": 0.3, "scale": 1.2},
+        **{key: {"logits": logits} for key in categories},
+    }[family]
+    named = {k: array(np.broadcast_to(x, (*n, *np.shape(x))).copy()) for k, x in named.items()}
+    site = Site(
+        "z", family, categories.get(family, family.lower()), n, (3,) * (family == "OneHot"),
+        frozenset({Plate("n", -1, COPIES)}), logits=named.get("logits"), named=named,
+    )  # fmt: skip
+    p = np.exp(logits) / np.exp(logits).sum()
+    value = {
+        "Bernoulli": lambda rng: 1.0 * (rng.random(n) < 1 / (1 + np.exp(-0.3))),
+        "Poisson": lambda rng: 1.0 * rng.poisson(1.3, n),
+        "Normal": lambda rng: rng.normal(0.3, 1.2, n),
+        "Categorical": lambda rng: rng.choice(3, n, p=p),
+        "OneHot": lambda rng: np.eye(3)[rng.choice(3, n, p=p)],
+    }[family]
+    return site, value
+
+
+def below(value, family):
+    """Is it at most -0.5, 0.5, 1.5, 2.5? ``[COPIES, 4]``: enough to tell two laws."""
+    value = np.asarray(value).argmax(-1) if family == "OneHot" else np.asarray(value)
+    return 1.0 * (value[:, None] <= np.array([-0.5, 0.5, 1.5, 2.5]))
+
+
+def distance(difference):
+    """Of a mean from zero, in its own standard errors; what only rounding moves is zero."""
+    spread = np.maximum(difference.std(0), 1e-6)
+    moved = np.abs(difference.mean(0)) * (spread > 1e-6)
+    return float(np.max(moved / spread)) * COPIES**0.5
+
+
+def takes(estimator, family):
+    return estimator.alternatives(many(family, np.asarray)[0]).count > 0
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(
+    ("estimator", "family"), [(e, f) for e in ROWS for f in FAMILIES if f in ROWS[e][0] and takes(e, f)],
+    ids=str,
+)  # fmt: skip
+def test_the_law_of_other_values_and_their_weights(estimator, family, library):
+    """Draws have the law of the drawn value, moves do not; weights make up for it."""
+    ops, array = LIBRARIES[library]
+    site, value = many(family, array)
+    rng = np.random.default_rng(0)
+    laws = {
+        "value": lambda n: value(rng),
+        "uniform": lambda n: rng.random(n.shape),
+        "normal": lambda n: rng.normal(size=n.shape),
+        "poisson": lambda n: 1.0 * rng.poisson(np.asarray(n.concentration), n.shape),
+    }
+    noise = {k: array(laws[n.law](n)) for k, n in estimator.noise(site).items()}
+    draw, asked = estimator.draw(ops, site, noise), estimator.alternatives(site)
+    drawn = below(draw.value, family)
+    seen = [below(estimator.alternative(ops, site, draw, array(np.array(i))), family) for i in range(asked.count)]
+    worst = max(distance(x - drawn) for x in seen)
+    assert worst < 4.5 if asked.own_law else worst > 8
+    alike = np.full((1 + asked.count, COPIES), 1 / (1 + asked.count))
+    known = asked.own_law or asked.weights is not None
+    weights = np.asarray(asked.weights(ops, site, draw)) if asked.weights else alike
+    mean = sum(w[:, None] * x for w, x in zip(weights, [drawn, *seen], strict=True))
+    assert distance(mean - drawn) < 4.5 if known else distance(mean - drawn) > 4.5  # nothing weighs these alike
 
 
 @pytest.mark.parametrize("estimator", [e for e, (families, *_) in ROWS.items() if "Bernoulli" in families], ids=repr)

@@ -39,7 +39,7 @@ def check(plan: Plan) -> None:
             "EstimatorELBO(average_model=True): the program decides something on a drawn value, so the counterfactual "
             "runs may have other terms. Leave average_model=False for this program."
         )
-    if not any(averages(plan, group) for group in plan.groups):
+    if not any(group.weighed for group in plan.groups):
         warnings.warn(
             "EstimatorELBO(average_model=True): no site has an estimator whose values can be averaged over, so the "
             "argument does nothing. DisARM(), ARMS(n), UnorderedSet(k), SumAndSample(k), Enumerate() and Repeat(n, "
@@ -49,25 +49,17 @@ def check(plan: Plan) -> None:
         )
 
 
-def averages(plan: Plan, group: Group) -> bool:
-    """Do the group's counterfactual values have weights?"""
-    estimators = [plan.estimators[n] for n in group.sites]
-    if not group.alternatives:
-        return False
-    return all(e.exchangeable for e in estimators) or (len(estimators) == 1 and estimators[0].weighted)
-
-
 def weights(
     ops: Ops, plan: Plan, group: Group, sites: Mapping[str, Site], draws: Mapping[str, Draw], like: Array | None
 ) -> Array:
     """``[1 + A, *plates]``, constants of differentiation."""
-    name, *others = group.sites
-    estimator = plan.estimators[name]
-    if others or estimator.exchangeable:  # each site's values are draws of its own, so each of the joint ones is
+    name, *_ = group.sites
+    asked = plan.estimators[name].alternatives(sites[name])
+    if asked.weights is None:  # each site's values are draws of its own, so each of the joint ones is
         number = 1 + group.alternatives
         like = 1.0 * draws[name].value if like is None else like  # whose distribution has no logits
         return ops.full_like(ops.indices(number, like), 1 / number, dtype=like.dtype)
-    return ops.stop_gradient(estimator.weights(ops, sites[name], draws[name]))
+    return ops.stop_gradient(asked.weights(ops, sites[name], draws[name]))
 
 
 def possible(ops: Ops, site: Site, weight: Array, value: Array, drawn: Array) -> Array:

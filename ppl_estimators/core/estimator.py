@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
@@ -61,6 +61,42 @@ class Value(Enum):
         return self in (Value.LIBRARY, Value.STICKING)
 
 
+@dataclass(frozen=True)
+class Draws:
+    """``count`` values that have the site's own law given its parents, each by itself, as the drawn one has. So they
+    may be taken together with those of sites that don't depend on this one, and all of them weigh alike."""
+
+    count: int = 0
+
+    own_law: ClassVar[bool] = True
+    weights: ClassVar[None] = None
+
+
+@dataclass(frozen=True)
+class Moves:
+    """``count`` values of another law: single elements that move while the others stand still. The site takes them
+    alone, and plates that a cost couples count as dimensions of dependent elements ("lanes"): elements move side by
+    side only where no cost sees two of them.
+
+    ``weights(ops, site, draw)``, of the drawn value and of these, ``[1 + A, *plates]``: Σ_a w_a f(value_a) is an
+    unbiased estimate of E[f] for any f. None where there are no such weights."""
+
+    count: int
+    weights: Callable[[Ops, Site, Draw], Array] | None = None
+
+    own_law: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Relaxations:
+    """``count`` relaxed values. ``downstream`` is what discrete sites downstream do meanwhile: "relaxed" too, at the
+    temperature that the estimator keeps (so that the cost is smooth); "mean", at their probabilities; "redrawn", from
+    the same noise; "drawn", as in the run (the relaxed value then is the drawn one)."""
+
+    count: int = 0
+    downstream: str = "relaxed"
+
+
 class Control(Enum):
     """What holds the variance of a score function down."""
 
@@ -89,17 +125,6 @@ class Estimator(Spec):
     value: ClassVar[Value] = Value.PLAIN
     #: does it use the log probability of the drawn value (`Site.log_q`)?
     score: ClassVar[bool] = False
-    #: may its counterfactual values be evaluated together with those of sites that don't depend on it?
-    shared: ClassVar[bool] = False
-    #: what discrete sites downstream of a relaxed value do while the cost is evaluated there: "relaxed" too, at the
-    #: temperature that the estimator keeps (so that the cost is smooth); "mean", at their probabilities; "redrawn",
-    #: from the same noise; "drawn", as in the run (the relaxed value then is the drawn one)
-    downstream: ClassVar[str] = "relaxed"
-    #: does it move single elements, the others standing still? Plates that a cost couples then count as dimensions of
-    #: dependent elements ("lanes"): elements move side by side only where no cost sees two of them.
-    lanewise: ClassVar[bool] = False
-    #: does every counterfactual value have the site's own distribution given its parents, as the drawn one has?
-    exchangeable: ClassVar[bool] = False
     #: does it want the norm of the score (`Site.score_norm`)?
     wants_score_norm: ClassVar[bool] = False
     #: fewest particles it needs
@@ -130,13 +155,13 @@ class Estimator(Spec):
                 "Use Reinforce(LeaveOneOut()) with several particles.",
             )
 
-    def alternatives(self, site: Site) -> int:
+    def alternatives(self, site: Site) -> Draws | Moves:
         """Counterfactual values per step at which the cost is evaluated (beside the drawn one)."""
-        return 0
+        return Draws()
 
-    def relaxations(self, site: Site) -> int:
+    def relaxations(self, site: Site) -> Relaxations:
         """Relaxed values per step at which the cost is evaluated and differentiated."""
-        return 0
+        return Relaxations()
 
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Array]:
         """Arrays that the spec itself brings along (inputs of a baseline), given the guide's arguments."""
@@ -178,12 +203,6 @@ class Estimator(Spec):
         """Values other than the drawn one whose log q it wants (``[*batch]``, in ``Draw.extra`` under these labels)."""
         return {}
 
-    def weights(self, ops: Ops, site: Site, draw: Draw) -> Array | None:
-        """Of the drawn value and its counterfactual ones, ``[1 + A, *plates]``: Σ_a w_a f(value_a) is an unbiased
-        estimate of E[f] for any f. None where there are no such weights, or where all are 1 / (1 + A)
-        (``exchangeable``)."""
-        return None
-
     def downstream_temperature(self, ops: Ops, site: Site, index: int, kept: Kept) -> Array | None:
         """Of the discrete sites downstream, while relaxed value number ``index`` is evaluated; None for their means."""
         return None
@@ -200,8 +219,3 @@ class Estimator(Spec):
     def keeps(self) -> bool:
         """Does it declare anything? (parameters, networks or state, at whatever site)"""
         return False
-
-    @property
-    def weighted(self) -> bool:
-        """Has it `weights`?"""
-        return type(self).weights is not Estimator.weights

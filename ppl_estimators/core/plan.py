@@ -133,6 +133,7 @@ class Group:
 
     sites: tuple[str, ...]
     alternatives: int = 0
+    weighed: bool = False  # have the drawn values and these weights?
     relaxations: int = 0
     downstream: str = "relaxed"  # what discrete sites downstream of relaxed values do meanwhile
 
@@ -215,7 +216,7 @@ def make_plan(
         estimator = chosen[site.name]
         estimator.check(site, particles)
         objective.check(site, estimator, settings.particles)
-        if estimator.lanewise:  # one element at a time, unless nothing couples the elements
+        if not estimator.alternatives(site).own_law:  # one element at a time, unless nothing couples the elements
             closed = graph.closed_plates(site.name, terms)
             site = replace(site, plates=closed, coupled=site.plates - closed)
         views[site.name] = site
@@ -239,28 +240,30 @@ def _groups(
     groups = []
     alternatives = {n: chosen[n].alternatives(s) for n, s in views.items()}
     relaxations = {n: chosen[n].relaxations(s) for n, s in views.items()}
-    for members in _together([n for n, count in alternatives.items() if count], chosen, graph, branches):
+    moved = {n: a.own_law and not branches for n, a in alternatives.items() if a.count}
+    for members in _together(moved, graph):
         names = tuple(n for n in views if n in members)
-        groups.append(Group(names, alternatives=max(alternatives[n] for n in names)))
-    relaxed = [n for n, count in relaxations.items() if count]
-    for mode, count in dict.fromkeys((chosen[n].downstream, relaxations[n]) for n in relaxed):
-        alike = [n for n in relaxed if (chosen[n].downstream, relaxations[n]) == (mode, count)]
-        levels = [frozenset(alike)] if mode == "drawn" else _together(alike, chosen, graph, branches)
+        asked = [alternatives[n] for n in names]
+        weighed = all(a.own_law or a.weights is not None for a in asked)
+        groups.append(Group(names, max(a.count for a in asked), weighed))
+    for kind in dict.fromkeys(r for r in relaxations.values() if r.count):
+        alike = [n for n, r in relaxations.items() if r == kind]
+        levels = [frozenset(alike)]
+        if kind.downstream != "drawn":
+            levels = _together(dict.fromkeys(alike, not branches), graph)
         for members in levels:
             names = tuple(n for n in views if n in members)
-            groups.append(Group(names, relaxations=count, downstream=mode))
-        if mode == "relaxed":
+            groups.append(Group(names, relaxations=kind.count, downstream=kind.downstream))
+        if kind.downstream == "relaxed":
             for n in alike:
                 _check_relaxable(n, views, chosen, graph)
     return tuple(groups)
 
 
-def _together(
-    sites: Sequence[str], chosen: Mapping[str, Estimator], graph: Graph, branches: bool
-) -> list[frozenset[str]]:
+def _together(shares: Mapping[str, bool], graph: Graph) -> list[frozenset[str]]:
     """Sites that can take other values at the same time: those that share, by depth; each of the others alone."""
-    together = [n for n in sites if chosen[n].shared and not branches]
-    return [*graph.levels(together), *(frozenset([n]) for n in sites if n not in together)]
+    together = graph.levels([n for n, yes in shares.items() if yes])
+    return [*together, *(frozenset([n]) for n, yes in shares.items() if not yes)]
 
 
 def _check_relaxable(name: str, views: Mapping[str, Site], chosen: Mapping[str, Estimator], graph: Graph) -> None:

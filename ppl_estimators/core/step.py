@@ -379,7 +379,7 @@ class Step:
         averaged over these values, what that needs is added to the run."""
         library, ops, plan = self.library, self.library.ops, run.plan
         members = [run.sites[n] for n in group.sites]
-        average = self.settings.average_model and averaging.averages(plan, group)
+        average = self.settings.average_model and group.weighed
         like = members[0].logits
         weights = averaging.weights(ops, plan, group, run.sites, run.draws, like) if average else None
 
@@ -507,7 +507,7 @@ class Step:
 
 def _alternative(ops: Ops, estimator: Estimator, site: Site, draw: Draw, index: Any, most: int) -> Array:
     """The counterfactual value number ``index``; the drawn one where this site has fewer than its group."""
-    n = estimator.alternatives(site)
+    n = estimator.alternatives(site).count
     if n == most:
         return estimator.alternative(ops, site, draw, index)
     if isinstance(index, int):

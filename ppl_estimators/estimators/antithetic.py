@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core.errors import site_error
-from ..core.estimator import Estimator, Noise
+from ..core.estimator import Draws, Estimator, Noise
 from ..core.families import DISCRETE, threshold
 from ..core.ops import Array, Ops
 from ..core.site import Draw, Site
@@ -51,7 +51,7 @@ class Antithetic(Repeated):
                 f"{self.estimator!r} takes the mirrored draw for an independent one, which is biased",
                 f"Use MovingAverage() inside Antithetic, or Repeat(2, {self.estimator!r}).",
             )
-        if self.estimator.exchangeable and self.estimator.alternatives(site) == 1:
+        if self.estimator.alternatives(site) == Draws(1):
             raise site_error(
                 site.name,
                 f"{self.estimator!r} compares draws that are mirrored already: the second estimate would be the first",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..core.estimator import Estimator, Noise
+from ..core.estimator import Draws, Estimator, Noise
 from ..core.families import BERNOULLI, threshold
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
@@ -32,11 +32,9 @@ class ARM(Estimator):
     """
 
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI,)
-    shared: ClassVar[bool] = True
-    exchangeable: ClassVar[bool] = True
 
-    def alternatives(self, site: Site) -> int:
-        return 1
+    def alternatives(self, site: Site) -> Draws:
+        return Draws(1)
 
     def noise(self, site: Site) -> Mapping[str, Noise]:
         return {"u": Noise("uniform", (*site.batch_shape, *site.event_shape))}

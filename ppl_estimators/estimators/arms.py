@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..core.estimator import Estimator, Noise
+from ..core.estimator import Draws, Estimator, Noise
 from ..core.families import BERNOULLI
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
@@ -38,15 +38,13 @@ class ARMS(Estimator):
     n: int
 
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI,)
-    shared: ClassVar[bool] = True
-    exchangeable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.n, int) or self.n < 2:
             raise ValueError(f"ARMS(n) compares n values: n must be an integer, 2 or more, got {self.n!r}.")
 
-    def alternatives(self, site: Site) -> int:
-        return self.n - 1
+    def alternatives(self, site: Site) -> Draws:
+        return Draws(self.n - 1)
 
     def noise(self, site: Site) -> Mapping[str, Noise]:
         return {"u": Noise("uniform", (*site.batch_shape, *site.event_shape, self.n))}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..core.estimator import Estimator, Noise
+from ..core.estimator import Draws, Estimator, Noise
 from ..core.families import CATEGORICAL, ONEHOT, encoded
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
@@ -34,11 +34,9 @@ class ARSM(Estimator):
     """
 
     families: ClassVar[tuple[str, ...] | None] = (CATEGORICAL, ONEHOT)
-    shared: ClassVar[bool] = True
-    exchangeable: ClassVar[bool] = True  # an exchange leaves the law of π as it is
 
-    def alternatives(self, site: Site) -> int:
-        return len(_swaps(site.categories))
+    def alternatives(self, site: Site) -> Draws:
+        return Draws(len(_swaps(site.categories)))
 
     def noise(self, site: Site) -> Mapping[str, Noise]:
         return {"u": Noise("uniform", tuple(site.logits.shape))}

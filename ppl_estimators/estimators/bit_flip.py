@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core import lanes
-from ..core.estimator import Estimator, Noise
+from ..core.estimator import Estimator, Moves, Noise
 from ..core.families import BERNOULLI, possible
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
@@ -37,14 +37,13 @@ class BitFlip(Estimator):
     m: int = 1
 
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI,)
-    lanewise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.m, int) or self.m < 1:
             raise ValueError(f"BitFlip(m) flips m elements: m must be an integer, 1 or more, got {self.m!r}.")
 
-    def alternatives(self, site: Site) -> int:
-        return min(self.m, site.lanes)
+    def alternatives(self, site: Site) -> Moves:
+        return Moves(min(self.m, site.lanes))
 
     def noise(self, site: Site) -> Mapping[str, Noise]:
         return {"value": Noise("value"), "u": Noise("uniform", (*site.batch_shape, *site.event_shape))}
@@ -56,7 +55,7 @@ class BitFlip(Estimator):
         return ops.where(self._chosen(ops, site, draw, index), 1 - draw.value, draw.value)
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
-        a, b, m = site.logits, draw.value, self.alternatives(site)
+        a, b, m = site.logits, draw.value, self.alternatives(site).count
         difference = ops.zeros_like(a)
         for j in range(m):
             change = site.spread(ops, costs.alternatives[j] - costs.value)

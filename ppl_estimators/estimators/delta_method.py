@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ..core.errors import site_error
-from ..core.estimator import Noise
+from ..core.estimator import Noise, Relaxations
 from ..core.families import NORMAL
 from ..core.keep import Initial, Kept
 from ..core.ops import Array, Ops
@@ -46,8 +46,6 @@ class DeltaMethod(WithBaseline):
 
     families: ClassVar[tuple[str, ...] | None] = (NORMAL,)
     score: ClassVar[bool] = True
-    shared: ClassVar[bool] = True
-    downstream: ClassVar[str] = "redrawn"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,8 +78,8 @@ class DeltaMethod(WithBaseline):
     def state(self, site: Site) -> dict[str, Initial]:
         return (no_past() if self.decay is not None else {}) | super().state(site)
 
-    def relaxations(self, site: Site) -> int:
-        return 2
+    def relaxations(self, site: Site) -> Relaxations:
+        return Relaxations(2, "redrawn")
 
     def noise(self, site: Site) -> Mapping[str, Noise]:
         return {"value": Noise("value"), "sign": Noise("uniform", (*site.batch_shape, *site.event_shape))}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..core.estimator import Estimator, Noise
+from ..core.estimator import Draws, Estimator, Noise
 from ..core.families import BERNOULLI, threshold
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
@@ -35,11 +35,9 @@ class DisARM(Estimator):
     """
 
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI,)
-    shared: ClassVar[bool] = True
-    exchangeable: ClassVar[bool] = True
 
-    def alternatives(self, site: Site) -> int:
-        return 1
+    def alternatives(self, site: Site) -> Draws:
+        return Draws(1)
 
     def noise(self, site: Site) -> Mapping[str, Noise]:
         return {"u": Noise("uniform", (*site.batch_shape, *site.event_shape))}

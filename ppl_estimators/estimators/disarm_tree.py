@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core import splits
-from ..core.estimator import Estimator, Noise
+from ..core.estimator import Draws, Estimator, Noise
 from ..core.families import CATEGORICAL, ONEHOT, encoded
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
@@ -35,11 +35,9 @@ class DisARMTree(Estimator):
     """
 
     families: ClassVar[tuple[str, ...] | None] = (CATEGORICAL, ONEHOT)
-    shared: ClassVar[bool] = True
-    exchangeable: ClassVar[bool] = True
 
-    def alternatives(self, site: Site) -> int:
-        return 1
+    def alternatives(self, site: Site) -> Draws:
+        return Draws(1)
 
     def noise(self, site: Site) -> Mapping[str, Noise]:
         return {"u": Noise("uniform", (*site.logits.shape[:-1], site.categories - 1))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..core.estimator import Estimator
+from ..core.estimator import Estimator, Relaxations
 from ..core.families import BERNOULLI, ONEHOT, mean_vjp, score
 from ..core.keep import Initial, Kept
 from ..core.ops import Array, Ops
@@ -38,13 +38,12 @@ class DoubleControlVariate(Estimator):
     coefficient: float = 0.0
 
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI, ONEHOT)
-    downstream: ClassVar[str] = "drawn"
     min_particles: ClassVar[int] = 2
     keeps: ClassVar[bool] = True  # type: ignore[assignment]
     instead: ClassVar[str] = "Use OneHotCategorical here, or Reinforce(LeaveOneOut())"
 
-    def relaxations(self, site: Site) -> int:
-        return 1
+    def relaxations(self, site: Site) -> Relaxations:
+        return Relaxations(1, "drawn")
 
     def parameters(self, site: Site) -> dict[str, Initial]:
         return {"coefficient": Initial(value=self.coefficient)}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core import lanes
-from ..core.estimator import Estimator
+from ..core.estimator import Estimator, Moves
 from ..core.families import BERNOULLI, DISCRETE, category, possible, probabilities
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
@@ -35,11 +35,10 @@ class Enumerate(Estimator):
     """
 
     families: ClassVar[tuple[str, ...] | None] = DISCRETE
-    lanewise: ClassVar[bool] = True
     instead: ClassVar[str] = "Use Pathwise() if the distribution is reparameterisable, or Reinforce(LeaveOneOut())"
 
-    def alternatives(self, site: Site) -> int:
-        return site.lanes * (site.categories - 1)
+    def alternatives(self, site: Site) -> Moves:
+        return Moves(site.lanes * (site.categories - 1), self.weights)
 
     def alternative(self, ops: Ops, site: Site, draw: Draw, index: Array) -> Array:
         return lanes.shifted(ops, site, draw.value, index)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..core.errors import site_error
-from ..core.estimator import Estimator, Noise
+from ..core.estimator import Estimator, Moves, Noise
 from ..core.families import BERNOULLI, CATEGORICAL, DISCRETE, GAMMA, NORMAL, ONEHOT, POISSON, log_prob, threshold
 from ..core.keep import Initial, Kept, Network
 from ..core.ops import Array, Ops
@@ -42,7 +42,6 @@ class ImportanceSampled(Estimator):
     proposal: float = 2.0
 
     families: ClassVar[tuple[str, ...] | None] = (*DISCRETE, POISSON, NORMAL, GAMMA)
-    lanewise: ClassVar[bool] = True  # all elements that a cost couples are drawn, and weighted, together
     score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -84,8 +83,8 @@ class ImportanceSampled(Estimator):
     def state(self, site: Site) -> dict[str, Initial]:
         return self.estimator.state(site)
 
-    def alternatives(self, site: Site) -> int:
-        return 1
+    def alternatives(self, site: Site) -> Moves:
+        return Moves(1, self.weights)
 
     def noise(self, site: Site) -> Mapping[str, Noise]:
         shape = (*site.batch_shape, *site.event_shape)

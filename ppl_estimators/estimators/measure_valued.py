@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core import lanes
-from ..core.estimator import Estimator, Noise
+from ..core.estimator import Estimator, Moves, Noise
 from ..core.families import BERNOULLI, DISCRETE, EXPONENTIAL, GAMMA, NORMAL, POISSON, category, probabilities
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
@@ -43,14 +43,13 @@ class MeasureValued(Estimator):
     """
 
     families: ClassVar[tuple[str, ...] | None] = (*DISCRETE, POISSON, EXPONENTIAL, GAMMA, NORMAL)
-    lanewise: ClassVar[bool] = True
 
     @staticmethod
     def _per_lane(site: Site) -> int:
         return site.categories - 1 if site.family in DISCRETE else 3 if site.family == NORMAL else 1
 
-    def alternatives(self, site: Site) -> int:
-        return site.lanes * self._per_lane(site)
+    def alternatives(self, site: Site) -> Moves:
+        return Moves(site.lanes * self._per_lane(site))
 
     def noise(self, site: Site) -> Mapping[str, Noise]:
         shape = (*site.batch_shape, *site.event_shape)

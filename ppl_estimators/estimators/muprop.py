@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..core.estimator import Relaxations
 from ..core.families import BERNOULLI, ONEHOT, mean_vjp, probabilities, score
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
@@ -35,12 +36,10 @@ class MuProp(WithBaseline):
     baseline: Baseline | None = None
 
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI, ONEHOT)
-    shared: ClassVar[bool] = True
-    downstream: ClassVar[str] = "mean"
     instead: ClassVar[str] = "Use OneHotCategorical here, or Reinforce(LeaveOneOut())"
 
-    def relaxations(self, site: Site) -> int:
-        return 1
+    def relaxations(self, site: Site) -> Relaxations:
+        return Relaxations(1, "mean")
 
     def relaxed(self, ops: Ops, site: Site, draw: Draw, index: int, kept: Kept) -> Array:
         return probabilities(ops, site.family, ops.stop_gradient(site.logits))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from ..core.estimator import Relaxations
 from ..core.families import BERNOULLI, ONEHOT
 from ..core.keep import Initial, Kept
 from ..core.ops import Ops
@@ -39,8 +40,8 @@ class REBAR(RelaxedControl):
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI, ONEHOT)
     instead: ClassVar[str] = "Use OneHotCategorical here, RELAX() without the model term, or Reinforce(LeaveOneOut())"
 
-    def relaxations(self, site: Site) -> int:
-        return 2
+    def relaxations(self, site: Site) -> Relaxations:
+        return Relaxations(2)
 
     def parameters(self, site: Site) -> dict[str, Initial]:
         return {"log_temperature": log_initial(self.temperature), "log_scale": log_initial(self.scale)}

@@ -11,7 +11,6 @@ from ..core.keep import Kept
 from ..core.ops import Ops
 from ..core.site import Costs, Draw, Local, Site
 from .baselines.base import Baseline, WithBaseline
-from .baselines.leave_one_out import LeaveOneOut
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,9 +40,7 @@ class Reinforce(WithBaseline):
 
     @property
     def control(self) -> Control:  # type: ignore[override]
-        if self.baseline is None:
-            return Control.NOTHING
-        return Control.OTHERS if self.baseline == LeaveOneOut() else Control.OWN
+        return Control.NOTHING if self.baseline is None else self.baseline.control
 
     def check(self, site: Site, particles: int) -> None:
         super().check(site, particles)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..core.errors import site_error
+from ..core.estimator import Relaxations
 from ..core.families import CATEGORICAL, DISCRETE, probabilities
 from ..core.keep import Initial, Kept, Network, predict
 from ..core.ops import Array, Ops
@@ -63,8 +64,8 @@ class RELAX(RelaxedControl, WithLevel):
                 "Use OneHotCategorical, or RELAX() without the model term.",
             )
 
-    def relaxations(self, site: Site) -> int:
-        return 2 if self.model_term else 0
+    def relaxations(self, site: Site) -> Relaxations:
+        return Relaxations(2 if self.model_term else 0)
 
     def parameters(self, site: Site) -> dict[str, Initial]:
         declared = {"log_temperature": log_initial(self.temperature)}

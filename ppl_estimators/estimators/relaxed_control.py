@@ -20,7 +20,6 @@ class RelaxedControl(Estimator):
     temperature: float
     scale: float
 
-    shared: ClassVar[bool] = True
     keeps: ClassVar[bool] = True  # type: ignore[assignment]
 
     def __post_init__(self) -> None:

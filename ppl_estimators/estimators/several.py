@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from ..core.errors import site_error
-from ..core.estimator import Estimator, Noise
+from ..core.estimator import Draws, Estimator, Moves, Noise, Relaxations
 from ..core.keep import Initial, Kept, Network, prefixed, strip
 from ..core.ops import Array, Ops
 from ..core.particles import times
@@ -40,26 +40,6 @@ class Several(Estimator):
         return tuple(f for f in known[0] if all(f in k for k in known)) if known else None
 
     @property
-    def shared(self) -> bool:  # type: ignore[override]
-        return all(p.shared or not p.lanewise for p in self.parts)
-
-    @property
-    def lanewise(self) -> bool:  # type: ignore[override]
-        return any(p.lanewise for p in self.parts)
-
-    @property
-    def exchangeable(self) -> bool:  # type: ignore[override]
-        return all(map(_draws_only, self.parts))
-
-    @property
-    def weighted(self) -> bool:
-        return all(p.weighted or _draws_only(p) for p in self.parts) and not self.exchangeable
-
-    @property
-    def downstream(self) -> str:  # type: ignore[override]
-        return next((p.downstream for p in self.parts if p.downstream != "relaxed"), "relaxed")
-
-    @property
     def score(self) -> bool:  # type: ignore[override]
         return any(p.score for p in self.parts)
 
@@ -82,7 +62,7 @@ class Several(Estimator):
                     site.name, f"{name} has no score norm for {p!r}", "Use MovingAverage() or LeaveOneOut() there."
                 )
             p.check(site, particles)
-        modes = {p.downstream for p in self.parts if p.relaxations(site)}
+        modes = {r.downstream for r in self._relaxations(site) if r.count}
         if len(modes) > 1:
             raise site_error(
                 site.name,
@@ -115,11 +95,15 @@ class Several(Estimator):
         """Where the evaluations of each part begin, the drawn value being number 0."""
         starts = [0]
         for p in self.parts:
-            starts.append(starts[-1] + 1 + p.alternatives(site))
+            starts.append(starts[-1] + 1 + p.alternatives(site).count)
         return starts
 
-    def alternatives(self, site: Site) -> int:
-        return self._offsets(site)[-1] - 1
+    def alternatives(self, site: Site) -> Draws | Moves:
+        count, of_parts = self._offsets(site)[-1] - 1, [p.alternatives(site) for p in self.parts]
+        if all(a.own_law for a in of_parts):
+            return Draws(count)
+        known = all(a.own_law or a.weights is not None for a in of_parts)
+        return Moves(count, self.weights if known else None)
 
     def alternative(self, ops: Ops, site: Site, draw: Draw, index: Array) -> Array:
         number, value = ops.asarray(index) + 1, draw.value
@@ -128,7 +112,7 @@ class Several(Estimator):
             return ops.where(ops.like(condition, y) > 0, x, y)  # on the device of the values
 
         for j, (p, start) in enumerate(zip(self.parts, self._offsets(site), strict=False)):
-            mine, count = self.part_draw(draw, j), p.alternatives(site)
+            mine, count = self.part_draw(draw, j), p.alternatives(site).count
             value = pick(number == start, mine.value, value)
             if count:
                 inside = number - start - 1
@@ -136,22 +120,20 @@ class Several(Estimator):
                 value = pick((inside >= 0) & (inside < count), other, value)
         return value
 
-    def weights(self, ops: Ops, site: Site, draw: Draw) -> Array | None:
+    def weights(self, ops: Ops, site: Site, draw: Draw) -> Array:
         """Those of each part, of its own draw and values, over the number of parts."""
-        if not self.weighted:
-            return None
-        found: list[Array | None] = []
-        for j, p in enumerate(self.parts):
-            found.append(None if _draws_only(p) else p.weights(ops, site, self.part_draw(draw, j)))
-        like = next(w for w in found if w is not None)[:1]
-        for j, p in enumerate(self.parts):
-            if found[j] is None:
-                count = 1 + p.alternatives(site)
-                found[j] = ops.concat([ops.full_like(like, 1 / count)] * count, axis=0)
-        return ops.concat(found, axis=0) / len(self.parts)
+        of_parts = [p.alternatives(site) for p in self.parts]
+        known = {j: a.weights(ops, site, self.part_draw(draw, j)) for j, a in enumerate(of_parts) if a.weights}
+        one = ops.ones_like(next(iter(known.values()))[:1])
+        alike = [ops.concat([one / (1 + a.count)] * (1 + a.count), axis=0) for a in of_parts]
+        return ops.concat([known.get(j, alike[j]) for j in range(len(of_parts))], axis=0) / len(of_parts)
 
-    def relaxations(self, site: Site) -> int:
-        return sum(p.relaxations(site) for p in self.parts)
+    def _relaxations(self, site: Site) -> list[Relaxations]:
+        return [p.relaxations(site) for p in self.parts]
+
+    def relaxations(self, site: Site) -> Relaxations:
+        asked = [r for r in self._relaxations(site) if r.count]
+        return Relaxations(sum(r.count for r in asked), asked[0].downstream) if asked else Relaxations()
 
     def relaxed(self, ops: Ops, site: Site, draw: Draw, index: int, kept: Kept) -> Array:
         j, index = self._part_relaxed(site, index)
@@ -163,10 +145,10 @@ class Several(Estimator):
 
     def _part_relaxed(self, site: Site, index: int) -> tuple[int, int]:
         """Which part asks for relaxed value number ``index``, and which of its own that is."""
-        for j, p in enumerate(self.parts):
-            if index < p.relaxations(site):
+        for j, r in enumerate(self._relaxations(site)):
+            if index < r.count:
                 return j, index
-            index -= p.relaxations(site)
+            index -= r.count
         raise IndexError(index)
 
     def part_kept(self, kept: Kept, j: int) -> Kept:
@@ -177,10 +159,10 @@ class Several(Estimator):
     def part_costs(self, site: Site, costs: Costs) -> list[Costs]:
         starts, m, found = self._offsets(site), 0, []
         for j, p in enumerate(self.parts):
-            first, count = starts[j], p.alternatives(site)
+            first, count = starts[j], p.alternatives(site).count
             value = costs.value if first == 0 else costs.alternatives[first - 1]
             own = costs.alternatives[first : first + count] if count else None
-            n = p.relaxations(site)
+            n = p.relaxations(site).count
             soft = (costs.relaxed[m : m + n], costs.relaxed_slope[m : m + n]) if n else (None, None)
             m += n
             found.append(Costs(value, own, *soft))
@@ -298,11 +280,6 @@ def joined(draws: Sequence[Draw]) -> Draw:
 
 def _numbered(of_parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {k: x for j, mine in enumerate(of_parts) for k, x in prefixed(f"{j}_", mine).items()}
-
-
-def _draws_only(p: Estimator) -> bool:
-    """Is every value that it evaluates a draw from the site?"""
-    return p.exchangeable or type(p).alternatives is Estimator.alternatives
 
 
 # ---- what a part may be asked, whatever it is made of ----------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..core.estimator import Estimator
+from ..core.estimator import Estimator, Relaxations
 from ..core.families import BERNOULLI, score
 from ..core.keep import Kept, Network, predict
 from ..core.ops import Array, Ops
@@ -42,7 +42,6 @@ class Stein(Estimator):
     network: tuple[Any, Any] | None = field(default=None, kw_only=True)
 
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI,)
-    downstream: ClassVar[str] = "drawn"
     min_particles: ClassVar[int] = 2
     keeps: ClassVar[bool] = True  # type: ignore[assignment]
 
@@ -52,8 +51,8 @@ class Stein(Estimator):
         if self.network is not None and len(self.network) != 2:
             raise ValueError(f"Stein(network=...) takes a pair of modules, got {len(self.network)}.")
 
-    def relaxations(self, site: Site) -> int:
-        return 1
+    def relaxations(self, site: Site) -> Relaxations:
+        return Relaxations(1, "drawn")
 
     def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
         modules = self.network or (None, None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core.counts import in_natural_units
-from ..core.estimator import Estimator, Noise
+from ..core.estimator import Estimator, Moves, Noise
 from ..core.families import BERNOULLI, BINOMIAL, CATEGORICAL, DISCRETE, GEOMETRIC, ONEHOT, POISSON
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
@@ -41,10 +41,9 @@ class StochasticTriple(Estimator):
     """
 
     families: ClassVar[tuple[str, ...] | None] = (*DISCRETE, POISSON, GEOMETRIC, BINOMIAL)
-    lanewise: ClassVar[bool] = True
 
-    def alternatives(self, site: Site) -> int:
-        return 1
+    def alternatives(self, site: Site) -> Moves:
+        return Moves(1)
 
     def noise(self, site: Site) -> Mapping[str, Noise]:
         shape = (*site.batch_shape, *site.event_shape)

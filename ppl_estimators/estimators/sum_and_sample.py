@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core import lanes
-from ..core.estimator import Estimator, Noise
+from ..core.estimator import Estimator, Moves, Noise
 from ..core.families import CATEGORICAL, ONEHOT, category, encoded, gumbel, possible
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
@@ -40,14 +40,13 @@ class SumAndSample(Estimator):
     k: int
 
     families: ClassVar[tuple[str, ...] | None] = (CATEGORICAL, ONEHOT)
-    lanewise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.k, int) or self.k < 1:
             raise ValueError(f"SumAndSample(k) sums k categories: k must be an integer, 1 or more, got {self.k!r}.")
 
-    def alternatives(self, site: Site) -> int:
-        return site.lanes * self._summed(site)
+    def alternatives(self, site: Site) -> Moves:
+        return Moves(site.lanes * self._summed(site), self.weights)
 
     def noise(self, site: Site) -> Mapping[str, Noise]:
         return {"u": Noise("uniform", tuple(site.logits.shape))}

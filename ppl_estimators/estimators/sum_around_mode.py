@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..core import lanes
 from ..core.counts import in_natural_units
-from ..core.estimator import Estimator
+from ..core.estimator import Estimator, Moves
 from ..core.families import COUNTS, GEOMETRIC, POISSON, possible
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
@@ -40,14 +40,13 @@ class SumAroundMode(Estimator):
     k: int
 
     families: ClassVar[tuple[str, ...] | None] = tuple(COUNTS)
-    lanewise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.k, int) or self.k < 1:
             raise ValueError(f"SumAroundMode(k) sums k counts: k must be an integer, 1 or more, got {self.k!r}.")
 
-    def alternatives(self, site: Site) -> int:
-        return site.lanes * self.k
+    def alternatives(self, site: Site) -> Moves:
+        return Moves(site.lanes * self.k, self.weights)
 
     def draw(self, ops: Ops, site: Site, noise: Mapping[str, Array]) -> Draw:
         x = noise["value"]

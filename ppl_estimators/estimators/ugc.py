@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core import lanes
-from ..core.estimator import Estimator, Noise
+from ..core.estimator import Estimator, Moves, Noise
 from ..core.families import BERNOULLI, possible, threshold
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
@@ -39,10 +39,9 @@ class UGC(Estimator):
     """
 
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI,)
-    lanewise: ClassVar[bool] = True
 
-    def alternatives(self, site: Site) -> int:
-        return 2
+    def alternatives(self, site: Site) -> Moves:
+        return Moves(2)
 
     def noise(self, site: Site) -> Mapping[str, Noise]:
         shape = (*site.batch_shape, *site.event_shape)

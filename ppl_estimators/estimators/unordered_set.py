@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..core import lanes
 from ..core.errors import site_error
-from ..core.estimator import Estimator, Noise
+from ..core.estimator import Estimator, Moves, Noise
 from ..core.families import CATEGORICAL, ONEHOT, encoded, gumbel, possible
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
@@ -43,7 +43,6 @@ class UnorderedSet(Estimator):
     k: int
 
     families: ClassVar[tuple[str, ...] | None] = (CATEGORICAL, ONEHOT)
-    lanewise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.k, int) or self.k < 1:
@@ -58,8 +57,8 @@ class UnorderedSet(Estimator):
                 f"Use UnorderedSet({LARGEST}), SumAndSample({self.k}) or Enumerate().",
             )
 
-    def alternatives(self, site: Site) -> int:
-        return site.lanes * (self._size(site) - 1)
+    def alternatives(self, site: Site) -> Moves:
+        return Moves(site.lanes * (self._size(site) - 1), self.weights)
 
     def noise(self, site: Site) -> Mapping[str, Noise]:
         return {"u": Noise("uniform", tuple(site.logits.shape))}

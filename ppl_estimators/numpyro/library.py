@@ -75,7 +75,7 @@ class NumPyroLibrary:
         plan = make_plan(list(found.sites.values()), found.terms, graph, self.settings, branches=not found.followed)
         for name, operation in found.stuck.items():
             estimator = plan.estimators[name]
-            if estimator.value.moves or estimator.relaxations(plan.sites[name]):
+            if estimator.value.moves or estimator.relaxations(plan.sites[name]).count:
                 raise without_derivative(name, type(estimator).__name__, operation)
         if self.settings.average_model:
             averaging.check(plan)

@@ -311,7 +311,7 @@ class PyroLibrary:
             named = asked is not None or isinstance(self.settings.default, Estimator)
             if named:
                 chosen.check(site.filled(value=self._anything(msg)), particles)
-            needs_plan = chosen.lanewise or not (chosen.value.moves or named or particles > 1)
+            needs_plan = not chosen.alternatives(site).own_law or not (chosen.value.moves or named or particles > 1)
             if needs_plan and not self._follow.control and not self._pinned:
                 raise _Unplanned
         self._used[name] = chosen

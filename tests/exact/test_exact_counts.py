@@ -63,7 +63,7 @@ def estimates(estimator, family, parameters, noise, f=cost, log_q=None):
             return estimator.draw(OPS, site.filled(named=arrays, logits=arrays.get("logits")), noise).value
 
         return jax.grad(lambda arrays: jnp.sum(slope * moving(arrays)))(dict(site.named))
-    values = [estimator.alternative(OPS, site, draw, jnp.asarray(i)) for i in range(estimator.alternatives(site))]
+    values = [estimator.alternative(OPS, site, draw, jnp.asarray(i)) for i in range(estimator.alternatives(site).count)]
     costs = Costs(
         f(draw.value),
         jnp.stack([f(v) for v in values]) if values else None,

@@ -92,7 +92,7 @@ def estimate(ops, estimator, family, a, table, noise):
         chosen = ops.like(flat[..., None] == ops.indices(math.prod(table.shape), a), a)
         return ops.sum(chosen * ops.reshape(ops.like(table, a), (-1,)), axis=-1)[None]
 
-    others = [cost(estimator.alternative(ops, at, draw, i)) for i in range(estimator.alternatives(at))]
+    others = [cost(estimator.alternative(ops, at, draw, i)) for i in range(estimator.alternatives(at).count)]
     costs = Costs(cost(draw.value), ops.stack(others, axis=0) if others else None)
     led = at.filled(lead=1, logits=a[None])
     draw = Draw(draw.value[None], {k: v[None] for k, v in draw.extra.items()})

@@ -19,6 +19,7 @@ from test_exact_over_noise import PX, PY, A, chain_exact, chain_guide, chain_mod
 
 from ppl_estimators import ARM, REBAR, RELAX, ControlVariate, DisARM, Enumerate, LeaveOneOut, MovingAverage, Reinforce
 from ppl_estimators.core import relaxation
+from ppl_estimators.core.estimator import Relaxations
 from ppl_estimators.core.families import ONEHOT, score
 from ppl_estimators.core.site import Local
 from ppl_estimators.estimators.baselines.base import Baseline
@@ -158,9 +159,10 @@ def test_hard_draws_below_a_relaxed_value():
     """Downstream bits neither relaxed nor drawn again while the cost at relaxed values is differentiated."""
 
     class Hard(RELAX):
-        downstream = "drawn"
+        def relaxations(self, site):
+            return Relaxations(2, "drawn")
 
-    estimator, rng = Hard(0.5, model_term=True, baseline=None), np.random.default_rng(0)
+    estimator, rng = Hard(0.5, hidden=8, model_term=True, baseline=None), np.random.default_rng(0)
     kept = {
         "x$log_temperature": jnp.log(0.5),
         "x$log_scale": jnp.log(1.0),

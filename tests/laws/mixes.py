@@ -50,7 +50,9 @@ from ppl_estimators import (
     SumAroundMode,
     UnorderedSet,
 )
+from ppl_estimators.catalogue import site_of
 from ppl_estimators.core.estimator import Estimator
+from ppl_estimators.core.families import NORMAL
 
 
 @dataclass(frozen=True)
@@ -342,24 +344,20 @@ PYRO_SLOW = {("branching", "leave_one_out"), ("branching", "disarm"), ("branchin
 LEFT_OUT = {"numpyro": NUMPYRO_REFUSES, "pyro": PYRO_SLOW}
 
 
-#: of an estimator the engine sees these facts, and whether it has relaxed values and weights; the rest is arithmetic
-FACTS = [
-    name
-    for name in Estimator.__annotations__
-    if name not in ("unbiased", "families", "control", "min_particles", "instead")
-]
+def facts(estimator: Estimator) -> tuple[Any, ...]:
+    """What the engine sees of an estimator: how it makes its value, what it evaluates and what it wants measured. The
+    rest is arithmetic."""
+    site = site_of(NORMAL if estimator.families is None else estimator.families[0])
+    others, relaxed = estimator.alternatives(site), estimator.relaxations(site)
+    evaluated = (others.own_law, others.weights is not None, others.count > 0, relaxed.count > 0, relaxed.downstream)
+    return (estimator.value, estimator.score, estimator.wants_score_norm, estimator.keeps, *evaluated)
 
 
 def profile(mix: Mix) -> frozenset[Any]:
     """What the engine sees of a mix."""
     if mix.estimators is None:
         return frozenset({"auto"})
-
-    def facts(estimator: Any) -> tuple[Any, ...]:
-        asked = (getattr(type(estimator), name) is not getattr(Estimator, name) for name in ("relaxations", "weights"))
-        return (*(getattr(estimator, name) for name in FACTS), *asked, mix.hook, mix.particles > 1)
-
-    return frozenset(facts(estimator) for estimator in mix.estimators.values())
+    return frozenset((*facts(e), mix.hook, mix.particles > 1) for e in mix.estimators.values())
 
 
 def quick(table: Mapping[str, list[Mix]], library: str) -> set[tuple[str, str]]:

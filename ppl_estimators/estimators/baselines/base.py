@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ...core.errors import site_error
-from ...core.estimator import Estimator
+from ...core.estimator import Control, Estimator
 from ...core.keep import Initial, Kept, Network, prefixed, strip
 from ...core.ops import Array, Ops
 from ...core.site import Site
@@ -34,6 +34,8 @@ class Baseline(Spec):
     keeps: ClassVar[bool] = False
     #: is it a weighted mean of the other particles' costs (and so linear in them)?
     from_particles: ClassVar[bool] = False
+    #: what it is to the objective
+    control: ClassVar[Control] = Control.OWN
     #: does it use the norm of the score (`Site.score_norm`)?
     wants_score_norm: ClassVar[bool] = False
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...core.errors import site_error
+from ...core.estimator import Control
 from ...core.keep import Kept
 from ...core.ops import Array, Ops
 from ...core.site import Site
@@ -35,6 +36,7 @@ class LeaveOneOut(Baseline):
     """
 
     from_particles: ClassVar[bool] = True
+    control: ClassVar[Control] = Control.OTHERS
 
     def check(self, site: Site, particles: int) -> None:
         if particles < 2:
