@@ -4,6 +4,7 @@ must speak of the same things, and errors name their site."""
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -205,6 +206,74 @@ def test_a_generator_that_the_program_holds(name: str) -> None:
         elbo.loss_and_grads(model, guide)
     assert len(seen) > 3
     assert list(dict.fromkeys(seen)) == [draw(plain) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("mean", "broadcasts"),
+    [
+        (lambda z: (z * torch.arange(3.0)).sum(-1, keepdim=True), True),
+        (lambda z: (z * torch.arange(3.0)).sum(), False),  # over the alternatives, too
+        (lambda z: torch.dot(z, torch.arange(3.0)), False),  # raises
+    ],
+)
+def test_alternatives_side_by_side_where_a_program_does_not_broadcast(
+    mean: Callable[[torch.Tensor], torch.Tensor], broadcasts: bool
+) -> None:
+    """They run one after another, with a warning that names the site: the same gradient either way."""
+
+    def model() -> None:
+        with pyro.plate("rows", 3):
+            z = pyro.sample("z", dist.Bernoulli(0.3 * torch.ones(3)))
+        pyro.sample("x", dist.Normal(mean(z), 1.0), obs=torch.tensor(0.5))
+
+    def guide() -> None:
+        with pyro.plate("rows", 3):
+            pyro.sample("z", dist.Bernoulli(logits=pyro.param("a", torch.tensor([0.3, -0.4, 0.1]))))
+
+    found = []
+    for side_by_side in (False, True):
+        pyro.clear_param_store()
+        elbo = EstimatorELBO(Enumerate(), vectorize_particles=side_by_side, max_plate_nesting=1)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                pyro.set_rng_seed(0)
+                elbo.loss_and_grads(model, guide)
+        expected = side_by_side and not broadcasts
+        assert [str(w.message).partition(" side by side")[0] for w in seen] == ["site 'z': 3 other values"] * expected
+        found.append(pyro.param("a").grad)
+    torch.testing.assert_close(*found)
+
+
+class Noisy(torch.nn.Module):
+    """Noise in the shape of its input, of which nothing is an alternative."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(x, 0.5)
+
+
+@pytest.mark.parametrize("rows", [4, 6])  # Enumerate() of four categories: three other values
+def test_noise_that_has_as_many_rows_as_there_are_alternatives(rows: int) -> None:
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(4)))
+            pyro.sample("x", dist.Normal(1.0 * z, 1.0), obs=x[:, 0])
+
+    def guide(x: torch.Tensor) -> None:
+        with pyro.plate("rows", len(x)):
+            pyro.sample("z", dist.Categorical(logits=pyro.param("a", torch.ones(4)) * Noisy()(x)))
+
+    found = []
+    for side_by_side in (False, True):
+        pyro.clear_param_store()
+        elbo = EstimatorELBO(Enumerate(), vectorize_particles=side_by_side, max_plate_nesting=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for count in (4, rows):
+                pyro.set_rng_seed(0)
+                elbo.loss_and_grads(model, guide, torch.ones(count, 4))
+        found.append(pyro.param("a").grad)
+    torch.testing.assert_close(*found)
 
 
 # ---- guide and model ------------------------------------------------------------------------------------------------

@@ -76,6 +76,8 @@ class Memory:
     seen: set[str] = field(default_factory=set)  # latent sites of all structures
     verified: Recent = field(default_factory=lambda: Recent(256))
     distrusted: set[Hashable] = field(default_factory=set)  # programs whose dependencies were found incomplete
+    broadcasts: Recent = field(default_factory=lambda: Recent(256))
+    narrow: set[Hashable] = field(default_factory=set)  # programs that do not broadcast
     last: Plan | None = None
 
 
@@ -431,11 +433,8 @@ class PyroLibrary:
             with torch.no_grad():
                 several = [values(i) for i in indices]
             with self.differentiating(differentiable):
-                if len(several) == 1:
-                    costs, terms = evaluate(several[0])
-                    costs = {n: c[None] for n, c in costs.items()}
-                else:
-                    costs, terms = self._side_by_side(evaluate, several, group, run)
+                together = self._together(evaluate, several, group, run) if len(several) > 1 else None
+                costs, terms = _one_by_one(evaluate, several) if together is None else together
             found.append(costs)
             rows.append({k: x.reshape(-1, *shapes[k]) for k, x in terms.items()})
         return (
@@ -443,13 +442,44 @@ class PyroLibrary:
             {k: torch.cat([row[k] for row in rows]) for k in rows[0]},
         )
 
-    def _side_by_side(
+    def _together(
         self, evaluate: Callable[..., Any], values: Sequence[Values], group: Group, run: Run
+    ) -> tuple[dict[str, Array], dict[averaging.Key, Array]] | None:
+        """The same in one run; None if the program does not broadcast, which is asked once for each structure."""
+        memory, program = self.memory, self.call[1:3]
+        if program in memory.narrow:
+            return None
+        widest = max(len(m["fn"].batch_shape) for r in (run.traces.guide, run.traces.model) for m in r.values())
+        depth = 1 + max(int(self.max_plate_nesting), widest)
+        sharing = SideBySide(len(values), depth, memory.generators)
+        try:
+            found = self._side_by_side(evaluate, values, group, run, sharing)
+        except Exception:  # raised again one by one, if that is not the reason
+            found = None
+        key = (*self._structure(run.plan), group.sites, len(values), frozenset(sharing.unclear))
+        if found is not None and (not self.verify or key in memory.broadcasts):
+            return found
+        memory.broadcasts.store(key, True)
+        costs, terms = _one_by_one(evaluate, values)
+        if found is None or not all(_same(found[0][n], costs[n]) for n in group.sites):
+            names = ", ".join(f"'{n}'" for n in group.sites)
+            warnings.warn(
+                f"site {names}: {len(values)} other values side by side, as vectorize_particles=True allows, give "
+                "other costs than one after another: guide or model does not broadcast to an axis left of all others. "
+                "They run one after another from now on: right, and slower. Count axes from the right (z[..., 0], "
+                "z.sum(-1)), or pass vectorize_particles=False.",
+                EstimatorWarning,
+                stacklevel=2,
+            )
+            memory.narrow.add(program)
+        return costs, terms
+
+    def _side_by_side(
+        self, evaluate: Callable[..., Any], values: Sequence[Values], group: Group, run: Run, sharing: SideBySide
     ) -> tuple[dict[str, Array], dict[averaging.Key, Array]]:
         """Several counterfactual values in one run, as a plate to the left of all others."""
         members = [run.sites[n] for n in group.sites]
-        widest = max(len(m["fn"].batch_shape) for r in (run.traces.guide, run.traces.model) for m in r.values())
-        count, depth = len(values), 1 + max(int(self.max_plate_nesting), widest)
+        count, depth = sharing.count, sharing.depth
         plate = Plate(_ALTERNATIVES, -depth, count)
         stacked, wide = {}, []
         for s in members:
@@ -459,7 +489,7 @@ class PyroLibrary:
             wide.append(replace(s, plates=s.plates | {plate}, batch_shape=(count, *pad, *s.batch_shape)))
         graph = run.plan.graph
         graph = Graph(graph.ancestors, {n: p | {plate} for n, p in graph.plates.items()})
-        with SideBySide(count, self.memory.generators):
+        with sharing:
             costs, terms = evaluate(stacked, wide, graph, plate)
         return {
             s.name: costs[s.name].expand(count, *w.plate_shape[1:]).reshape(count, *s.plate_shape)
@@ -521,9 +551,8 @@ class PyroLibrary:
         """Is the program what its first run said of it? Asked once for each structure, see `core.verify`. False if a
         dependency was lost: then everything counts as depending on all that was drawn before it, from now on."""
         plan, latents = run.plan, run.traces.latents()
-        program = self.call[1:3]
-        structure = (program, tuple((n, s.kind) for n, s in plan.sites.items()), tuple(plan.depends_on.items()))
-        known = self.memory.verified
+        structure, known = self._structure(plan), self.memory.verified
+        program = structure[0]
         if not self.verify or structure in known or sum(s[0] == program for s in known) >= _STRUCTURES:
             return True
         known.store(structure, True)
@@ -574,6 +603,10 @@ class PyroLibrary:
         self.memory.distrusted.add(program)
         return False
 
+    def _structure(self, plan: Plan) -> tuple[Hashable, ...]:
+        sites = tuple((n, s.kind) for n, s in plan.sites.items())
+        return self.call[1:3], sites, tuple(plan.depends_on.items())
+
     def _facts(self, site: Site) -> Site:
         if not self.vectorized:
             return site
@@ -609,6 +642,17 @@ class _Streamed(Messenger):
 
     def _pyro_post_sample(self, msg: Message) -> None:
         self.stream.after((self.side, msg["name"]))
+
+
+def _one_by_one(
+    evaluate: Callable[..., Any], values: Sequence[Values]
+) -> tuple[dict[str, Array], dict[averaging.Key, Array]]:
+    costs, terms = zip(*map(evaluate, values), strict=True)
+    return _stacked(costs), _stacked(terms)
+
+
+def _stacked(rows: Sequence[Mapping[Any, Array]]) -> dict[Any, Array]:
+    return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
 
 
 def _along(plate: Plate) -> Any:

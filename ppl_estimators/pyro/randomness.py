@@ -119,12 +119,14 @@ class Stream:
 class SideBySide(TorchDispatchMode):
     """Alternatives along the first axis of what is drawn share their random numbers, as they would one after another.
 
-    Every operation that draws is run once for each of them, from the same state of the generators.
+    Every operation that draws is run once for each of them, from the same state of the generators. What has their axis
+    is told by its size: ``unclear`` are shapes that may have come by it otherwise.
     """
 
-    def __init__(self, count: int, generators: Generators):
+    def __init__(self, count: int, depth: int, generators: Generators):
         super().__init__()
-        self.count, self.generators = count, generators
+        self.count, self.depth, self.generators = count, depth, generators
+        self.unclear: set[tuple[int, ...]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -133,6 +135,9 @@ class SideBySide(TorchDispatchMode):
         whole = next((a for a in (*args, *kwargs.values()) if self._wide(a)), None)
         if whole is None:
             return func(*args, **kwargs)
+        shape = tuple(whole.shape if isinstance(whole, torch.Tensor) else whole)
+        if shape[0] != self.count or len(shape) < self.depth:
+            self.unclear.add(shape)
         state, parts = self.generators.state(), []
         for i in range(self.count):
             self.generators.restore(state)
