@@ -67,7 +67,7 @@ from ppl_estimators import (
     UnorderedSet,
 )
 from ppl_estimators.core import families
-from ppl_estimators.core.estimator import Estimator, Value
+from ppl_estimators.core.estimator import Estimator, Measure, Value
 from ppl_estimators.core.site import Plate, Site
 from ppl_estimators.core.step import Step
 from ppl_estimators.estimators.baselines.base import Baseline
@@ -394,6 +394,43 @@ def test_how_the_value_is_made_in_numpyro(estimator):
 
     value, moves, rest = both(kept["logits"], jnp.zeros(3 if family == "OneHot" else ()))
     assert_made_as_declared(estimator, runs[0], value, moves, rest)
+
+
+# ---- what is measured -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("library", ["pyro", "numpyro"])
+@pytest.mark.parametrize("estimator", ROWS, ids=repr)
+def test_what_is_measured_is_what_it_asks_for(estimator, library):
+    """And nothing else is needed: what was not asked for is None in `local`."""
+    family, particles = last_family(estimator), ROWS[estimator][2]
+    if library == "pyro":
+        elbo = TorchELBO({"z": estimator}, num_particles=particles)
+        step = elbo.step(lambda: torch_site(family, "model"), lambda: torch_site(family, "guide"), (), {})
+    else:
+        hooked = jax_hook(lambda: jax_site(family, "guide"), {"z": estimator})
+        trace = numpyro.handlers.trace(numpyro.handlers.seed(hooked, 0)).get_trace()
+        kept = {k: s["value"] for k, s in trace.items() if s["type"] in ("param", "mutable")}
+        elbo = JaxELBO({"z": estimator}, num_particles=particles)
+        step = elbo.step(jax.random.key(0), kept, lambda: jax_site(family, "model"), hooked, (), {})
+    asked = set()
+
+    def noted(what, function):
+        def measure(*args):
+            asked.add(what)
+            return function(*args)
+
+        return measure
+
+    step.library.log_q = noted(Measure.LOG_Q, step.library.log_q)
+    step.library.score_norm = noted(Measure.SCORE_NORM, step.library.score_norm)
+    if library == "pyro":
+        step.loss()
+    else:
+        jax.eval_shape(lambda: step.loss()[0])
+    assert asked == estimator.measures - {Measure.FUNCTIONS}
+    assert (type(estimator).measured is not Estimator.measured) is (Measure.FUNCTIONS in estimator.measures)
+    assert estimator.compares or particles == 1
 
 
 # ---- the values that are evaluated ----------------------------------------------------------------------------------

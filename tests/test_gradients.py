@@ -135,7 +135,7 @@ def test_slopes_that_an_estimator_takes_itself_are_its_own_part(library, estimat
         "numpyro": (NumPyroGradients, NumPyroELBO, numpyro_with, numpyro_pair_model, numpyro_pair_guide),
     }[library]
     chosen = {"z": estimator}
-    elbo = elbo(chosen, num_particles=estimator.min_particles)
+    elbo = elbo(chosen, num_particles=1 + estimator.compares)
     g = gradients(elbo, model, hook(guide, chosen), seed=1)
     _, totals = _stacked(g.draws(6, seed=3))
     _, parts = _stacked(g.parts(6, seed=3))

@@ -97,6 +97,14 @@ class Relaxations:
     downstream: str = "relaxed"
 
 
+class Measure(Enum):
+    """What an estimator wants known under a site's law."""
+
+    LOG_Q = "log q"  # `Site.log_q`, and of the other values that `Estimator.scored` names
+    SCORE_NORM = "norm of the score"  # `Site.score_norm`
+    FUNCTIONS = "functions"  # `Estimator.measured`
+
+
 class Control(Enum):
     """What holds the variance of a score function down."""
 
@@ -123,12 +131,10 @@ class Estimator(Spec):
     families: ClassVar[tuple[str, ...] | None] = None
     #: how the value is made
     value: ClassVar[Value] = Value.PLAIN
-    #: does it use the log probability of the drawn value (`Site.log_q`)?
-    score: ClassVar[bool] = False
-    #: does it want the norm of the score (`Site.score_norm`)?
-    wants_score_norm: ClassVar[bool] = False
-    #: fewest particles it needs
-    min_particles: ClassVar[int] = 1
+    #: what it wants known of the drawn value under the site's own law
+    measures: ClassVar[frozenset[Measure]] = frozenset()
+    #: does it compare draws with one another, of which there must be two then, and independent?
+    compares: ClassVar[bool] = False
     #: what is subtracted from the cost
     control: ClassVar[Control] = Control.OWN
     #: what to use instead, for the error that `check` raises
@@ -142,11 +148,11 @@ class Estimator(Spec):
         if self.families is not None and site.family not in self.families:
             wanted = " or ".join(NAMES[f] for f in self.families)
             raise site_error(site.name, f"{name} needs a {wanted} site, got {site.distribution}", self.instead + ".")
-        if particles < self.min_particles:
+        if self.compares and particles < 2:
             raise site_error(
                 site.name,
-                f"{name} compares particles and needs at least {self.min_particles}, got num_particles={particles}",
-                f"Pass EstimatorELBO(..., num_particles={self.min_particles}) or more.",
+                f"{name} compares particles and needs at least 2, got num_particles={particles}",
+                "Pass EstimatorELBO(..., num_particles=2) or more.",
             )
         if self.families is not None and site.time:
             raise site_error(
@@ -196,7 +202,7 @@ class Estimator(Spec):
         raise NotImplementedError
 
     def measured(self, value: Array, distribution: Any) -> Mapping[str, Array]:
-        """What it asks of the library's own distribution object at the drawn value, for ``Draw.extra``."""
+        """Functions of the drawn value and the library's own distribution object, for ``Draw.extra``."""
         return {}
 
     def scored(self, draw: Draw) -> Mapping[str, Array]:

@@ -18,7 +18,7 @@ from .assembly import Evaluated, assemble
 from .averaging import Average
 from .credit import Graph, downstream_costs
 from .errors import site_error
-from .estimator import Estimator, Noise
+from .estimator import Estimator, Measure, Noise
 from .families import DISCRETE
 from .keep import Kept
 from .ops import Array, Ops
@@ -282,12 +282,13 @@ class Step:
             msg, estimator, draw = latents[name], run.plan.estimators[name], run.draws[name]
             value = draw.value if site.family in DISCRETE else site.value
             extra: dict[str, Array] = {}
-            if estimator.score:
+            if Measure.LOG_Q in estimator.measures:
                 site.log_q = library.log_q(msg, value)
                 extra |= {label: library.log_q(msg, v) for label, v in estimator.scored(draw).items()}
-            if estimator.wants_score_norm:
+            if Measure.SCORE_NORM in estimator.measures:
                 site.score_norm = library.score_norm(site, msg, value)
-            extra |= estimator.measured(value, msg["fn"])
+            if Measure.FUNCTIONS in estimator.measures:
+                extra |= estimator.measured(value, msg["fn"])
             if extra:
                 run.draws[name] = Draw(draw.value, {**draw.extra, **extra})
             spec = self.settings.asked(name, library.requested(msg)) or estimator  # as this run of the guide made it

@@ -89,8 +89,8 @@ def particles_for(estimator: Estimator, site: Any, particles: int) -> int:
     except EstimatorError:
         if particles > 1:
             raise
-        estimator.check(site, max(2, estimator.min_particles))
-        return max(2, estimator.min_particles)
+        estimator.check(site, 2)
+        return 2
     except AttributeError:  # a question about the distribution itself, which a plan does not hold: the ELBO asks it
         return particles
     return particles

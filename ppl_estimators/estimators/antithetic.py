@@ -11,7 +11,7 @@ from ..core.estimator import Draws, Estimator, Noise
 from ..core.families import DISCRETE, threshold
 from ..core.ops import Array, Ops
 from ..core.site import Draw, Site
-from .several import Repeated, compares, joined
+from .several import Repeated, joined
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -44,13 +44,13 @@ class Antithetic(Repeated):
         return DISCRETE if known is None else tuple(f for f in DISCRETE if f in known)
 
     def check(self, site: Site, particles: int) -> None:
-        Estimator.check(self, site, particles)
-        if compares(self.estimator):
+        if self.compares:
             raise site_error(
                 site.name,
                 f"{self.estimator!r} takes the mirrored draw for an independent one, which is biased",
                 f"Use MovingAverage() inside Antithetic, or Repeat(2, {self.estimator!r}).",
             )
+        Estimator.check(self, site, particles)
         if self.estimator.alternatives(site) == Draws(1):
             raise site_error(
                 site.name,

@@ -80,7 +80,7 @@ class Combine(Mixture):
             def log_q(value: Array) -> Array:
                 return site.sum_event(ops, log_prob(ops, site.family, a, value))
 
-            at = site.filled(logits=a, named={"logits": a}, log_q=log_q(mine.value) if part.score else None)
+            at = site.filled(logits=a, named={"logits": a}, log_q=log_q(mine.value))
             scores = {label: log_q(v) for label, v in part.scored(mine).items()}
             return ops.sum(part.local(ops, at, Draw(mine.value, {**mine.extra, **scores}), cost, own).surrogate)
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from ..core.densities import check_score
 from ..core.errors import site_error
+from ..core.estimator import Measure
 from ..core.keep import Initial, Kept
 from ..core.ops import Array, Ops
 from ..core.regression import FEWEST, fitted, no_past
@@ -45,8 +46,7 @@ class ControlVariate(WithBaseline):
     decay: float | None = field(default=None, kw_only=True)
     baseline: Baseline | None = field(default=None, kw_only=True)
 
-    score: ClassVar[bool] = True
-    asks_the_distribution: ClassVar[bool] = True
+    own_measures: ClassVar[frozenset[Measure]] = frozenset({Measure.LOG_Q, Measure.FUNCTIONS})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,7 +97,7 @@ class ControlVariate(WithBaseline):
         return self.coefficient is None and self.decay is None
 
     @property
-    def compares(self) -> bool:
+    def compares(self) -> bool:  # type: ignore[override]
         return self._fitted or super().compares
 
     @property

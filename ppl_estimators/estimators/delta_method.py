@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ..core.errors import site_error
-from ..core.estimator import Noise, Relaxations
+from ..core.estimator import Measure, Noise, Relaxations
 from ..core.families import NORMAL
 from ..core.keep import Initial, Kept
 from ..core.ops import Array, Ops
@@ -45,7 +45,7 @@ class DeltaMethod(WithBaseline):
     baseline: Baseline | None = field(default=None, kw_only=True)
 
     families: ClassVar[tuple[str, ...] | None] = (NORMAL,)
-    score: ClassVar[bool] = True
+    own_measures: ClassVar[frozenset[Measure]] = frozenset({Measure.LOG_Q})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,7 +58,6 @@ class DeltaMethod(WithBaseline):
             )
 
     def check(self, site: Site, particles: int) -> None:
-        super().check(site, particles)
         if self.decay is None and particles < 1 + FEWEST:
             raise site_error(
                 site.name,
@@ -66,9 +65,10 @@ class DeltaMethod(WithBaseline):
                 "slope through so few draws has no variance",
                 f"Pass num_particles={1 + FEWEST} or more, or decay=0.99 to estimate it from past steps.",
             )
+        super().check(site, particles)
 
     @property
-    def compares(self) -> bool:
+    def compares(self) -> bool:  # type: ignore[override]
         return self.decay is None or super().compares
 
     @property

@@ -38,7 +38,7 @@ class DoubleControlVariate(Estimator):
     coefficient: float = 0.0
 
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI, ONEHOT)
-    min_particles: ClassVar[int] = 2
+    compares: ClassVar[bool] = True
     keeps: ClassVar[bool] = True  # type: ignore[assignment]
     instead: ClassVar[str] = "Use OneHotCategorical here, or Reinforce(LeaveOneOut())"
 

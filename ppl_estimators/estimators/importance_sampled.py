@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..core.errors import site_error
-from ..core.estimator import Estimator, Moves, Noise
+from ..core.estimator import Estimator, Measure, Moves, Noise
 from ..core.families import BERNOULLI, CATEGORICAL, DISCRETE, GAMMA, NORMAL, ONEHOT, POISSON, log_prob, threshold
 from ..core.keep import Initial, Kept, Network
 from ..core.ops import Array, Ops
@@ -42,7 +42,7 @@ class ImportanceSampled(Estimator):
     proposal: float = 2.0
 
     families: ClassVar[tuple[str, ...] | None] = (*DISCRETE, POISSON, NORMAL, GAMMA)
-    score: ClassVar[bool] = True
+    measures: ClassVar[frozenset[Measure]] = frozenset({Measure.LOG_Q})
 
     def __post_init__(self) -> None:
         if not isinstance(self.estimator, Reinforce):
@@ -60,7 +60,7 @@ class ImportanceSampled(Estimator):
                 f"{baseline!r} takes draws from the proposal for draws from the site, which is biased",
                 "Use MovingAverage() or Learned() inside ImportanceSampled.",
             )
-        if self.estimator.wants_score_norm:
+        if Measure.SCORE_NORM in self.estimator.measures:
             raise site_error(
                 site.name,
                 f"ImportanceSampled has no score norm of the proposal's draw for {baseline!r}",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..core.densities import check_score
+from ..core.estimator import Measure
 from ..core.keep import Initial, Kept, guarded
 from ..core.ops import Ops
 from ..core.site import Costs, Draw, Local, Site
@@ -41,7 +42,7 @@ class NVIL(WithBaseline):
     decay: float = field(default=0.8, kw_only=True)
 
     unbiased: ClassVar[bool] = False
-    score: ClassVar[bool] = True
+    own_measures: ClassVar[frozenset[Measure]] = frozenset({Measure.LOG_Q})
 
     @property
     def baseline(self) -> Baseline:  # type: ignore[override]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core.densities import check_score
-from ..core.estimator import Control
+from ..core.estimator import Control, Measure
 from ..core.keep import Kept
 from ..core.ops import Ops
 from ..core.site import Costs, Draw, Local, Site
@@ -35,7 +35,7 @@ class Reinforce(WithBaseline):
 
     baseline: Baseline | None = None
 
-    score: ClassVar[bool] = True
+    own_measures: ClassVar[frozenset[Measure]] = frozenset({Measure.LOG_Q})
     instead: ClassVar[str] = ""
 
     @property

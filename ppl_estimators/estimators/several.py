@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from ..core.errors import site_error
-from ..core.estimator import Draws, Estimator, Moves, Noise, Relaxations
+from ..core.estimator import Draws, Estimator, Measure, Moves, Noise, Relaxations
 from ..core.keep import Initial, Kept, Network, prefixed, strip
 from ..core.ops import Array, Ops
 from ..core.particles import times
 from ..core.site import Costs, Draw, Local, Site
-from .baselines.base import WithBaseline
 
 #: a part's own draw, and its log q, among what it needs later; no estimator calls anything of its own so
 _VALUE, _LOG_Q = "drawn value", "drawn log q"
@@ -40,8 +39,12 @@ class Several(Estimator):
         return tuple(f for f in known[0] if all(f in k for k in known)) if known else None
 
     @property
-    def score(self) -> bool:  # type: ignore[override]
-        return any(p.score for p in self.parts)
+    def measures(self) -> frozenset[Measure]:  # type: ignore[override]
+        return frozenset().union(*(p.measures for p in self.parts))
+
+    @property
+    def compares(self) -> bool:  # type: ignore[override]
+        return any(p.compares for p in self.parts)
 
     @property
     def keeps(self) -> bool:
@@ -50,14 +53,14 @@ class Several(Estimator):
     def check_parts(self, site: Site, particles: int) -> None:
         name = type(self).__name__
         for p in self.parts:
-            if p.value.moves or asks_the_distribution(p) or site.time:
+            if p.value.moves or Measure.FUNCTIONS in p.measures or site.time:
                 where = "inside a scan" if site.time else f"with {p!r}"
                 raise site_error(
                     site.name,
                     f"{name} evaluates several draws of a score-function estimator, which it cannot {where}",
                     self.instead + ", or Reinforce(LeaveOneOut()).",
                 )
-            if p.wants_score_norm:
+            if Measure.SCORE_NORM in p.measures:
                 raise site_error(
                     site.name, f"{name} has no score norm for {p!r}", "Use MovingAverage() or LeaveOneOut() there."
                 )
@@ -86,7 +89,7 @@ class Several(Estimator):
     def scored(self, draw: Draw) -> dict[str, Array]:
         found: dict[str, Array] = {}
         for j, p in enumerate(self.parts):
-            if p.score:
+            if Measure.LOG_Q in p.measures:
                 mine = self.part_draw(draw, j)
                 found |= prefixed(f"{j}_", {_LOG_Q: mine.value, **p.scored(mine)})
         return found
@@ -169,7 +172,7 @@ class Several(Estimator):
         return found
 
     def part_site(self, site: Site, draw: Draw, j: int) -> Site:
-        return site.filled(log_q=draw.extra[f"{j}_{_LOG_Q}"] if self.parts[j].score else None)
+        return site.filled(log_q=draw.extra.get(f"{j}_{_LOG_Q}"))
 
 
 class Mixture(Several):
@@ -280,18 +283,3 @@ def joined(draws: Sequence[Draw]) -> Draw:
 
 def _numbered(of_parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {k: x for j, mine in enumerate(of_parts) for k, x in prefixed(f"{j}_", mine).items()}
-
-
-# ---- what a part may be asked, whatever it is made of ----------------------------------------------------------------
-
-
-def compares(p: Estimator) -> bool:
-    """Does it compare its draws, so that they must be independent?"""
-    if isinstance(p, Several):
-        return any(map(compares, p.parts))
-    return p.min_particles > 1 or (isinstance(p, WithBaseline) and p.compares)
-
-
-def asks_the_distribution(p: Estimator) -> bool:
-    """Does it want functions of the user's evaluated on the library's distribution?"""
-    return isinstance(p, WithBaseline) and p.asks_the_distribution

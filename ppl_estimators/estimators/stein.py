@@ -42,7 +42,7 @@ class Stein(Estimator):
     network: tuple[Any, Any] | None = field(default=None, kw_only=True)
 
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI,)
-    min_particles: ClassVar[int] = 2
+    compares: ClassVar[bool] = True
     keeps: ClassVar[bool] = True  # type: ignore[assignment]
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ from ppl_estimators import (
     SumAroundMode,
 )
 from ppl_estimators.core import families
+from ppl_estimators.core.estimator import Measure
 from ppl_estimators.core.keep import Kept
 from ppl_estimators.core.site import Costs, Site
 from ppl_estimators.numpyro.ops import OPS
@@ -71,7 +72,7 @@ def estimates(estimator, family, parameters, noise, f=cost, log_q=None):
 
     def surrogate(arrays):
         moved = site.filled(named=arrays, logits=arrays.get("logits"))
-        if estimator.score:
+        if Measure.LOG_Q in estimator.measures:
             moved = moved.filled(log_q=log_q(arrays, draw.value))
             draw.extra.update({k: log_q(arrays, x) for k, x in estimator.scored(draw).items()})
         return jnp.sum(estimator.local(OPS, moved, draw, costs, Kept()).surrogate)

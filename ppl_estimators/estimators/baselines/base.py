@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ...core.errors import site_error
-from ...core.estimator import Control, Estimator
+from ...core.estimator import Control, Estimator, Measure
 from ...core.keep import Initial, Kept, Network, prefixed, strip
 from ...core.ops import Array, Ops
 from ...core.site import Site
@@ -36,8 +36,8 @@ class Baseline(Spec):
     from_particles: ClassVar[bool] = False
     #: what it is to the objective
     control: ClassVar[Control] = Control.OWN
-    #: does it use the norm of the score (`Site.score_norm`)?
-    wants_score_norm: ClassVar[bool] = False
+    #: what it wants known of the draw under the site's law
+    measures: ClassVar[frozenset[Measure]] = frozenset()
 
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Array]:
         """Arrays that the spec itself brings along, given the guide's arguments."""
@@ -101,8 +101,8 @@ class Sum(Baseline):
         return any(part.from_particles for part in self.terms)
 
     @property
-    def wants_score_norm(self) -> bool:  # type: ignore[override]
-        return any(part.wants_score_norm for part in self.terms)
+    def measures(self) -> frozenset[Measure]:  # type: ignore[override]
+        return frozenset().union(*(part.measures for part in self.terms))
 
     @property
     def parts(self) -> tuple[Baseline, ...]:
@@ -160,17 +160,16 @@ class WithBaseline(Estimator):
 
     baseline: Baseline | None
 
-    #: does it want functions of the user's evaluated on the library's distribution (``measured``)?
-    asks_the_distribution: ClassVar[bool] = False
+    #: what it wants known beside what the baseline does
+    own_measures: ClassVar[frozenset[Measure]] = frozenset()
 
     @property
-    def compares(self) -> bool:
-        """Does it compare draws with one another, which must then be independent?"""
+    def compares(self) -> bool:  # type: ignore[override]
         return self.baseline is not None and self.baseline.from_particles
 
     @property
-    def wants_score_norm(self) -> bool:
-        return self.baseline is not None and self.baseline.wants_score_norm
+    def measures(self) -> frozenset[Measure]:  # type: ignore[override]
+        return self.own_measures | (frozenset() if self.baseline is None else self.baseline.measures)
 
     def __post_init__(self) -> None:
         if self.baseline is not None and not isinstance(self.baseline, Baseline):
@@ -180,9 +179,9 @@ class WithBaseline(Estimator):
             )
 
     def check(self, site: Site, particles: int) -> None:
-        super().check(site, particles)
         if self.baseline is not None:
             self.baseline.check(site, particles)
+        super().check(site, particles)
 
     @property
     def keeps(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...core.errors import site_error
+from ...core.estimator import Measure
 from ...core.keep import Initial, Kept, guarded
 from ...core.ops import Array, Ops
 from ...core.site import Site
@@ -33,7 +34,7 @@ class OptimalConstant(Baseline):
 
     decay: float | None = None
 
-    wants_score_norm: ClassVar[bool] = True
+    measures: ClassVar[frozenset[Measure]] = frozenset({Measure.SCORE_NORM})
 
     def __post_init__(self) -> None:
         if self.decay is not None and not 0 <= self.decay < 1:
