@@ -5,12 +5,12 @@ most two further evaluations are spent for all of them together, where they buy 
 
 1. Enumerate(): every value, exactly;
 2. UnorderedSet(3): three categories of many, each once;
-3. StochasticTriple() at counts: the drawn value and a neighbour;
-4. DisARM(), DisARMTree(): antithetic pairs, one evaluation for all sites that do not depend on each other.
+3. StochasticTriple() at single counts: the drawn value and a neighbour;
+4. DisARM() for bits: antithetic pairs, one evaluation for all sites that do not depend on each other.
 
-Where these do not suffice for every site, one more particle is drawn (a shadow), and each is the other's baseline. So
-no site is ever without a control variate, and sites that are alike get the same. The choice depends on the program
-alone: plate sizes, batches, seeds and the order of calls do not enter.
+Where these do not suffice for every site, both evaluations are further particles (shadows), and all are each other's
+baselines. So no site is ever without a control variate, and sites that are alike get the same. The choice depends on
+the program alone: plate sizes, batches, seeds and the order of calls do not enter.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from .core.plan import Choice, Situation
 from .core.site import Site, Term
 from .estimators.baselines.leave_one_out import LeaveOneOut
 from .estimators.disarm import DisARM
-from .estimators.disarm_tree import DisARMTree
 from .estimators.enumerate import Enumerate
 from .estimators.pathwise import Pathwise
 from .estimators.reinforce import Reinforce
@@ -42,7 +41,6 @@ OPTIONS: tuple[tuple[Estimator, tuple[str, ...]], ...] = (
     (UnorderedSet(3), (CATEGORICAL, ONEHOT)),
     (StochasticTriple(), tuple(COUNTS)),
     (DisARM(), (BERNOULLI,)),
-    (DisARMTree(), (CATEGORICAL, ONEHOT)),
 )
 
 #: sites that are treated alike: family, categories, dependent elements (`_COUPLED` for a plate of them), in a scan?
@@ -64,7 +62,7 @@ class Automatic:
             if spent is not None:
                 return Choice({**chosen, **spent}, 1)
         chosen |= dict.fromkeys((s.name for s in rest), Reinforce(LeaveOneOut()))
-        return Choice(chosen, max(2, situation.particles))
+        return Choice(chosen, situation.particles if situation.particles > 1 else 1 + BUDGET)
 
     def alone(self, site: Site, particles: int) -> Estimator:
         return Pathwise() if site.reparameterised else Reinforce(LeaveOneOut())
@@ -99,8 +97,10 @@ def _spend(sites: Sequence[Site], terms: Sequence[Term], graph: Graph) -> dict[s
 
 
 def _options(kind: Kind) -> list[Estimator]:
-    family, *_, time = kind
-    return [] if time else [e for e, families in OPTIONS if family in families]
+    family, _, elements, time = kind
+    if time or (family in COUNTS and elements != 1):  # moving one count of many is no better than a particle
+        return []
+    return [e for e, families in OPTIONS if family in families]
 
 
 def _rank(options: Sequence[Estimator]) -> int:

@@ -37,8 +37,8 @@ class EstimatorELBO(Configured, ELBO):
 
     ``default``: "auto", or the estimator of every site that nothing else names. "auto" is: reparameterisable sites
     Pathwise(); with several particles Reinforce(LeaveOneOut()); with one, at most two further evaluations for all other
-    sites together (every value, three categories, or pairs); where these do not suffice for every site, one more
-    particle, each the other's baseline. See `ppl_estimators.policy`.
+    sites together (every value, three categories, or pairs); where these do not suffice for every site, two
+    further particles, each the others' baseline. See `ppl_estimators.policy`.
 
     ``objective``: None for the ELBO, or ImportanceWeighted(), Renyi(alpha).
 
