@@ -61,6 +61,7 @@ versions: $(STAMP)
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 clean:
 	rm -rf $(VENV) build dist demo-results .pytest_cache .ruff_cache .mypy_cache

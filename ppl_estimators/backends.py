@@ -24,10 +24,6 @@ class Library(StrEnum):
     numpyro = "numpyro"
 
     @property
-    def title(self) -> str:
-        return "Pyro" if self is Library.pyro else "NumPyro"
-
-    @property
     def compiles(self) -> bool:
         """Is the first step of a program dearer than the others?"""
         return self is Library.numpyro

@@ -665,7 +665,7 @@ ENTRIES = (
         keeps="what its part keeps",
     ),
     Entry(
-        Antithetic(Reinforce(MovingAverage())),  # type: ignore[call-arg, arg-type]
+        Antithetic(Reinforce(MovingAverage())),
         Kind.composition,
         "twice its part's",
         use="estimates that are monotone in the noise",

@@ -9,6 +9,7 @@ from io import BytesIO
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy import ndarray
 
 #: contrast 4.3 both on white and on the pages' #131416, the best that one grey can do
@@ -39,8 +40,12 @@ class Picture(Figure):
 
 def panels(columns: int, width: float = 6.4, height: float = 5.6) -> tuple[Figure, ndarray]:
     """A figure and its axes ``[columns]``, side by side; ``width`` (of one) and ``height`` in inches."""
-    figure = Picture(figsize=(width * columns, height), dpi=130, layout="constrained", facecolor="none")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    figure = Picture(
+        figsize=(width * columns, height),
+        dpi=130,
+        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1),
+        facecolor="none",
+    )
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
         quiet(axis)

@@ -48,6 +48,7 @@ def load(name: str, backend: Library) -> Program:
 
 
 def _built_in(name: str, backend: Library) -> Program:
+    array: Any
     if backend == Library.pyro:
         import pyro as ppl
         import pyro.distributions as dist

@@ -58,12 +58,12 @@ class Site:
     time: bool = False  # drawn inside a scan: a leading batch axis of steps, each with its own parents and its own cost
     order: str | None = None  # the name of this axis, if the cost of a step is that of its own and of later steps only
     scale: Any = 1.0
-    logits: Array | None = None
+    logits: Array = None
     named: Mapping[str, Array] = field(default_factory=dict)  # distribution parameters by name, [*lead, *batch, ...]
     law: Any = None  # the library's distribution of one element: `cdf(z)`, `log_prob(z)`, `slope(z)`, `event_shape`
-    log_q: Array | None = None  # log q(stop(value)), unscaled and unmasked, [*lead, *batch]
-    score_norm: Array | None = None  # squared norm of its derivative in the parameters, [*lead, *plates]
-    value: Array | None = None
+    log_q: Array = None  # log q(stop(value)), unscaled and unmasked, [*lead, *batch]
+    score_norm: Array = None  # squared norm of its derivative in the parameters, [*lead, *plates]
+    value: Array = None
     lead: int = 0
     requested: Any = None  # the estimator that the hook or the site's infer asks for
     declared: Any = None  # what the hook says of it (`core.keep.Hooked`)
@@ -241,9 +241,9 @@ class Costs:
     """
 
     value: Array
-    alternatives: Array | None = None
-    relaxed: Array | None = None
-    relaxed_slope: Array | None = None
+    alternatives: Array = None
+    relaxed: Array = None
+    relaxed_slope: Array = None
 
 
 @dataclass(frozen=True)
@@ -252,5 +252,5 @@ class Local:
     local gradient), an ``auxiliary`` objective to minimise over the estimator's own parameters, and new state."""
 
     surrogate: Array
-    auxiliary: Array | None = None
+    auxiliary: Array = None
     state: Mapping[str, Array] = field(default_factory=dict)

@@ -66,7 +66,8 @@ def _structure(value: Any) -> Hashable:
         return value
     if isinstance(value, types.FunctionType):  # made anew at every step, perhaps, by the same line
         return value.__code__
-    return id(value) if callable(value) else type(value)
+    kind: type = type(value)
+    return id(value) if callable(value) else kind
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:

@@ -36,8 +36,11 @@ Values = Mapping[str, Array]
 class Traces(Protocol):
     """The messages of one run of guide and model, by site name in order of appearance."""
 
-    guide: Mapping[str, Message]
-    model: Mapping[str, Message]
+    @property
+    def guide(self) -> Mapping[str, Message]: ...
+
+    @property
+    def model(self) -> Mapping[str, Message]: ...
 
     def latents(self) -> Mapping[str, Message]: ...
 
@@ -49,7 +52,7 @@ class Library(Protocol):
     #: is a step compiled, so that every copy of the program in it has a price?
     compiled: bool
 
-    def plan(self, traces: Traces | None = None) -> Plan:
+    def plan(self, traces: Any = None) -> Plan:
         """The plan of the structure that a run had; without one, of that which is expected."""
 
     # ---- one run ------------------------------------------------------------------------------------------------
@@ -61,14 +64,14 @@ class Library(Protocol):
         wherever ``draw`` does not decide otherwise; its ``first`` run is the particle itself. ``constants``: nothing
         leads back to the program's parameters. ``wide``: an axis of alternatives to run along, see `each`."""
 
-    def guide_again(self, traces: Traces, source: Any) -> Traces:
+    def guide_again(self, traces: Any, source: Any) -> Traces:
         """The guide on the values of a run, its parameters constants."""
 
     def arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """What guide and model are called with."""
 
     def terms(
-        self, traces: Traces, plan: Plan, relaxed: frozenset[str], *, only: frozenset[str] | None = None,
+        self, traces: Any, plan: Plan, relaxed: frozenset[str], *, only: frozenset[str] | None = None,
         first: bool = False,
     ) -> list[Term]:  # fmt: skip
         """The cost terms, scaled and masked; ``relaxed`` names the sites whose values are relaxed or carry a gradient
@@ -154,7 +157,7 @@ class Joined(NamedTuple):
     sites: Mapping[str, Site]
     estimators: Mapping[str, Estimator]
     kept: Mapping[str, Kept]  # without what the user's specs bring along
-    count: int
+    count: int  # type: ignore[assignment]  # instead of a tuple's own
 
 
 @dataclass
@@ -426,7 +429,7 @@ class Step:
                 value = _alternative(ops, plan.estimators[site.name], site, draw, ops.clip(index, 0, most - 1), most)
                 values[site.name] = library.sampled(first[site.name], value)
 
-            def draw(msg: Message) -> Array:
+            def decide(msg: Message) -> Array:
                 name = msg["name"]
                 value = library.again(msg, first[name], constants=True)
                 if name in down:
@@ -435,7 +438,7 @@ class Step:
                     value = ops.where(job["number"][name] >= 0, values[name], value)
                 return value
 
-            traces = library.run(draw, run.source, constants=True)
+            traces = library.run(decide, run.source, constants=True)
             terms = library.terms(traces, plan, plan.soft, only=frozenset(values))
             return self._downstream(run, plan.graph, terms, members)
 

@@ -25,7 +25,7 @@ class Bars:
             console=console,
         )
         self.whole = self.progress.add_task("[bold]all estimators", total=rows, status="")
-        self.row: TaskID | None = None
+        self.row = TaskID(-1)
 
     def __enter__(self) -> Bars:
         self.progress.start()

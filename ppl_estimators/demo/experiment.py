@@ -6,7 +6,7 @@ import importlib
 import statistics
 import warnings
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -50,7 +50,7 @@ class Experiment:
 
     settings: Settings
     results: list[Result] = field(default_factory=list)
-    originals: np.ndarray | None = None
+    originals: Any = None
     reconstructions: dict[str, np.ndarray] = field(default_factory=dict)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -26,9 +28,10 @@ def draw(experiment: Experiment, path: Path) -> None:
     colours = _colours(experiment.results)
     strips = 1 + len(experiment.reconstructions)
     heights = [4.4, 0.8, 1.05 * strips]
-    figure = Figure(figsize=(5 * len(backends) + 5, sum(heights)), dpi=130, layout="constrained", facecolor="none")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=heights)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+    figure = Figure(figsize=(5 * len(backends) + 5, sum(heights)), dpi=130, layout=layout, facecolor="none")
+    parts: Any = figure.subfigures(3, 1, height_ratios=heights)
+    top, middle, bottom = parts
     for part in (top, middle, bottom):
         part.set_facecolor("none")
     axes = top.subplots(1, len(backends) + 1)

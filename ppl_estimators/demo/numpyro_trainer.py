@@ -87,8 +87,7 @@ class Trainer:
         settings = self.settings
         adam = FrozenAdam(settings.learning_rate, self.names)
         parameters = self.svi.get_params(self.state) | dict(reference)
-        order = np.arange(settings.burn_in * settings.batch_size) % len(self.train)
-        order = order.reshape(settings.burn_in, settings.batch_size)
+        order = (np.arange(settings.burn_in * settings.batch_size) % len(self.train)).reshape(settings.burn_in, -1)
         batches = np.concatenate([order, np.tile(order[:1], (settings.gradient_draws, 1))])
         counts = np.maximum(np.arange(1, len(batches) + 1) - settings.burn_in, 0)
 
@@ -127,7 +126,7 @@ class Trainer:
 @partial(jax.jit, static_argnames="particles")
 def evaluate(parameters: dict[str, jax.Array], images: jax.Array, particles: int) -> jax.Array:
     """Compiled once for all rows: the parameters are the values that the program starts at."""
-    model, guide = program(parameters)
+    model, guide = program(parameters)  # type: ignore[arg-type]  # traced arrays stand where numbers were
     return -Trace_ELBO(num_particles=particles).loss(random.key(2), {}, model, guide, images) / len(images)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pyro
@@ -85,7 +86,8 @@ class Trainer:
         images = self.train[: settings.batch_size]
         kept = [parameter for _, parameter in pyro.get_param_store().named_parameters()]
         guide = [pyro.param(name) for name in sorted(self.names) if name.startswith("guide.")]
-        mean, squares = 0.0, 0.0
+        mean: Any = 0.0
+        squares: Any = 0.0
         for draw in range(1, settings.gradient_draws + 1):
             pyro.infer.util.zero_grads(kept)
             self.elbo.loss_and_grads(self.model, self.guide, images)
@@ -98,17 +100,17 @@ class Trainer:
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
         """Expected share of ink of each pixel, after one pass through guide and model."""
         pyro.set_rng_seed(0)
-        images = torch.tensor(images)
+        data = torch.tensor(images)
         with torch.no_grad():
-            drawn = trace(self.plain_guide).get_trace(images)
-            return replay(self.model, drawn)(images).numpy()
+            drawn = trace(self.plain_guide).get_trace(data)
+            return np.asarray(replay(self.model, drawn)(data))
 
 
 def make_elbo(row: Row) -> ELBO:
     """The library's own ELBO, or ours with the row's estimators."""
     if row.stock is not None:
         return STOCK[row.stock]()
-    particles = {
+    particles: dict[str, Any] = {
         "num_particles": row.num_particles,
         "vectorize_particles": row.num_particles > 1,
         "max_plate_nesting": 1,

@@ -25,7 +25,8 @@ class Measured:
 
     def __init__(self, program: Program, candidate: Candidate, batch: int):
         self.candidate, self.program = candidate, program
-        self.moments, self._batch, self._batches = Moments(), Moments(), []
+        self.moments, self._batch = Moments(), Moments()
+        self._batches: list[float] = []
         self._size = max(2, batch)
         self._first: float | None = None
         self._times: list[float] = []
@@ -55,7 +56,9 @@ class Measured:
 
     @property
     def compile_seconds(self) -> float | None:
-        return max(self._first - self.milliseconds / 1e3, 0.0) if self.program.library.compiles else None
+        if self._first is None or not self.program.library.compiles:
+            return None
+        return max(self._first - self.milliseconds / 1e3, 0.0)
 
     # ---- noise --------------------------------------------------------------------------------------------------
 

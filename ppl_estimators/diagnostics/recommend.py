@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 import ppl_estimators
 
 from ..catalogue import ENTRIES, Kind
@@ -211,7 +213,7 @@ class _Search:
             warnings.simplefilter("ignore", EstimatorWarning)
             for losses, parts in gradients.parts(FEWEST, self.program.seed):
                 moments.add_parts(losses, parts)
-        squares = sum(moments.part_squares.values())
+        squares = np.sum(list(moments.part_squares.values()), axis=0)
         noise = dict(zip(gradients.part_names, squares, strict=True))
         return sorted(self.groups, key=lambda group: -sum(noise[site] for site in group.sites))
 
@@ -246,7 +248,7 @@ class _Search:
             left = {e: left[e] for e in sound[: max(2, (len(sound) + 1) // 2)]}
             draws *= 2
         best, second = sound[0], sound[1] if len(sound) > 1 else None
-        self.known = {k: m for k, m in self.known.items() if m in (left[best], left.get(second))}
+        self.known = {k: m for k, m in self.known.items() if m in (left[best], left[second] if second else None)}
         order = self._sorted(rows, rows)
         evidence = self._comparison([rows[e] for e in order], failed, repr(best))
         return best, second, evidence
@@ -344,7 +346,7 @@ class _Search:
     def _score(self, r: Compared) -> float:
         """Variance × ms, where all variances below rounding are alike: the gradient's length and the noise that others
         have there say what rounding is."""
-        return (r.variance + 1e-12 * (self.reference.norm**2 + self.loudest)) * r.milliseconds
+        return (r.variance + 1e-12 * ((self.reference.norm or 0.0) ** 2 + self.loudest)) * r.milliseconds
 
     def _sorted(self, names: Any, rows: Mapping[Any, Compared]) -> list[Any]:
         return sorted(names, key=lambda n: self._score(rows[n]))

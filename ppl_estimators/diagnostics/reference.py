@@ -74,17 +74,15 @@ def judge(m: Moments, reference: Reference) -> tuple[float, float, bool]:
     With d_j ~ N(0, s_j²), Σ d_j² has mean Σ s_j² and variance 2 Σ s_j⁴ (entries taken as independent; five of its
     standard deviations and the 25 of a single entry are allowed).
     """
-    away, noise = [], []
+    away, noise, known = [], [], reference.gradient or {}
     for name in m.mean:
-        if name not in reference.gradient:
-            raise EstimatorError(
-                f"reference: no gradient of '{name}'. It has {', '.join(reference.gradient) or 'none'}."
-            )
-        away.append(np.ravel(m.mean[name] - reference.gradient[name]))
+        if name not in known:
+            raise EstimatorError(f"reference: no gradient of '{name}'. It has {', '.join(known) or 'none'}.")
+        away.append(np.ravel(m.mean[name] - known[name]))
         error = 0.0 if reference.error is None else np.asarray(reference.error[name])
         noise.append(np.ravel(m.variance(name) / m.count + error**2))
     d, s = np.concatenate(away), np.concatenate(noise)
-    rounding = 1e-10 * (reference.norm**2 + 1e-6)  # single precision
+    rounding = 1e-10 * ((reference.norm or 0.0) ** 2 + 1e-6)  # single precision
     limit = float(s.sum()) + 5 * float(np.sqrt(2 * (s**2).sum())) + 17 * float(s.max()) + rounding
     square = float((d**2).sum())
     return float(np.sqrt(square)), float(np.sqrt(s.sum())), square > limit

@@ -107,7 +107,10 @@ class Report(Showable):
 
     def plot(self) -> Any:
         """Shares of the variance, as a matplotlib figure."""
-        groups = [("parameter", self.parameters), *([("site", self.sites)] if self.sites else [])]
+        groups: list[tuple[str, Any]] = [
+            ("parameter", self.parameters),
+            *([("site", self.sites)] if self.sites else []),
+        ]
         figure, places = axes(max(len(rows) for _, rows in groups), len(groups))
         for ax, (kind, rows) in zip(places, groups, strict=True):
             ax.barh([r.name for r in rows], [100 * r.share for r in rows], color="#0072b2")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from html import escape
 from pathlib import Path
@@ -56,7 +55,7 @@ class Showable:
         from rich.table import Table
         from rich.text import Text
 
-        views = []
+        views: list[Table | Text] = []
         for shown in self.tables():
             title, caption = Text(shown.title), Text(shown.caption)  # not markup: brackets are brackets
             table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -124,7 +123,7 @@ def _plain(x: Any) -> Any:
     return x
 
 
-def axes(number_of_rows: int, columns: int = 1) -> tuple[Any, Sequence[Any]]:
+def axes(number_of_rows: int, columns: int = 1) -> tuple[Any, Any]:
     """A figure of matplotlib and its axes. Raises ImportError without matplotlib."""
     try:
         from ppl_estimators.figures import panels

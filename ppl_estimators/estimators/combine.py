@@ -41,7 +41,7 @@ class Combine(Mixture):
     estimators: tuple[Estimator, ...]
     decay: float = field(default=0.99, kw_only=True)
 
-    keeps: ClassVar[bool] = True  # type: ignore[assignment]
+    keeps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

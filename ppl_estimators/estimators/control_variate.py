@@ -78,7 +78,7 @@ class ControlVariate(WithBaseline):
                 "steps.",
             )
         super().check(site, particles)
-        if self._each_its_own and len(self.baseline.parts) > 1:
+        if self.baseline is not None and self._each_its_own and len(self.baseline.parts) > 1:
             raise site_error(
                 site.name,
                 f"ControlVariate takes its coefficient from the other particles, and {self.baseline!r} mixes them with "
@@ -117,11 +117,11 @@ class ControlVariate(WithBaseline):
         mean = _plates(ops, site, "mean", draw.extra["mean"])
         log_q = site.to_plates(ops, site.log_q)
         if self.coefficient is not None:
-            a, state = self.coefficient + ops.zeros_like(f), {}
+            a, state = self.coefficient + ops.zeros_like(f), dict[str, Array]()
         else:
             a, state = fitted(ops, f, h, kept.state, self.decay)
         rest, auxiliary = f - a * h, None
-        if self._each_its_own:
+        if self.baseline is not None and self._each_its_own:
             # a_k holds every other draw: the baseline of draw k takes a_k too, never a_j, which has seen draw k
             h = h + ops.zeros_like(f)
             rest = f - self.baseline.predict(ops, site, f, kept) - a * (h - self.baseline.predict(ops, site, h, kept))

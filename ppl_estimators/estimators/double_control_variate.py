@@ -39,7 +39,7 @@ class DoubleControlVariate(Estimator):
 
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI, ONEHOT)
     compares: ClassVar[bool] = True
-    keeps: ClassVar[bool] = True  # type: ignore[assignment]
+    keeps: ClassVar[bool] = True
     instead: ClassVar[str] = "Use OneHotCategorical here, or Reinforce(LeaveOneOut())"
 
     def relaxations(self, site: Site) -> Relaxations:

@@ -42,7 +42,7 @@ class LAX(WithLevel):
     baseline: Baseline | None = field(default=MovingAverage(), kw_only=True)
 
     families: ClassVar[tuple[str, ...] | None] = LOCATION_SCALE
-    keeps: ClassVar[bool] = True  # type: ignore[assignment]
+    keeps: ClassVar[bool] = True
     instead: ClassVar[str] = "Use RELAX() for discrete sites, Pathwise() or Reinforce(LeaveOneOut()) for others"
 
     def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:

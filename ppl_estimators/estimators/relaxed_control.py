@@ -20,7 +20,7 @@ class RelaxedControl(Estimator):
     temperature: float
     scale: float
 
-    keeps: ClassVar[bool] = True  # type: ignore[assignment]
+    keeps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("temperature", "scale"):

@@ -43,7 +43,7 @@ class Stein(Estimator):
 
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI,)
     compares: ClassVar[bool] = True
-    keeps: ClassVar[bool] = True  # type: ignore[assignment]
+    keeps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.hidden < 1:

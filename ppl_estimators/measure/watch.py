@@ -12,7 +12,7 @@ class Moment(NamedTuple):
 
     kind: str  # "parameter" or "site"
     name: str
-    count: int
+    count: int  # type: ignore[assignment]  # instead of a tuple's own
     square_of_mean: float
     mean_square: float
 

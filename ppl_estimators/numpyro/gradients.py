@@ -276,7 +276,8 @@ def _gate_slope(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[
     x, gate, witness = primals
     moved, _, whole = tangents
     if isinstance(moved, SymbolicZero):
-        moved = jnp.zeros(moved.aval.shape, moved.aval.dtype)
+        like: Any = moved.aval
+        moved = jnp.zeros(like.shape, like.dtype)
     elif not isinstance(whole, SymbolicZero):
         moved = jnp.where(gate > 0, moved, jnp.zeros_like(moved))
     return _gate(x, gate, witness), moved

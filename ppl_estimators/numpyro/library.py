@@ -18,6 +18,7 @@ from ..core.credit import Graph
 from ..core.errors import site_error
 from ..core.estimator import Estimator, Noise
 from ..core.keep import Kept
+from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings, check_keys, make_plan
 from ..core.site import Site, Term
 from ..core.step import Joined, Run, Values
@@ -34,7 +35,7 @@ Array = Any
 class NumPyroLibrary:
     """A NumPyro program at one key: model, guide, their parameters and arguments."""
 
-    ops = OPS
+    ops: Ops = OPS
     compiled = True
 
     def __init__(

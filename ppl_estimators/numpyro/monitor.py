@@ -71,7 +71,15 @@ class _Watched:
 
     monitor: Watcher
     watched: SVI
-    _difference: Callable[..., Any] | None = None
+    # of the `SVI`
+    model: Any
+    guide: Any
+    optim: Any
+    loss: Any
+    static_kwargs: Any
+    constrain_fn: Any
+    get_params: Any
+    _difference: Any = None  # compares two gradients, where an estimator is biased
 
     def init(self, rng_key: Array, *args: Any, **kwargs: Any) -> Any:
         given = {**{k: v for k, v in kwargs.items() if k != "init_params"}, **self.static_kwargs}
@@ -172,7 +180,7 @@ class _Optim(_NumPyroOptim):
     def init(self, params: Mapping[str, Any]) -> State:
         own = {n: v for n, v in params.items() if not _PROBE.fullmatch(n)}
         self.probes = {n: v for n, v in params.items() if n not in own}
-        self.sites = list(dict.fromkeys(_PROBE.fullmatch(n)[1] for n in self.probes))
+        self.sites = list(dict.fromkeys(map(_probed_site, self.probes)))
         inner = self.inner.init(own)
         means = jax.tree.map(jnp.zeros_like, self._vectors({**own, **self.probes}))
         squares = {kind: {n: jnp.zeros(()) for n in named} for kind, named in means.items()}
@@ -194,7 +202,7 @@ class _Optim(_NumPyroOptim):
         """By kind and name: the gradient of each parameter, the slopes at each site."""
         sites: dict[str, list[Any]] = {n: [] for n in self.sites}
         for name in self.probes:
-            sites[_PROBE.fullmatch(name)[1]].append(gradient[name])
+            sites[_probed_site(name)].append(gradient[name])
         own = {n: g for n, g in gradient.items() if not kept_by_estimators(n, self.sites)}
         return {"parameter": own, "site": sites}
 
@@ -275,6 +283,11 @@ def _arrays(site: str, fn: Any) -> dict[str, Array]:
     """The floating arrays of a distribution, by the names of their probes."""
     leaves = enumerate(jax.tree.leaves(fn))
     return {f"{site}$monitor.{i}": x for i, x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.floating)}
+
+
+def _probed_site(name: str) -> str:
+    """The site of a probe."""
+    return name.rpartition("$monitor.")[0]
 
 
 def _probed(guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

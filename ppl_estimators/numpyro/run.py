@@ -58,8 +58,8 @@ class Keys:
     def __init__(self, key: Array, names: Sequence[str] = ()):
         self.guide, self.model = jax.random.split(key)
         self._names = {name: i for i, name in enumerate(names)}
-        self._of_sites = _site_keys(self.guide, names) if names else None
-        self.known = dict(zip(names, self._of_sites, strict=True)) if names else {}
+        self._of_sites: Any = _site_keys(self.guide, names) if names else []
+        self.known = dict(zip(names, self._of_sites, strict=True))
         self.noise: dict[tuple[str, str], Array] = {}  # what was drawn already, by site and label
 
     def folded(self, names: Sequence[str], number: int) -> Array:
@@ -450,7 +450,7 @@ def survey(
     kwargs: Mapping[str, Any],
 ) -> Survey:
     """Run guide and model once, and see which latent values reach which cost terms."""
-    followed = not jax.config.jax_disable_jit
+    followed = not jax.config.jax_disable_jit  # type: ignore[attr-defined]
     seen: dict[str, Any] = {}
 
     def draw(msg: Message) -> Array:

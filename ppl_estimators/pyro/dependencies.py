@@ -238,7 +238,7 @@ class Provenance(TorchFunctionMode):
     def _python_value(self, func: Any, deps: Sites) -> None:
         if getattr(func, "__name__", "") in _METADATA or not deps & ~self.control:
             return
-        frame = sys._getframe(1)
+        frame: types.FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_globals.get("__name__") in _WRAPPERS:
             frame = frame.f_back
         if frame is None or not frame.f_globals.get("__name__", "").startswith(_CHECKS):
@@ -424,7 +424,7 @@ def reachable(*roots: Any, kinds: Any = torch.Tensor) -> list[Any]:
     seen: set[int] = set()
     queue = list(roots)
     for thing in queue:  # which grows
-        kind = type(thing)
+        kind: Any = type(thing)
         if kind in _ATOMS:
             continue
         if isinstance(thing, kinds):

@@ -353,6 +353,6 @@ def score_norm(site: Site, fn: TorchDistribution, value: Array) -> Array:
         total = type(base)(**found, validate_args=False).log_prob(value.detach()).sum()
         slopes = torch.autograd.grad(total, [x for k, x in found.items() if not known[k].is_discrete])
     n = len(site.batch_shape)
-    squares = sum((s**2).sum(tuple(range(n, s.ndim))) if s.ndim > n else s**2 for s in slopes)
+    squares: Array = sum((s**2).sum(tuple(range(n, s.ndim))) if s.ndim > n else s**2 for s in slopes)  # type: ignore[assignment]
     undeclared = tuple(i for i in site.lane_axes if i < n)
     return squares.sum(undeclared, keepdim=True) if undeclared else squares

@@ -127,7 +127,7 @@ class EstimatorELBO(Configured, ELBO):
             particles=self._vectorized_num_particles if several else None, standalone=standalone,
             verify=self.verify,
         )  # fmt: skip
-        return Step(settings, library)
+        return Step(settings, library)  # type: ignore[arg-type]  # without what only compiled steps ask for
 
 
 def _report(runs: Sequence[Run]) -> None:

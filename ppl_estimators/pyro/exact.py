@@ -289,7 +289,8 @@ def _continuous(name: str, base: Any, nodes: int) -> tuple[tuple[int, ...], int,
     if isinstance(base, td.TransformedDistribution):
         inner = unwrapped(base.base_dist)
         noise, size, place = _continuous(name, inner, nodes)
-        prefix = base.base_dist.shape()[: len(base.base_dist.shape()) - len(inner.shape())]
+        whole: Any = base.base_dist
+        prefix = whole.shape()[: len(whole.shape()) - len(inner.shape())]
 
         def transformed(digits: Array) -> tuple[Array, Array]:
             value, log_weight = place(digits)

@@ -164,9 +164,8 @@ class Gradients:
                 inputs = [parameters[n] for n in names]
                 slopes = torch.autograd.grad(surrogate, inputs, allow_unused=True, retain_graph=again)
                 found = dict(zip(names, slopes, strict=True))
-        missing = {n: torch.zeros(self.shapes[n]) for n in self.names if found.get(n) is None}
-        gradient = {n: missing[n] if n in missing else found[n].detach().cpu() for n in self.names}
-        return {n: g.numpy().copy() for n, g in gradient.items()}
+        gradient = {n: torch.zeros(self.shapes[n]) if (g := found.get(n)) is None else g for n in self.names}
+        return {n: g.detach().cpu().numpy().copy() for n, g in gradient.items()}
 
     # ---- draws --------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from ..core.credit import Graph
 from ..core.errors import EstimatorError, EstimatorWarning, site_error
 from ..core.estimator import Estimator, Noise
 from ..core.keep import Kept
+from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings, check_keys, make_plan, requested
 from ..core.site import Plate, Site, Term
 from ..core.step import Joined, Run, Values
@@ -89,7 +90,7 @@ class _Unplanned(Exception):
 class PyroLibrary:
     """A Pyro program: model, guide and their arguments."""
 
-    ops = OPS
+    ops: Ops = OPS
     compiled = False
 
     def __init__(
@@ -122,7 +123,7 @@ class PyroLibrary:
         self._plan: Plan | None = memory.expected.recall(self.call)
         self._like: Array = torch.zeros(())
         self._used: dict[str, Estimator] = {}
-        self._follow: Provenance | None = None
+        self._follow: Any = None  # the `Provenance` of the last run that was followed
         self._pinned = False  # no run is thrown away any more
         self._unchecked = False  # is the structure new?
 
@@ -195,7 +196,7 @@ class PyroLibrary:
         if is_validation_enabled():
             check_model_guide_match(traced(traces.model), traced(traces.guide), self.max_plate_nesting)
         # arrays of this run are not wanted: only facts
-        none = {"value": None, "scale": 1.0, "logits": None, "named": {}, "law": None}
+        none: dict[str, Any] = {"value": None, "scale": 1.0, "logits": None, "named": {}, "law": None}
         return replace(plan, sites={n: replace(s, kind=_kind(latents[n]), **none) for n, s in plan.sites.items()})
 
     def _survey(self) -> None:
@@ -551,7 +552,8 @@ class PyroLibrary:
         """Is the program what its first run said of it? Asked once for each structure, see `core.verify`. False if a
         dependency was lost: then everything counts as depending on all that was drawn before it, from now on."""
         plan, latents = run.plan, run.traces.latents()
-        structure, known = self._structure(plan), self.memory.verified
+        structure: Any = self._structure(plan)
+        known: Any = self.memory.verified
         program = structure[0]
         if not self.verify or structure in known or sum(s[0] == program for s in known) >= _STRUCTURES:
             return True
@@ -576,12 +578,11 @@ class PyroLibrary:
                 traces = self.run(draw, run.source)
                 return {(t.side, t.site): t.value for t in self.terms(traces, plan, plan.soft)}
 
+        cause: Exception | None = None
         try:
             changing = unstable(evaluate, terms, _same)
         except Exception as error:
             changing, cause = list(terms), error
-        else:
-            cause = None
         if changing:
             if again:
                 raise _not_the_same(changing, sites) from cause
@@ -689,7 +690,8 @@ def _code(fn: Any) -> Hashable:
     if isinstance(fn, partial) and inner is not None:
         return _code(inner)
     function = getattr(fn, "__func__", fn)
-    return getattr(function, "__code__", type(fn))
+    kind: type = type(fn)
+    return getattr(function, "__code__", kind)
 
 
 def _shape(x: Any) -> Hashable:
@@ -700,7 +702,8 @@ def _shape(x: Any) -> Hashable:
         return tuple(map(_shape, x))
     if isinstance(x, Mapping):
         return tuple((k, _shape(v)) for k, v in x.items())
-    return x if x is None or isinstance(x, (bool, int, str)) else type(x)
+    kind: type = type(x)
+    return x if x is None or isinstance(x, (bool, int, str)) else kind
 
 
 def _without_particles(site: Site) -> dict[str, Any]:

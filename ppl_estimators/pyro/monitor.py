@@ -55,7 +55,11 @@ class _Watched:
     """Mixed into the class of the user's `SVI`."""
 
     record: Record
+    watched: SVI
     looked = False
+    # of the `SVI`
+    model: Any
+    loss: Any
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         record = self.record
@@ -183,8 +187,8 @@ class Record:
         monitor = self.monitor
         self.step += 1
         slopes = {n: [x for x in parts if x is not None] for n, parts in self.slopes.items()}
-        for parts in self.slopes.values():
-            parts.clear()
+        for seen in self.slopes.values():
+            seen.clear()
         own = [(n, parts, _square(parts)) for n, parts in self.vectors.items()]
         local = [(n, parts, _square(parts)) for n, parts in slopes.items() if parts]
         self.vectors, self.taken = {}, {}
@@ -193,8 +197,8 @@ class Record:
             self.loss += (1 - monitor.decay) * (loss - self.loss)
             for n, parts, square in own:
                 self.parameters.setdefault(n, Running(parts)).add(parts, square, monitor.decay)
-            for n, parts, square in local:
-                self._site(n, parts).add(parts, square, monitor.decay)
+            for n, mine, square in local:
+                self._site(n, mine).add(mine, square, monitor.decay)
         else:
             self.skipped += 1
         if self.step % monitor.every == 0:

@@ -10,6 +10,7 @@ beyond c with the wanted probability, whichever way b points and however the ent
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -31,7 +32,7 @@ class Sums(NamedTuple):
 
     def __add__(self, other: object) -> Sums:
         assert isinstance(other, Sums)
-        return Sums(*(a + b for a, b in zip(self, other, strict=True)))
+        return Sums(*map(operator.add, self, other))
 
 
 #: ``source(first, n)``: the sums over draws number first, ..., first + n − 1 (at least n of them)

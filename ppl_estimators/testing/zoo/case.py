@@ -91,6 +91,7 @@ def bound(base: Case, particles: int, alpha: float) -> Case:
     """
 
     def table(theta: Params) -> tuple[Array, Array]:
+        assert base.table is not None
         log_q, f = base.table(theta)
         tuples = np.indices([len(f)] * particles).reshape(particles, -1)
         inner = np.log(np.exp((1 - alpha) * f[tuples]).mean(0)) / (1 - alpha)
@@ -104,6 +105,7 @@ def particles(base: Case, number: int) -> Case:
     """The same ELBO with the mean over `number` particles: its states are all tuples of states."""
 
     def table(theta: Params) -> tuple[Array, Array]:
+        assert base.table is not None
         log_q, f = base.table(theta)
         tuples = np.indices([len(f)] * number).reshape(number, -1)
         return log_q[tuples].sum(0), f[tuples].mean(0)

@@ -132,4 +132,5 @@ class NumPyroLanguage:
 
 def language(library: str) -> PyroLanguage | NumPyroLanguage:
     """The vocabulary of "pyro" or "numpyro"."""
-    return {"pyro": PyroLanguage, "numpyro": NumPyroLanguage}[library]()
+    languages: dict[str, type[PyroLanguage | NumPyroLanguage]] = {"pyro": PyroLanguage, "numpyro": NumPyroLanguage}
+    return languages[library]()

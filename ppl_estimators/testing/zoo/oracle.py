@@ -60,7 +60,7 @@ def categorical(logits: Array) -> Array:
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def normal(x: Array, loc: Array, scale: Array = 1.0) -> Array:
+def normal(x: Array, loc: Array, scale: Array | float = 1.0) -> Array:
     return -0.5 * ((x - loc) / scale) ** 2 - np.log(scale) - 0.5 * np.log(2 * np.pi)
 
 
