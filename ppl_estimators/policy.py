@@ -79,7 +79,6 @@ def _spend(sites: Sequence[Site], terms: Sequence[Term], graph: Graph) -> dict[s
         v, coupled = views[s.name], views[s.name].plates != s.plates
         categories = v.categories if v.family in DISCRETE else 0
         kinds.setdefault((s.family, categories, _COUPLED if coupled else v.lanes, s.time), []).append(s)
-    kinds = dict(sorted(kinds.items()))  # in an order of their own, whatever the guide's: ranks may tie
 
     def price(options: Iterable[Estimator]) -> float:
         total, shared = 0.0, []
