@@ -151,6 +151,8 @@ def test_things_that_are_no_estimators(lib):
         lib.ELBO(default="automatic")
     with pytest.raises(ValueError, match=r"max_parallel=...\) needs 1 or more"):
         lib.ELBO(max_parallel=0)
+    with pytest.raises(ValueError, match=r"num_particles=...\) needs 1 or more, got 0"):
+        lib.ELBO(num_particles=0)
 
 
 @pytest.mark.parametrize(

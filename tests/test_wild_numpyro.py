@@ -24,6 +24,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 
 from ppl_estimators import (
+    ARMS,
     ControlVariate,
     Enumerate,
     EstimatorError,
@@ -670,19 +671,21 @@ def test_no_tracer_outlives_the_survey():
     assert jnp.isfinite(value["m"])
 
 
-def test_values_are_concrete_without_jit():
-    """`if w > 0.3` works, as with the stock ELBOs, and the gradient is that of the program whose decision is traced."""
+@pytest.mark.parametrize(("estimator", "particles"), [(Enumerate(), 1), (Enumerate(), 2), (ARMS(4), 1)])
+def test_values_are_concrete_without_jit(estimator, particles):
+    """`if w > 0.3` works, as with the stock ELBOs, also in several particles and alternatives, and the gradient is that
+    of the program whose decision is traced."""
 
     def model(decide: Any) -> None:
         w = numpyro.sample("w", dist.Normal(0.0, 1.0))
         z = numpyro.sample("z", dist.Bernoulli(0.3))
-        numpyro.sample("y", dist.Normal(decide(w > 0.3, w, -w) + z, 1.0), obs=0.3)
+        numpyro.sample("y", dist.Normal(decide(w > 0.3, w, -w) + decide(z > 0.5, 1.0, 0.0), 1.0), obs=0.3)
 
     def guide(decide: Any) -> None:
         w = numpyro.sample("w", dist.Normal(numpyro.param("m", 0.0), 0.5))
         numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("l", 0.2) + decide(w > 0.0, 0.5, -0.5)))
 
-    elbo = EstimatorELBO({"z": Enumerate()})
+    elbo = EstimatorELBO({"z": estimator}, num_particles=particles)
 
     def value(decide: Any, key: Any, run: Any = lambda f: f) -> Any:
         step = jax.value_and_grad(lambda p: elbo.loss(key, p, model, guide, decide))
@@ -691,8 +694,11 @@ def test_values_are_concrete_without_jit():
     def python(test: Any, yes: Any, no: Any) -> Any:
         return yes if test else no
 
-    with pytest.raises(jax.errors.TracerBoolConversionError):
+    with pytest.raises(jax.errors.TracerBoolConversionError) as raised:
         value(python, random.key(0))
+    where, remedy = (note for note in raised.value.__notes__ if "JAX_TRACEBACK" not in note)
+    assert where.startswith("Raised in the guide, after 'w'.\nShapes of the guide:")
+    assert "jnp.where or jax.lax.cond; or run under `with jax.disable_jit():`" in remedy
     traced = value(jnp.where, random.key(0), jax.jit)
     with jax.disable_jit():
         concrete = value(python, random.key(0))

@@ -38,8 +38,9 @@ class Configured:
             raise TypeError(
                 f"EstimatorELBO(objective=...) takes an objective such as ImportanceWeighted(), got {self.objective!r}."
             )
-        if self.max_parallel < 1:
-            raise ValueError(f"EstimatorELBO(max_parallel=...) needs 1 or more, got {self.max_parallel!r}.")
+        for name in ("num_particles", "max_parallel"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"EstimatorELBO({name}=...) needs 1 or more, got {getattr(self, name)!r}.")
         return Settings(
             tuple(check_mapping(self.estimators, "EstimatorELBO").items()),
             self.default if isinstance(self.default, Estimator) else self.automatic,

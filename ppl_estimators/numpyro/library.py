@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -213,6 +213,8 @@ class NumPyroLibrary:
 
         if group.alternatives == 1:
             return jax.tree.map(lambda x: x[None], one(jnp.asarray(0)))
+        if jax.config.jax_disable_jit:
+            return _one_by_one(one, jnp.arange(group.alternatives))
         chunk = min(self.settings.max_parallel, group.alternatives)
         # held back in the backward pass, not held: the activations of one chunk at a time
         mapped = jax.checkpoint(one) if differentiable else one
@@ -221,6 +223,8 @@ class NumPyroLibrary:
     def mapped(self, one: Callable[[Any], dict[str, Array]], jobs: Any) -> dict[str, Array]:
         jobs = jax.tree.map(jnp.asarray, jobs, is_leaf=lambda x: isinstance(x, list))
         count = len(jax.tree.leaves(jobs)[0])
+        if jax.config.jax_disable_jit:
+            return _one_by_one(one, [jax.tree.map(lambda x: x[i], jobs) for i in range(count)])  # noqa: B023
         return jax.lax.map(one, jobs, batch_size=min(self.settings.max_parallel, count))
 
     def rows(self, x: Array, rows: Sequence[int]) -> Array:
@@ -248,11 +252,18 @@ class NumPyroLibrary:
 
         if count == 1:
             out = jax.tree.map(lambda x: x[None], arrays(keys[0]))
+        elif jax.config.jax_disable_jit:
+            out = _one_by_one(arrays, keys)
         else:
             out = self.map_particles(arrays, jnp.stack(keys))
         for found in out["sites"].values():  # as documented: the alternatives first, then the particles
             found["elsewhere"] = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found["elsewhere"])
         return Joined(out, {n: plan.sites[n] for n in out["sites"]}, plan.estimators, kept, count)
+
+
+def _one_by_one(one: Callable[[Any], Any], over: Iterable[Any]) -> Any:
+    """As a map would do it, in plain Python: under `jax.disable_jit` a program may ask for the numbers."""
+    return jax.tree.map(lambda *rows: jnp.stack(rows), *map(one, over))
 
 
 def _alike(plan: Plan) -> dict[str, tuple[str, ...]]:

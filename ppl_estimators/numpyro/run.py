@@ -131,6 +131,24 @@ class _Conduct(Messenger):
         self.anonymous = self.scans = 0
         super().__init__()
 
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        super().__exit__(kind, error, traceback)
+        if isinstance(error, Exception) and not isinstance(error, EstimatorError):
+            self._explain(error)
+
+    def _explain(self, error: Exception) -> None:
+        """Where the program was when it raised."""
+        side = "guide" if self.guide is None else "model"
+        sites = {n: m for n, m in self.record.items() if m["type"] != "mutable"}
+        after = f"after '{next(reversed(sites))}'" if sites else "before its first site"
+        table = format_shapes(sites, title=f"Shapes of the {side}:")  # type: ignore[no-untyped-call]
+        error.add_note(f"Raised in the {side}, {after}.\n{table}")
+        if isinstance(error, jax.errors.ConcretizationTypeError):
+            error.add_note(
+                "EstimatorELBO traces guide and model, also outside jax.jit, to see what depends on what. Decide by "
+                "jnp.where or jax.lax.cond; or run under `with jax.disable_jit():`, where values are plain numbers."
+            )
+
     def process_message(self, msg: Message) -> None:
         kind = msg["type"]
         if kind == "sample" and msg["name"] in self.params:  # whose value the site has taken
