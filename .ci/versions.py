@@ -18,15 +18,13 @@ from shutil import which
 
 ROOT = Path(__file__).resolve().parent.parent
 #: what the tests below need beside JAX and NumPyro
-BESIDE = ("pytest", "scipy", "optax", "flax", "equinox", "pandas>=2.2,<3")
-#: exact gradients, the laws' known mistakes, programs of every structure (scan, cond, while), use through SVI
+BESIDE = ("pytest", "scipy", "optax", "flax", "equinox", "funsor")
+#: programs of every structure (scan, cond, while), use through SVI, posteriors, private names: what needs no Pyro
 TESTS = (
-    "tests/exact/test_exact_counts.py",
-    "tests/exact/test_exact_slopes.py",
-    "tests/exact/test_known_mistakes.py",
     "tests/test_posteriors_numpyro.py",
     "tests/test_use_numpyro.py",
     "tests/test_wild_numpyro.py",
+    "tests/test_specs.py::test_private_names_of_the_libraries_are_there[numpyro]",
 )
 
 
