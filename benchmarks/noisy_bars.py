@@ -236,7 +236,7 @@ class Measured:
         @jax.jit
         def prepared(p: Params) -> Any:
             state = vae.svi.init(jax.random.key(4), x, p)
-            if contestant.estimator.keeps:
+            if state.mutable_state or any("$" in name for name in vae.svi.get_params(state)):  # it learns
                 state = jax.lax.scan(lambda s, _: (vae.svi.update(s, x, p)[0], None), state, length=learn)[0]
             return state
 

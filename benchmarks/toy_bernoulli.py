@@ -165,7 +165,7 @@ def estimates(contestant: Contestant, seeds: int, steps: int, n: int) -> np.ndar
     def one(key: Any, t: Any) -> Any:
         first, key = jax.random.split(key)
         state = toy.svi.init(first, t, logit)
-        if contestant.estimator.keeps:
+        if state.mutable_state or any("$" in name for name in toy.svi.get_params(state)):  # it learns
             state = jax.lax.scan(lambda s, _: (toy.svi.update(s, t, logit)[0], None), state, length=steps)[0]
         return jax.vmap(lambda k: toy.gradient(k, state, t, logit))(jax.random.split(key, n))
 

@@ -81,6 +81,7 @@ from ppl_estimators.core.families import (
     NAMES,
     ONEHOT,
 )
+from ppl_estimators.core.keep import Keeps
 from ppl_estimators.core.site import Site
 from ppl_estimators.core.spec import Spec
 
@@ -192,15 +193,19 @@ class Entry:
         return "gradient in z" if self.example.value.moves else "nothing"
 
     @property
+    def kept(self) -> Keeps:
+        """What it keeps at a site of its first family."""
+        return self.example.keeps(site_of(self.families[0]), {})
+
+    @property
     def shown_keeps(self) -> str:
         """What the guide hook declares for it."""
         if self.keeps is not None:
             return self.keeps
-        site = site_of(self.families[0])
-        words = [name.removeprefix("log_") for name in self.example.parameters(site)]
-        networks = len(self.example.networks(site, {}))
+        words = [name.removeprefix("log_") for name in self.kept.parameters]
+        networks = len(self.kept.networks)
         words += [] if not networks else ["a network"] if networks == 1 else [f"{networks} networks"]
-        return ", ".join([*words, *(["averages"] if self.example.state(site) else [])]) or "–"
+        return ", ".join([*words, *(["averages"] if self.kept.state else [])]) or "–"
 
     @property
     def shown_use(self) -> str:

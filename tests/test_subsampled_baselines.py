@@ -36,7 +36,7 @@ def test_what_one_minibatch_taught_holds_for_another(baseline: Baseline) -> None
     """An element costs 3: 6 as one of four of eight, 24 alone."""
     from ppl_estimators.core.keep import Kept
 
-    kept = Kept(state={k: jnp.zeros(v.shape) for k, v in baseline.state(minibatch(4)).items()})
+    kept = Kept(state={k: jnp.zeros(v.shape) for k, v in baseline.keeps(minibatch(4), {}).state.items()})
     for size in (4, 4, 1, 2):
         site, cost = minibatch(size), jnp.full((1, size), COST * N / size)
         found = baseline.evaluate(OPS, site, cost, kept)
@@ -49,7 +49,7 @@ def test_the_second_of_two_baselines_learns_what_the_first_leaves() -> None:
     from ppl_estimators.core.keep import Kept
 
     both, site = MovingAverage(0.5) + MovingAverage(0.8), minibatch(N)
-    kept = Kept(state={k: jnp.zeros(v.shape) for k, v in both.state(site).items()})
+    kept = Kept(state={k: jnp.zeros(v.shape) for k, v in both.keeps(site, {}).state.items()})
     first = second = 0.0
     for step, cost in enumerate((4.0, 6.0, 5.0, 9.0)):
         found = both.evaluate(OPS, site, jnp.full((1, N), cost), kept)

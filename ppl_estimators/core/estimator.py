@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from .errors import site_error
 from .families import NAMES
-from .keep import Initial, Kept, Network
+from .keep import Keeps, Kept
 from .ops import Array, Ops
 from .site import Costs, Draw, Local, Site
 from .spec import Spec
@@ -173,16 +173,9 @@ class Estimator(Spec):
         """Arrays that the spec itself brings along (inputs of a baseline), given the guide's arguments."""
         return {}
 
-    def parameters(self, site: Site) -> dict[str, Initial]:
-        """Trained by the user's optimiser, on `Local.auxiliary`."""
-        return {}
-
-    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
-        return {}
-
-    def state(self, site: Site) -> dict[str, Initial]:
-        """Updated once a step, never differentiated."""
-        return {}
+    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
+        """What it keeps between the steps."""
+        return Keeps()
 
     # ---- noise in, value out ------------------------------------------------------------------------------------
 
@@ -216,12 +209,12 @@ class Estimator(Spec):
     # ---- costs in, surrogate out --------------------------------------------------------------------------------
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
-        """Not asked where the value carries the whole gradient and nothing is kept."""
+        """A value that carries the whole gradient needs none."""
         raise NotImplementedError
 
     # ---- derived ------------------------------------------------------------------------------------------------
 
     @property
-    def keeps(self) -> bool:
-        """Does it declare anything? (parameters, networks or state, at whatever site)"""
-        return False
+    def asked(self) -> bool:
+        """Is `local` asked? Where the value carries the whole gradient there may be none."""
+        return type(self).local is not Estimator.local

@@ -66,6 +66,28 @@ class Hooked:
 
 
 @dataclass(frozen=True)
+class Keeps:
+    """What is declared: parameters and networks, trained by the user's optimiser on `Local.auxiliary`, and state,
+    updated once a step and never differentiated."""
+
+    parameters: Mapping[str, Initial] = field(default_factory=dict)
+    networks: Mapping[str, Network] = field(default_factory=dict)
+    state: Mapping[str, Initial] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.parameters or self.networks or self.state)
+
+    def __or__(self, other: Keeps) -> Keeps:
+        return Keeps(
+            {**self.parameters, **other.parameters}, {**self.networks, **other.networks}, {**self.state, **other.state}
+        )
+
+    def under(self, prefix: str) -> Keeps:
+        """With every label behind ``prefix``; `Kept.sub` takes it off again."""
+        return Keeps(*(prefixed(prefix, d) for d in (self.parameters, self.networks, self.state)))
+
+
+@dataclass(frozen=True)
 class Kept:
     """What was declared, with its present values."""
 

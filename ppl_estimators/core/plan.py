@@ -151,7 +151,7 @@ class Plan:
     @cached_property
     def local(self) -> list[str]:
         """Sites whose estimator is asked for its `local`."""
-        return [n for n, e in self.estimators.items() if not e.value.whole or e.keeps]
+        return [n for n, e in self.estimators.items() if e.asked]
 
     @cached_property
     def soft(self) -> frozenset[str]:

@@ -296,11 +296,8 @@ class Step:
                 run.draws[name] = Draw(draw.value, {**draw.extra, **extra})
             spec = self.settings.asked(name, library.requested(msg)) or estimator  # as this run of the guide made it
             found[name] = given = spec.given(args, kwargs)
-            if estimator.keeps:
-                like = next(x for x in (site.logits, site.log_q, value) if x is not None)
-                run.kept[name] = library.keep(site, estimator, given, like)
-            else:
-                run.kept[name] = Kept(given=given)
+            like = next(x for x in (site.logits, site.log_q, value) if x is not None)
+            run.kept[name] = library.keep(site, estimator, given, like)
         return found
 
     def _costs(self, run: Run) -> dict[str, Array]:

@@ -124,8 +124,7 @@ def _spec(given: Estimator, label: str, library: Library, guide: Any, plan: Any,
 
 def _mapped(mapping: dict[str, Estimator], label: str, library: Library, guide: Any, particles: int) -> Candidate:
     module = library.adapter
-    if any(e.keeps for e in mapping.values()):
-        guide = module.with_estimators(guide, mapping)
+    guide = module.with_estimators(guide, mapping)
     elbo = module.EstimatorELBO(mapping, num_particles=particles)
     return Candidate(label, elbo, guide, mapping, all(e.unbiased for e in mapping.values()))
 

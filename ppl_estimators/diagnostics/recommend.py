@@ -365,6 +365,6 @@ def candidates() -> list[Estimator]:
         e.subject
         for e in ENTRIES
         if e.unbiased and e.kind is not Kind.composition and isinstance(e.subject, Estimator)
-        and not e.subject.keeps and not any(map(callable, vars(e.subject).values()))
+        and not e.kept and not any(map(callable, vars(e.subject).values()))
     ]  # fmt: skip
     return [*found, UNBIASED]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from ..core.errors import site_error
 from ..core.estimator import Estimator
 from ..core.families import DISCRETE, log_prob
-from ..core.keep import Initial, Kept, guarded
+from ..core.keep import Initial, Keeps, Kept, guarded
 from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
 from .several import Mixture
@@ -41,8 +41,6 @@ class Combine(Mixture):
     estimators: tuple[Estimator, ...]
     decay: float = field(default=0.99, kw_only=True)
 
-    keeps: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.decay < 1:
@@ -57,8 +55,9 @@ class Combine(Mixture):
                 "Use Average(...), or Reinforce(LeaveOneOut()).",
             )
 
-    def state(self, site: Site) -> dict[str, Initial]:
-        return {**super().state(site), _MOMENTS: Initial((len(self.parts), len(self.parts)))}
+    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
+        moments = Initial((len(self.parts), len(self.parts)))
+        return super().keeps(site, given) | Keeps(state={_MOMENTS: moments})
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         auxiliary, state = self.trained(ops, self.part_locals(ops, site, draw, costs, kept))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..core.densities import check_score
 from ..core.errors import site_error
 from ..core.estimator import Measure
-from ..core.keep import Initial, Kept
+from ..core.keep import Keeps, Kept
 from ..core.ops import Array, Ops
 from ..core.regression import FEWEST, fitted, no_past
 from ..core.site import Costs, Draw, Local, Site
@@ -100,12 +100,9 @@ class ControlVariate(WithBaseline):
     def compares(self) -> bool:  # type: ignore[override]
         return self._fitted or super().compares
 
-    @property
-    def keeps(self) -> bool:
-        return self.decay is not None or super().keeps
-
-    def state(self, site: Site) -> dict[str, Initial]:
-        return (no_past() if self.decay is not None else {}) | super().state(site)
+    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
+        past = Keeps(state=no_past() if self.decay is not None else {})
+        return past | super().keeps(site, given)
 
     def measured(self, value: Array, distribution: Any) -> dict[str, Array]:
         """What the adapter evaluates on its own objects: h at the draw, and E[h], both ``[*batch]``."""

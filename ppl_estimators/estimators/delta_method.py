@@ -9,7 +9,7 @@ from typing import ClassVar
 from ..core.errors import site_error
 from ..core.estimator import Measure, Noise, Relaxations
 from ..core.families import NORMAL
-from ..core.keep import Initial, Kept
+from ..core.keep import Keeps, Kept
 from ..core.ops import Array, Ops
 from ..core.regression import FEWEST, fitted, no_past
 from ..core.site import Costs, Draw, Local, Site
@@ -71,12 +71,9 @@ class DeltaMethod(WithBaseline):
     def compares(self) -> bool:  # type: ignore[override]
         return self.decay is None or super().compares
 
-    @property
-    def keeps(self) -> bool:
-        return self.decay is not None or super().keeps
-
-    def state(self, site: Site) -> dict[str, Initial]:
-        return (no_past() if self.decay is not None else {}) | super().state(site)
+    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
+        past = Keeps(state=no_past() if self.decay is not None else {})
+        return past | super().keeps(site, given)
 
     def relaxations(self, site: Site) -> Relaxations:
         return Relaxations(2, "redrawn")

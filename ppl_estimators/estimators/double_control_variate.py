@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core.estimator import Estimator, Relaxations
 from ..core.families import BERNOULLI, ONEHOT, mean_vjp, score
-from ..core.keep import Initial, Kept
+from ..core.keep import Initial, Keeps, Kept
 from ..core.ops import Array, Ops
 from ..core.particles import of_the_others
 from ..core.site import Costs, Draw, Local, Site
@@ -39,14 +40,13 @@ class DoubleControlVariate(Estimator):
 
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI, ONEHOT)
     compares: ClassVar[bool] = True
-    keeps: ClassVar[bool] = True
     instead: ClassVar[str] = "Use OneHotCategorical here, or Reinforce(LeaveOneOut())"
 
     def relaxations(self, site: Site) -> Relaxations:
         return Relaxations(1, "drawn")
 
-    def parameters(self, site: Site) -> dict[str, Initial]:
-        return {"coefficient": Initial(value=self.coefficient)}
+    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
+        return Keeps(parameters={"coefficient": Initial(value=self.coefficient)})
 
     def relaxed(self, ops: Ops, site: Site, draw: Draw, index: int, kept: Kept) -> Array:
         return ops.like(draw.value, site.logits)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from ..core.errors import site_error
 from ..core.estimator import Estimator, Measure, Moves, Noise
 from ..core.families import BERNOULLI, CATEGORICAL, DISCRETE, GAMMA, NORMAL, ONEHOT, POISSON, log_prob, threshold
-from ..core.keep import Initial, Kept, Network
+from ..core.keep import Keeps, Kept
 from ..core.ops import Array, Ops
 from ..core.particles import times
 from ..core.site import Costs, Draw, Local, Site
@@ -67,21 +67,11 @@ class ImportanceSampled(Estimator):
                 "Use MovingAverage() or Learned() inside ImportanceSampled.",
             )
 
-    @property
-    def keeps(self) -> bool:
-        return self.estimator.keeps
-
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Array]:
         return self.estimator.given(args, kwargs)
 
-    def parameters(self, site: Site) -> dict[str, Initial]:
-        return self.estimator.parameters(site)
-
-    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
-        return self.estimator.networks(site, given)
-
-    def state(self, site: Site) -> dict[str, Initial]:
-        return self.estimator.state(site)
+    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
+        return self.estimator.keeps(site, given)
 
     def alternatives(self, site: Site) -> Moves:
         return Moves(1, self.weights)

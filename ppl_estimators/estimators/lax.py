@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..core.families import LOCATION_SCALE, standard_score
-from ..core.keep import Kept, Network, predict
+from ..core.keep import Keeps, Kept, Network, predict
 from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
 from .baselines.base import Baseline, WithLevel
@@ -42,12 +42,11 @@ class LAX(WithLevel):
     baseline: Baseline | None = field(default=MovingAverage(), kw_only=True)
 
     families: ClassVar[tuple[str, ...] | None] = LOCATION_SCALE
-    keeps: ClassVar[bool] = True
     instead: ClassVar[str] = "Use RELAX() for discrete sites, Pathwise() or Reinforce(LeaveOneOut()) for others"
 
-    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
+    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
         declared = {"control": Network(3 * site.opened.feature_count(site.named["loc"]), self.hidden, self.network)}
-        return declared | super().networks(site, given)
+        return Keeps(networks=declared) | super().keeps(site, given)
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         loc, scale = (ops.stop_gradient(site.named[k]) for k in ("loc", "scale"))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..core.densities import check_score
 from ..core.estimator import Measure
-from ..core.keep import Initial, Kept, guarded
-from ..core.ops import Ops
+from ..core.keep import Initial, Keeps, Kept, guarded
+from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
 from .baselines.base import Baseline, WithBaseline
 from .baselines.learned import Learned
@@ -52,8 +53,8 @@ class NVIL(WithBaseline):
         super().check(site, particles)
         check_score(site)
 
-    def state(self, site: Site) -> dict[str, Initial]:
-        return {**super().state(site), "variance": Initial(value=1.0)}
+    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
+        return super().keeps(site, given) | Keeps(state={"variance": Initial(value=1.0)})
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         rest, auxiliary, state = self.subtract(ops, site, costs.value, kept)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ..core.estimator import Relaxations
 from ..core.families import BERNOULLI, ONEHOT
-from ..core.keep import Initial, Kept
-from ..core.ops import Ops
+from ..core.keep import Keeps, Kept
+from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
 from .relaxed_control import RelaxedControl, assemble, log_initial, soft_values
 
@@ -43,8 +44,8 @@ class REBAR(RelaxedControl):
     def relaxations(self, site: Site) -> Relaxations:
         return Relaxations(2)
 
-    def parameters(self, site: Site) -> dict[str, Initial]:
-        return {"log_temperature": log_initial(self.temperature), "log_scale": log_initial(self.scale)}
+    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
+        return Keeps({"log_temperature": log_initial(self.temperature), "log_scale": log_initial(self.scale)})
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         a = ops.stop_gradient(site.logits)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from ..core.errors import site_error
 from ..core.estimator import Relaxations
 from ..core.families import CATEGORICAL, DISCRETE, probabilities
-from ..core.keep import Initial, Kept, Network, predict
+from ..core.keep import Keeps, Kept, Network, predict
 from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
 from .baselines.base import Baseline, WithLevel
@@ -67,14 +67,11 @@ class RELAX(RelaxedControl, WithLevel):
     def relaxations(self, site: Site) -> Relaxations:
         return Relaxations(2 if self.model_term else 0)
 
-    def parameters(self, site: Site) -> dict[str, Initial]:
-        declared = {"log_temperature": log_initial(self.temperature)}
-        declared |= {"log_scale": log_initial(self.scale)} if self.model_term else {}
-        return declared | super().parameters(site)
-
-    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
-        declared = {"control": Network(2 * site.opened.feature_count(site.logits), self.hidden, self.network)}
-        return declared | super().networks(site, given)
+    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
+        trained = {"log_temperature": log_initial(self.temperature)}
+        trained |= {"log_scale": log_initial(self.scale)} if self.model_term else {}
+        control = Network(2 * site.opened.feature_count(site.logits), self.hidden, self.network)
+        return Keeps(trained, {"control": control}) | super().keeps(site, given)
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         a = ops.stop_gradient(site.logits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from ..core import relaxation
 from ..core.estimator import Estimator, Noise
@@ -19,8 +19,6 @@ class RelaxedControl(Estimator):
 
     temperature: float
     scale: float
-
-    keeps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("temperature", "scale"):

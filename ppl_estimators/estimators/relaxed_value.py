@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ..core.estimator import Estimator, Noise, Value
 from ..core.families import RELAXABLE, threshold
-from ..core.keep import Initial, Kept
+from ..core.keep import Initial, Keeps, Kept
 from ..core.ops import Array, Ops
 from ..core.site import Costs, Draw, Local, Site
 
@@ -43,15 +43,11 @@ class Tempered(RelaxedValue):
                 f"steps, got {self.temperature!r}."
             )
 
-    @property
-    def keeps(self) -> bool:
-        return callable(self.temperature)
-
-    def state(self, site: Site) -> dict[str, Initial]:
-        return {"steps": Initial()} if self.keeps else {}
+    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
+        return Keeps(state={"steps": Initial()} if callable(self.temperature) else {})
 
     def noise(self, site: Site) -> Mapping[str, Noise]:
-        return {**super().noise(site), **({"steps": Noise("state")} if self.keeps else {})}
+        return {**super().noise(site), **({"steps": Noise("state")} if callable(self.temperature) else {})}
 
     def at(self, noise: Mapping[str, Array]) -> Array | float:
         """The temperature of this step."""
@@ -59,7 +55,7 @@ class Tempered(RelaxedValue):
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         """Counts the steps."""
-        return Local(ops.zeros_like(costs.value), state={"steps": kept.state["steps"] + 1})
+        return Local(ops.zeros_like(costs.value), state={k: n + 1 for k, n in kept.state.items()})
 
 
 def finite(ops: Ops, a: Array) -> Array:

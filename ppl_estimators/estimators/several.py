@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from ..core.errors import site_error
 from ..core.estimator import Draws, Estimator, Measure, Moves, Noise, Relaxations
-from ..core.keep import Initial, Kept, Network, prefixed, strip
+from ..core.keep import Keeps, Kept, prefixed, strip
 from ..core.ops import Array, Ops
 from ..core.particles import times
 from ..core.site import Costs, Draw, Local, Site
@@ -45,10 +45,6 @@ class Several(Estimator):
     @property
     def compares(self) -> bool:  # type: ignore[override]
         return any(p.compares for p in self.parts)
-
-    @property
-    def keeps(self) -> bool:
-        return any(p.keeps for p in self.parts)
 
     def check_parts(self, site: Site, particles: int) -> None:
         name = type(self).__name__
@@ -199,14 +195,11 @@ class Mixture(Several):
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Array]:
         return _numbered([p.given(args, kwargs) for p in self.parts])
 
-    def parameters(self, site: Site) -> dict[str, Initial]:
-        return _numbered([p.parameters(site) for p in self.parts])
-
-    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
-        return _numbered([p.networks(site, strip(f"{j}_", given)) for j, p in enumerate(self.parts)])
-
-    def state(self, site: Site) -> dict[str, Initial]:
-        return _numbered([p.state(site) for p in self.parts])
+    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
+        found = Keeps()
+        for j, p in enumerate(self.parts):
+            found |= p.keeps(site, strip(f"{j}_", given)).under(f"{j}_")
+        return found
 
     def part_kept(self, kept: Kept, j: int) -> Kept:
         return kept.sub(f"{j}_")
@@ -243,14 +236,8 @@ class Repeated(Several):
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Array]:
         return self.estimator.given(args, kwargs)
 
-    def parameters(self, site: Site) -> dict[str, Initial]:
-        return self.estimator.parameters(site)
-
-    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
-        return self.estimator.networks(site, given)
-
-    def state(self, site: Site) -> dict[str, Initial]:
-        return self.estimator.state(site)
+    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
+        return self.estimator.keeps(site, given)
 
     def part_kept(self, kept: Kept, j: int) -> Kept:
         return kept

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ..core.estimator import Estimator, Relaxations
 from ..core.families import BERNOULLI, score
-from ..core.keep import Kept, Network, predict
+from ..core.keep import Keeps, Kept, Network, predict
 from ..core.ops import Array, Ops
 from ..core.particles import of_the_others
 from ..core.site import Costs, Draw, Local, Site
@@ -43,7 +43,6 @@ class Stein(Estimator):
 
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI,)
     compares: ClassVar[bool] = True
-    keeps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.hidden < 1:
@@ -54,9 +53,9 @@ class Stein(Estimator):
     def relaxations(self, site: Site) -> Relaxations:
         return Relaxations(1, "drawn")
 
-    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
+    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
         modules = self.network or (None, None)
-        return {f"h{i + 1}": Network(2, self.hidden, module) for i, module in enumerate(modules)}
+        return Keeps(networks={f"h{i + 1}": Network(2, self.hidden, module) for i, module in enumerate(modules)})
 
     def relaxed(self, ops: Ops, site: Site, draw: Draw, index: int, kept: Kept) -> Array:
         return ops.like(draw.value, site.logits)

@@ -8,9 +8,11 @@ from typing import Any
 
 from numpyro.primitives import Messenger
 
+from ..core.errors import EstimatorError
 from ..core.estimator import Estimator
-from ..core.keep import Hooked
+from ..core.keep import Hooked, Keeps
 from ..core.plan import check_mapping, match
+from ..core.site import Site
 from .distributions import describe
 from .keep import declare
 from .run import plates_of
@@ -30,9 +32,9 @@ class WithEstimators:
         with _Requests(self.estimators) as requests:
             result = self.guide(*args, **kwargs)
         for site in requests.sites.values():
-            if isinstance(site.requested, Estimator) and site.requested.keeps:
-                site.requested.check(site, sys.maxsize)  # the number of particles is the ELBO's affair
-                declare(site, site.requested, site.requested.given(args, kwargs))
+            if isinstance(site.requested, Estimator):
+                given = site.requested.given(args, kwargs)
+                declare(site, _kept(site, given), given)
         return result
 
     def __getattr__(self, name: str) -> Any:
@@ -42,6 +44,15 @@ class WithEstimators:
 
     def __repr__(self) -> str:
         return f"with_estimators({self.guide!r}, {dict(self.estimators)!r})"
+
+
+def _kept(site: Site, given: Mapping[str, Any]) -> Keeps:
+    """What is kept at a site. Nothing where the estimator refuses it: the ELBO will say why, if it is asked there."""
+    try:
+        site.requested.check(site, sys.maxsize)  # the number of particles is the ELBO's affair
+    except EstimatorError:
+        return Keeps()
+    return site.requested.keeps(site, given)
 
 
 def with_estimators(

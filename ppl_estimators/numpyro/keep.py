@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpyro
 from numpyro.primitives import mutable
 
-from ..core.estimator import Estimator
-from ..core.keep import Initial, Kept, Network, mlp
+from ..core.keep import Initial, Keeps, Kept, Network, mlp
 from ..core.site import Site
 from .ops import OPS
 
@@ -22,11 +21,11 @@ def state_name(site: str) -> str:
     return f"{site}$state"
 
 
-def declare(site: Site, estimator: Estimator, given: Mapping[str, Array]) -> Kept:
-    """Declare what ``estimator`` keeps at ``site``; return its present values."""
-    parameters = {k: _param(f"{site.name}${k}", v) for k, v in estimator.parameters(site).items()}
-    networks = {k: _network(f"{site.name}${k}", v) for k, v in estimator.networks(site, given).items()}
-    initial = {k: jnp.full(v.shape, v.value, dtype=float) for k, v in estimator.state(site).items()}
+def declare(site: Site, declared: Keeps, given: Mapping[str, Array]) -> Kept:
+    """Declare what an estimator keeps at ``site``; return its present values."""
+    parameters = {k: _param(f"{site.name}${k}", v) for k, v in declared.parameters.items()}
+    networks = {k: _network(f"{site.name}${k}", v) for k, v in declared.networks.items()}
+    initial = {k: jnp.full(v.shape, v.value, dtype=float) for k, v in declared.state.items()}
     state = mutable(state_name(site.name), initial) if initial else {}
     return Kept(parameters, networks, dict(state), given)
 

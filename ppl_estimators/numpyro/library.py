@@ -171,6 +171,9 @@ class NumPyroLibrary:
 
     def keep(self, site: Site, estimator: Estimator, given: Values, like: Array) -> Kept:
         """The guide hook declared it; here the present values are only looked up."""
+        declared = estimator.keeps(site, given)
+        if not declared:
+            return Kept(given=given)
         if site.declared is None or site.declared.requested != estimator:
             raise site_error(
                 site.name,
@@ -178,7 +181,7 @@ class NumPyroLibrary:
                 f'Wrap the guide: guide = with_estimators(guide, {{"{site.name}": {estimator!r}}}).',
             )
         with substitute(data=self.params):
-            return declare(site, estimator, given)
+            return declare(site, declared, given)
 
     def log_q(self, msg: Message, value: Array) -> Array:
         return log_q(msg["fn"], value)

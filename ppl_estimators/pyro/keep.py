@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 import pyro
 import torch
 
-from ..core.estimator import Estimator
-from ..core.keep import Initial, Kept, Network, mlp
+from ..core.keep import Initial, Keeps, Kept, Network, mlp
 from ..core.site import Site
 from .ops import OPS
 
@@ -18,11 +17,11 @@ Array = torch.Tensor
 class Keeper(torch.nn.Module):
     """Holds the parameters as a torch module does, and shows them to `pyro.param` as a guide does."""
 
-    def declare(self, site: Site, estimator: Estimator, given: Mapping[str, Array], like: Array) -> Kept:
-        """Declare what ``estimator`` keeps at ``site``; return its present values."""
-        parameters = {k: self._param(f"{site.name}${k}", v, like) for k, v in estimator.parameters(site).items()}
-        networks = {k: self._network(f"{site.name}${k}", v, like) for k, v in estimator.networks(site, given).items()}
-        state = {k: read_state(site.name, k, v, like).detach().clone() for k, v in estimator.state(site).items()}
+    def declare(self, site: Site, declared: Keeps, given: Mapping[str, Array], like: Array) -> Kept:
+        """Declare what an estimator keeps at ``site``; return its present values."""
+        parameters = {k: self._param(f"{site.name}${k}", v, like) for k, v in declared.parameters.items()}
+        networks = {k: self._network(f"{site.name}${k}", v, like) for k, v in declared.networks.items()}
+        state = {k: read_state(site.name, k, v, like).detach().clone() for k, v in declared.state.items()}
         return Kept(parameters, networks, state, given)
 
     def _param(self, name: str, initial: Initial, like: Array) -> Array:

@@ -24,7 +24,7 @@ from ..core import averaging
 from ..core.credit import Graph
 from ..core.errors import EstimatorError, EstimatorWarning, site_error
 from ..core.estimator import Estimator, Noise
-from ..core.keep import Kept
+from ..core.keep import Keeps, Kept
 from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings, check_keys, make_plan, requested
 from ..core.site import Plate, Site, Term
@@ -374,20 +374,23 @@ class PyroLibrary:
 
     def state(self, site: Site, estimator: Estimator, label: str) -> Array:
         like = site.logits if site.logits is not None else next(iter(site.named.values()), torch.empty(()))
-        present = read_state(site.name, label, estimator.state(site)[label], like)
+        present = read_state(site.name, label, estimator.keeps(site, {}).state[label], like)
         return present.detach().clone()  # the step ends by writing the new one in its place
 
     def keep(self, site: Site, estimator: Estimator, given: Values, like: Array) -> Kept:
         if self.vectorized:
             site = replace(site, lead=1, **_without_particles(site))
+        declared = estimator.keeps(site, given)
+        if not declared:
+            return Kept(given=given)
         if site.declared is None:
-            self._check_trained(site, estimator, given)
+            self._check_trained(site, estimator, declared)
         keeper = self.keeper if site.declared is None else site.declared.keeper
         like = like if like.is_floating_point() else self._like
-        return keeper.declare(site, estimator, given, like.detach())
+        return keeper.declare(site, declared, given, like.detach())
 
-    def _check_trained(self, site: Site, estimator: Estimator, given: Values) -> None:
-        trains = estimator.parameters(site) or estimator.networks(site, given)
+    def _check_trained(self, site: Site, estimator: Estimator, declared: Keeps) -> None:
+        trains = declared.parameters or declared.networks
         if trains and self.standalone and not any(isinstance(m, TraceMessenger) for m in _stack()):
             raise site_error(
                 site.name,

@@ -47,7 +47,7 @@ from ppl_estimators import (
     RejectionPathwise,
     StraightThrough,
 )
-from ppl_estimators.core.estimator import Value
+from ppl_estimators.core.estimator import Estimator, Value
 from ppl_estimators.core.families import CONTINUOUS, log_prob
 from ppl_estimators.core.keep import Kept
 from ppl_estimators.core.site import Costs, Draw, Site
@@ -792,6 +792,7 @@ class PathOnly(RejectionPathwise):
 
     boost: int = 1
     value: ClassVar[Value] = Value.OWN
+    local = Estimator.local
 
     def __post_init__(self):
         if self.boost == 0:

@@ -258,7 +258,7 @@ def test_what_is_kept_does_not_know_what_is_coupled():
         (Learned(inputs=jnp.ones((2, 5))), {"inputs": jnp.ones((2, 5))}),
     ):
         both = [s.filled(lead=0, logits=logits, named={"logits": logits}) for s in (in_plate, COUPLED)]
-        declared = [{k: n.features for k, n in estimator.networks(s, given).items()} for s in both]
+        declared = [{k: n.features for k, n in estimator.keeps(s, given).networks.items()} for s in both]
         assert declared[0] == declared[1]
         assert set(declared[0].values()) <= {1, 2, 5}
 

@@ -350,7 +350,7 @@ def facts(estimator: Estimator) -> tuple[Any, ...]:
     site = site_of(NORMAL if estimator.families is None else estimator.families[0])
     others, relaxed = estimator.alternatives(site), estimator.relaxations(site)
     evaluated = (others.own_law, others.weights is not None, others.count > 0, relaxed.count > 0, relaxed.downstream)
-    return (estimator.value, estimator.measures, estimator.compares, estimator.keeps, *evaluated)
+    return (estimator.value, estimator.measures, estimator.compares, bool(estimator.keeps(site, {})), *evaluated)
 
 
 def profile(mix: Mix) -> frozenset[Any]:

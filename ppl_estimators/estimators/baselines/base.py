@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ...core.errors import site_error
 from ...core.estimator import Control, Estimator, Measure
-from ...core.keep import Initial, Kept, Network, prefixed, strip
+from ...core.keep import Keeps, Kept, prefixed, strip
 from ...core.ops import Array, Ops
 from ...core.site import Site
 from ...core.spec import Spec
@@ -30,8 +30,6 @@ class Baseline(Spec):
     def check(self, site: Site, particles: int) -> None:
         """Raise `EstimatorError` where the baseline cannot work."""
 
-    #: does it declare parameters, networks or state?
-    keeps: ClassVar[bool] = False
     #: is it a weighted mean of the other particles' costs (and so linear in them)?
     from_particles: ClassVar[bool] = False
     #: what it is to the objective
@@ -43,14 +41,8 @@ class Baseline(Spec):
         """Arrays that the spec itself brings along, given the guide's arguments."""
         return {}
 
-    def parameters(self, site: Site) -> dict[str, Initial]:
-        return {}
-
-    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
-        return {}
-
-    def state(self, site: Site) -> dict[str, Initial]:
-        return {}
+    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
+        return Keeps()
 
     def predict(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Array:
         """The baseline for ``cost [K, *plates]``: from state before this step, or from the other particles."""
@@ -93,10 +85,6 @@ class Sum(Baseline):
     terms: tuple[Baseline, ...]
 
     @property
-    def keeps(self) -> bool:  # type: ignore[override]
-        return any(part.keeps for part in self.terms)
-
-    @property
     def from_particles(self) -> bool:  # type: ignore[override]
         return any(part.from_particles for part in self.terms)
 
@@ -123,18 +111,14 @@ class Sum(Baseline):
                 "Keep one of them.",
             )
 
-    def parameters(self, site: Site) -> dict[str, Initial]:
-        return {k: v for i, p in enumerate(self.terms) for k, v in prefixed(f"{i}_", p.parameters(site)).items()}
-
-    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
-        parts = [(i, p.networks(site, strip(f"{i}_", given))) for i, p in enumerate(self.terms)]
-        return {k: v for i, declared in parts for k, v in prefixed(f"{i}_", declared).items()}
+    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
+        found = Keeps()
+        for i, p in enumerate(self.terms):
+            found |= p.keeps(site, strip(f"{i}_", given)).under(f"{i}_")
+        return found
 
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Array]:
         return {k: v for i, p in enumerate(self.terms) for k, v in prefixed(f"{i}_", p.given(args, kwargs)).items()}
-
-    def state(self, site: Site) -> dict[str, Initial]:
-        return {k: v for i, p in enumerate(self.terms) for k, v in prefixed(f"{i}_", p.state(site)).items()}
 
     def evaluate(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Baselined:
         total, auxiliary = None, None
@@ -183,21 +167,11 @@ class WithBaseline(Estimator):
             self.baseline.check(site, particles)
         super().check(site, particles)
 
-    @property
-    def keeps(self) -> bool:
-        return self.baseline is not None and self.baseline.keeps
-
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Array]:
         return self.baseline.given(args, kwargs) if self.baseline else {}
 
-    def parameters(self, site: Site) -> dict[str, Initial]:
-        return self.baseline.parameters(site) if self.baseline else {}
-
-    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
-        return self.baseline.networks(site, given) if self.baseline else {}
-
-    def state(self, site: Site) -> dict[str, Initial]:
-        return self.baseline.state(site) if self.baseline else {}
+    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
+        return self.baseline.keeps(site, given) if self.baseline else Keeps()
 
     def subtract(
         self, ops: Ops, site: Site, signal: Array, kept: Kept
@@ -218,14 +192,8 @@ class WithLevel(WithBaseline):
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Array]:
         return prefixed(_LEVEL, super().given(args, kwargs))
 
-    def parameters(self, site: Site) -> dict[str, Initial]:
-        return prefixed(_LEVEL, super().parameters(site))
-
-    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
-        return prefixed(_LEVEL, super().networks(site, strip(_LEVEL, given)))
-
-    def state(self, site: Site) -> dict[str, Initial]:
-        return prefixed(_LEVEL, super().state(site))
+    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
+        return super().keeps(site, strip(_LEVEL, given)).under(_LEVEL)
 
     def level(self, ops: Ops, site: Site, rest: Array, kept: Kept) -> Baselined:
         """Of what the control variate leaves over, ``rest [K, *plates]``."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from ...core.errors import site_error
-from ...core.keep import Kept, Network, predict
+from ...core.keep import Keeps, Kept, Network, predict
 from ...core.ops import Array, Ops
 from ...core.site import Site
 from .base import Baseline
@@ -38,8 +38,6 @@ class Learned(Baseline):
     inputs: Any = None
     hidden: int = field(default=32, kw_only=True)
 
-    keeps: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if not isinstance(self.hidden, int) or self.hidden < 1:
             raise ValueError(f"Learned(hidden=...) needs a positive integer, got {self.hidden!r}.")
@@ -49,13 +47,13 @@ class Learned(Baseline):
             return {}
         return {"inputs": self.inputs(*args, **kwargs) if callable(self.inputs) else self.inputs}
 
-    def networks(self, site: Site, given: Mapping[str, Array]) -> dict[str, Network]:
+    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
         site = site.opened
         if "inputs" in given:
             width = math.prod(given["inputs"].shape[site.nesting :])
         else:
             width = sum(site.feature_count(p) for p in site.parameters)
-        return {"baseline": Network(width, self.hidden, self.network)}
+        return Keeps(networks={"baseline": Network(width, self.hidden, self.network)})
 
     def predict(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Array:
         return ops.stop_gradient(self._forward(ops, site, cost, kept)) * site.subsampling

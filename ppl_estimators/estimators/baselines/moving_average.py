@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
-from ...core.keep import Initial, Kept, guarded
+from ...core.keep import Initial, Keeps, Kept, guarded
 from ...core.ops import Array, Ops
 from ...core.site import Site
 from .base import Baseline
@@ -28,14 +27,12 @@ class MovingAverage(Baseline):
 
     decay: float = 0.9
 
-    keeps: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
             raise ValueError(f"MovingAverage(decay) needs 0 <= decay < 1, got {self.decay!r}.")
 
-    def state(self, site: Site) -> dict[str, Initial]:
-        return {"mean": Initial(), "started": Initial()}
+    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
+        return Keeps(state={"mean": Initial(), "started": Initial()})
 
     def predict(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Array:
         return ops.zeros_like(cost) + ops.like(kept.state["mean"], cost) * site.subsampling

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ...core.errors import site_error
 from ...core.estimator import Measure
-from ...core.keep import Initial, Kept, guarded
+from ...core.keep import Initial, Keeps, Kept, guarded
 from ...core.ops import Array, Ops
 from ...core.site import Site
 from .base import Baseline
@@ -41,10 +41,6 @@ class OptimalConstant(Baseline):
             raise ValueError(f"OptimalConstant(decay) needs 0 <= decay < 1 or None, got {self.decay!r}.")
 
     @property
-    def keeps(self) -> bool:  # type: ignore[override]
-        return self.decay is not None
-
-    @property
     def from_particles(self) -> bool:  # type: ignore[override]
         return self.decay is None
 
@@ -56,8 +52,8 @@ class OptimalConstant(Baseline):
                 "Pass num_particles=2 or more, or OptimalConstant(decay=0.99) to take them from past steps.",
             )
 
-    def state(self, site: Site) -> dict[str, Initial]:
-        return {} if self.decay is None else {"weighted": Initial(), "weight": Initial()}
+    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
+        return Keeps(state={} if self.decay is None else {"weighted": Initial(), "weight": Initial()})
 
     def predict(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Array:
         if self.decay is not None:
