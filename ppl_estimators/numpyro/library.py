@@ -27,7 +27,7 @@ from .distributions import log_q, score_norm
 from .keep import declare, state_name
 from .ops import OPS
 from .randomness import Randomness
-from .run import Keys, Message, Traces, execute, noise_key, survey, terms_of, view
+from .run import Keys, Message, Traces, execute, interpreted, noise_key, survey, terms_of, view
 
 Array = Any
 
@@ -216,7 +216,7 @@ class NumPyroLibrary:
 
         if group.alternatives == 1:
             return jax.tree.map(lambda x: x[None], one(jnp.asarray(0)))
-        if jax.config.jax_disable_jit:
+        if interpreted():
             return _one_by_one(one, jnp.arange(group.alternatives))
         chunk = min(self.settings.max_parallel, group.alternatives)
         # held back in the backward pass, not held: the activations of one chunk at a time
@@ -226,7 +226,7 @@ class NumPyroLibrary:
     def mapped(self, one: Callable[[Any], dict[str, Array]], jobs: Any) -> dict[str, Array]:
         jobs = jax.tree.map(jnp.asarray, jobs, is_leaf=lambda x: isinstance(x, list))
         count = len(jax.tree.leaves(jobs)[0])
-        if jax.config.jax_disable_jit:
+        if interpreted():
             return _one_by_one(one, [jax.tree.map(lambda x: x[i], jobs) for i in range(count)])  # noqa: B023
         return jax.lax.map(one, jobs, batch_size=min(self.settings.max_parallel, count))
 
@@ -255,7 +255,7 @@ class NumPyroLibrary:
 
         if count == 1:
             out = jax.tree.map(lambda x: x[None], arrays(keys[0]))
-        elif jax.config.jax_disable_jit:
+        elif interpreted():
             out = _one_by_one(arrays, keys)
         else:
             out = self.map_particles(arrays, jnp.stack(keys))

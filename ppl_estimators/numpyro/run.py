@@ -141,7 +141,7 @@ class _Conduct(Messenger):
         side = "guide" if self.guide is None else "model"
         sites = {n: m for n, m in self.record.items() if m["type"] != "mutable"}
         after = f"after '{next(reversed(sites))}'" if sites else "before its first site"
-        table = format_shapes(sites, title=f"Shapes of the {side}:")  # type: ignore[no-untyped-call]
+        table = format_shapes(sites, title=f"Shapes of the {side}:")
         error.add_note(f"Raised in the {side}, {after}.\n{table}")
         if isinstance(error, jax.errors.ConcretizationTypeError):
             error.add_note(
@@ -458,6 +458,11 @@ class Survey:
 _PARAMETERS = ""  # the mark of every parameter
 
 
+def interpreted() -> bool:
+    """Is the program run by Python, step by step, under ``jax.disable_jit``?"""
+    return bool(jax.config.jax_disable_jit)  # type: ignore[attr-defined]  # set when jax is imported
+
+
 def survey(
     keys: Keys,
     plate_key: Array,
@@ -468,7 +473,7 @@ def survey(
     kwargs: Mapping[str, Any],
 ) -> Survey:
     """Run guide and model once, and see which latent values reach which cost terms."""
-    followed = not jax.config.jax_disable_jit  # type: ignore[attr-defined]
+    followed = not interpreted()
     seen: dict[str, Any] = {}
 
     def draw(msg: Message) -> Array:
