@@ -373,6 +373,7 @@ MOVING: dict[str, Callable[[Any], dist.Distribution]] = {
     "truncated": lambda a: dist.TruncatedNormal(0.0, 1.0, low=-a),
     "shifted": lambda a: dist.TransformedDistribution(dist.Exponential(1.0), AffineTransform(a, 1.0)),
     "stretched": lambda a: dist.TransformedDistribution(dist.Uniform(0.0, 1.0), AffineTransform(0.0, a)),
+    "inside": lambda a: dist.TransformedDistribution(dist.Uniform(0.0, a), ExpTransform()),
     "shifted log-normal": lambda a: dist.TransformedDistribution(
         dist.Normal(0.0, 1.0), [ExpTransform(), AffineTransform(a, 1.0)]
     ),

@@ -166,6 +166,7 @@ def ends(fn: dist.Distribution) -> list[Array]:
         return []
     found = jax.tree.leaves(_support(base))
     if isinstance(base, dist.TransformedDistribution):  # NumPyro takes the image of an interval for the real line
+        found += ends(base.base_dist)
         shape = _shape_of(_support(base.base_dist))
         for transform in base.transforms:
             if not isinstance(transform, AffineTransform):
