@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from .estimator import Estimator
 from .objectives import EvidenceLowerBound, Objective
@@ -14,6 +15,8 @@ class Configured:
 
     num_particles: int
     automatic: Policy
+    _given: tuple[Any, ...] = ()
+    _settings: Settings
 
     def _configure(
         self,
@@ -41,7 +44,7 @@ class Configured:
         for name in ("num_particles", "max_parallel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"EstimatorELBO({name}=...) needs 1 or more, got {getattr(self, name)!r}.")
-        return Settings(
+        given = (
             tuple(check_mapping(self.estimators, "EstimatorELBO").items()),
             self.default if isinstance(self.default, Estimator) else self.automatic,
             self.objective,
@@ -49,6 +52,9 @@ class Configured:
             self.max_parallel,
             self.average_model,
         )
+        if self._given != given:  # mostly they are as at the last step
+            self._given, self._settings = given, Settings(*given)
+        return self._settings
 
     def __repr__(self) -> str:
         return f"EstimatorELBO({self.estimators!r}, num_particles={self.num_particles})"

@@ -110,12 +110,21 @@ class Settings:
     max_parallel: int
     average_model: bool
 
+    def __hash__(self) -> int:
+        return self._hash  # asked for several times a step
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.estimators, self.default, self.objective, self.particles, self.average_model))
+
     @cached_property
     def mapping(self) -> dict[str, Estimator]:
         return dict(self.estimators)
 
     def asked(self, name: str, requested: Estimator | None) -> Estimator | None:
         """What is named for a site: by the ELBO's mapping, else by hook or site."""
+        if not self.estimators:
+            return requested
         key = match(self.mapping, name)
         return requested if key is None else self.mapping[key]
 

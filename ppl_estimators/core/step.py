@@ -274,8 +274,9 @@ class Step:
                 elif n.law != "value":
                     reuse = label in before and n.concentration is None
                     noise[label] = before[label] if reuse else library.noise(run.source, msg, site, label, n, i)
-        with library.differentiating(estimator.value.moves):
-            return estimator.draw(ops, site, noise), noise
+            if not estimator.value.moves:
+                return estimator.draw(ops, site, noise), noise
+        return estimator.draw(ops, site, noise), noise
 
     def _measured(self, run: Run) -> dict[str, dict[str, Array]]:
         """Measure what the estimators want to know under the sites' laws; the arrays that their specs bring along."""

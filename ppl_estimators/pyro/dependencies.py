@@ -372,26 +372,27 @@ def _gather(things: Iterable[Any], through: Any, found: list[torch.Tensor], seen
         kind = type(thing)
         if kind in _ATOMS:
             continue
-        if kind is torch.Tensor or isinstance(thing, torch.Tensor):
+        sort = _sort(kind)
+        if sort is torch.Tensor:
             found.append(thing)
-        elif isinstance(thing, through):
-            if id(thing) in seen:  # a transform and its inverse hold each other
+        elif sort is tuple:
+            clear &= _gather(thing, through, found, seen)
+        elif sort is Distribution or sort is Transform:
+            if sort not in through or id(thing) in seen:  # a transform and its inverse hold each other
                 continue
             seen.add(id(thing))
             clear &= kind.__module__.startswith(_LIBRARIES)
             clear &= _gather(vars(thing).values(), through, found, seen)
-        elif isinstance(thing, (tuple, list)):
-            clear &= _gather(thing, through, found, seen)
-        elif isinstance(thing, Mapping):
+        elif sort is Mapping:
             clear &= _gather(thing.values(), through, found, seen)
-        elif isinstance(thing, torch.nn.Module):
+        elif sort is torch.nn.Module:
             for module in thing.modules():
                 clear &= type(module).__module__.startswith(_KNOWN)
                 _gather((module._parameters, module._buffers), through, found, seen)
                 found += [x for x in vars(module).values() if isinstance(x, torch.Tensor)]
-        elif isinstance(thing, functools.partial):
+        elif sort is functools.partial:
             clear &= _gather((thing.func, thing.args, thing.keywords), through, found, seen)
-        elif isinstance(thing, (Distribution, Transform, Constraint)):  # not asked to go through
+        elif sort is Constraint:
             continue
         elif not _module(thing).startswith(_KNOWN):
             clear = False
@@ -399,6 +400,14 @@ def _gather(things: Iterable[Any], through: Any, found: list[torch.Tensor], seen
             seen.add(id(thing))
             clear &= _gather(getattr(thing, "__dict__", {}).values(), through, found, seen)
     return clear
+
+
+@functools.lru_cache(maxsize=1024)
+def _sort(kind: type) -> Any:
+    """The first of these that a class is one of, and of the two sequences the tuple."""
+    sorts = (torch.Tensor, Distribution, Transform, tuple, list, Mapping, torch.nn.Module, functools.partial, Constraint)
+    sort = next((s for s in sorts if issubclass(kind, s)), None)
+    return tuple if sort is list else sort
 
 
 def _module(thing: Any) -> str:

@@ -126,6 +126,7 @@ class PyroLibrary:
         self._follow: Any = None  # the `Provenance` of the last run that was followed
         self._pinned = False  # no run is thrown away any more
         self._unchecked = False  # is the structure new?
+        self._recorded = False  # is the stream of the last first run known?
 
     # ---- structure: which sites there are, who depends on whom ------------------------------------------------------
 
@@ -139,7 +140,7 @@ class PyroLibrary:
         latents, behind, follow = traces.latents(), self._behind(traces), self._follow
         signature = (
             self.settings,
-            tuple((n, _kind(m), m["fn"].batch_shape, plates_of(m)) for n, m in latents.items()),
+            tuple((n, m.get("kind") or _kind(m), m["fn"].batch_shape, plates_of(m)) for n, m in latents.items()),
             tuple((k, d, plates_of(getattr(traces, k[0])[k[1]])) for k, d in behind.items()),
             bool(follow.control),
         )
@@ -148,15 +149,20 @@ class PyroLibrary:
             plan = self._made(traces, follow)
             self.memory.plans.store(signature, plan)
             self._unchecked = True
-        self.memory.expected.store(self.call, plan)
-        self.memory.last = plan
-        if any(plan.estimators[n].structure() != e.structure() for n, e in self._used.items()):
+        if plan is not self._plan or plan is not self.memory.last:
+            self.memory.expected.store(self.call, plan)
+            self.memory.last = plan
+        if plan.reruns and not self._recorded:
+            self._plan = plan
+            raise _Unplanned
+        others = {n: e for n, e in self._used.items() if plan.estimators[n] is not e}
+        if any(plan.estimators[n].structure() != e.structure() for n, e in others.items()):
             if not follow.control and not self._pinned:  # nothing that was drawn decided which structure it is
                 self._plan = plan
                 raise _Unplanned
             settings = replace(self.settings, estimators=tuple({**self.settings.mapping, **self._used}.items()))
             return self._made(traces, follow, settings)
-        if any(plan.estimators[n] is not e for n, e in self._used.items()):  # made anew at every run
+        if others:  # made anew at every run
             return replace(plan, estimators={**plan.estimators, **self._used})
         return plan
 
@@ -241,6 +247,10 @@ class PyroLibrary:
             model, guide = _along(wide)(model), _along(wide)(guide)
         if constants:
             args, kwargs = tree_map(_detached, (args, kwargs))
+        if first:  # further runs will want to know what this one drew, if there are any
+            expected = self._plan
+            self._recorded = expected is None or expected.reruns or expected.branches or self._pinned
+        streamed = self._recorded or not first
         with ExitStack() as stack:
             stack.enter_context(as_written())
             if first:
@@ -250,8 +260,10 @@ class PyroLibrary:
                 stack.enter_context(self._once_more(source))
                 if constants and torch.is_grad_enabled():
                     stack.enter_context(StopParameters())
+            if streamed:
+                model, guide = _Streamed(source, "model")(model), _Streamed(source, "guide")(guide)
             return execute(
-                _Streamed(source, "model")(model), _Streamed(source, "guide")(guide), args, kwargs, draw=draw,
+                model, guide, args, kwargs, draw=draw,
                 subsamples=self.subsamples, provenance=self._follow if first else None, observes=self.observes,
             )  # fmt: skip
 
@@ -306,7 +318,8 @@ class PyroLibrary:
     def estimator(self, plan: Plan, msg: Message) -> Estimator:
         name, facts = msg["name"], plan.sites.get(msg["name"])
         asked = self.settings.asked(name, self.requested(msg))
-        if facts is not None and facts.kind == _kind(msg):
+        msg["kind"] = kind = _kind(msg)
+        if facts is not None and facts.kind == kind:
             chosen = plan.estimators[name] if asked is None else asked
         else:  # a structure that was not met before
             site, particles = replace(view(msg), requested=asked), self.settings.particles
@@ -332,7 +345,8 @@ class PyroLibrary:
     def requested(self, msg: Message) -> Estimator | None:
         """The site's own request: ``infer={"estimator": ...}``, or Pyro's ``infer={"baseline": {...}}``."""
         asked = requested(msg["name"], msg["infer"])
-        return from_baseline(msg["infer"].get("baseline")) if asked is None else asked
+        baseline = msg["infer"].get("baseline")
+        return from_baseline(baseline) if asked is None and baseline else asked
 
     def view(self, plan: Plan, msg: Message, wide: Plate | None = None) -> Site:
         facts = plan.sites.get(msg["name"])
@@ -625,9 +639,9 @@ class PyroLibrary:
     def _joined(self, rows: Sequence[Any], axis: int = 0) -> Any:
         """Arrays of one particle each, joined along a new particle axis (or as they are, if vectorised)."""
         first = rows[0]
-        if isinstance(first, Mapping):
-            return {k: self._joined([r[k] for r in rows], int(k == "elsewhere" or axis)) for k in first}
-        if not isinstance(first, torch.Tensor) or self.vectorized:
+        if type(first) is dict:
+            return {k: self._joined([r[k] for r in rows], 1 if k == "elsewhere" else axis) for k in first}
+        if first is None or self.vectorized or not isinstance(first, torch.Tensor):
             return first
         if len(rows) == 1:
             return first.unsqueeze(axis)

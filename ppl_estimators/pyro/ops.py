@@ -21,7 +21,7 @@ class TorchOps:
         return getattr(standard, name)
 
     def stop_gradient(self, x: Array) -> Array:
-        return x.detach()
+        return x.detach() if x.requires_grad else x
 
     def softmax(self, x: Array) -> Array:
         return torch.softmax(x, -1)
