@@ -332,7 +332,7 @@ class Provenance(TorchFunctionMode):
         now = tensors(fn)
         if len(now) > len(held):  # computed lazily: from its parameters, or (in a transform's cache) from the value
             self._adopt(now, held, here)
-            self._adopt(tensors(fn, through=Distribution), held, deps)
+            self._adopt(tensors(fn, through=(Distribution,)), held, deps)
         self._record(value, here)
 
     def names(self, deps: Sites) -> frozenset[str]:
@@ -377,22 +377,22 @@ def _gather(things: Iterable[Any], through: Any, found: list[torch.Tensor], seen
             found.append(thing)
         elif sort is tuple:
             clear &= _gather(thing, through, found, seen)
-        elif sort is Distribution or sort is Transform:
-            if sort not in through or id(thing) in seen:  # a transform and its inverse hold each other
+        elif sort in through:
+            if id(thing) in seen:  # a transform and its inverse hold each other
                 continue
             seen.add(id(thing))
             clear &= kind.__module__.startswith(_LIBRARIES)
             clear &= _gather(vars(thing).values(), through, found, seen)
         elif sort is Mapping:
             clear &= _gather(thing.values(), through, found, seen)
-        elif sort is torch.nn.Module:
+        elif sort is torch.nn.Module or (sort is Transform and isinstance(thing, torch.nn.Module)):
             for module in thing.modules():
                 clear &= type(module).__module__.startswith(_KNOWN)
                 _gather((module._parameters, module._buffers), through, found, seen)
                 found += [x for x in vars(module).values() if isinstance(x, torch.Tensor)]
         elif sort is functools.partial:
             clear &= _gather((thing.func, thing.args, thing.keywords), through, found, seen)
-        elif sort is Constraint:
+        elif sort in _NOT_ASKED:
             continue
         elif not _module(thing).startswith(_KNOWN):
             clear = False
@@ -402,11 +402,14 @@ def _gather(things: Iterable[Any], through: Any, found: list[torch.Tensor], seen
     return clear
 
 
+_NOT_ASKED = (Distribution, Transform, Constraint)
+
+
 @functools.lru_cache(maxsize=1024)
 def _sort(kind: type) -> Any:
     """The first of these that a class is one of, and of the two sequences the tuple."""
-    sorts = (torch.Tensor, Distribution, Transform, tuple, list, Mapping, torch.nn.Module, functools.partial, Constraint)
-    sort = next((s for s in sorts if issubclass(kind, s)), None)
+    sorts = (torch.Tensor, Distribution, Transform, tuple, list, Mapping, torch.nn.Module, functools.partial)
+    sort = next((s for s in (*sorts, Constraint) if issubclass(kind, s)), None)
     return tuple if sort is list else sort
 
 
