@@ -40,9 +40,10 @@ def newest() -> list[str]:
 
 
 def python(names: tuple[str, ...]) -> str:
-    """The first of them that starts."""
-    for name in names:
-        if (found := which(name)) and not subprocess.run([found, "-c", ""], capture_output=True).returncode:
+    """The first of them that starts, on the PATH or among those that pyenv keeps."""
+    kept = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    for found in (p for name in names for p in (which(name), *map(str, kept.glob(f"*/bin/{name}"))) if p):
+        if not subprocess.run([found, "-c", ""], capture_output=True).returncode:
             return found
     raise SystemExit(f"versions: none of {', '.join(names)} is on the PATH")
 
