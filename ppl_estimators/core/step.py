@@ -77,6 +77,9 @@ class Library(Protocol):
         """The cost terms, scaled and masked; ``relaxed`` names the sites whose values are relaxed or carry a gradient
         that a discrete log probability would drop, ``only`` restricts to terms that depend on one of these sites."""
 
+    def check(self, run: Run) -> None:
+        """Whether what is known of the program from a particle's first run is true, where that may be in doubt."""
+
     # ---- one site -----------------------------------------------------------------------------------------------
 
     def estimator(self, plan: Plan, msg: Message) -> Estimator:
@@ -243,6 +246,7 @@ class Step:
             if name not in run.draws:  # where no handler reaches: inside a scan
                 run.draws[name] = Draw(library.ops.stop_gradient(site.value))
         run.terms = library.terms(run.traces, run.plan, run.plan.soft, first=True)
+        library.check(run)
         return run
 
     def _draw(self, run: Run, msg: Message) -> Array:

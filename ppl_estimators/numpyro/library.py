@@ -121,6 +121,9 @@ class NumPyroLibrary:
         terms = terms_of(traces, plan.depends_on, relaxed, plan.hard)
         return terms if only is None else [t for t in terms if t.depends_on & only]
 
+    def check(self, run: Run) -> None:
+        """A traced program is the same every time."""
+
     # ---- one site -----------------------------------------------------------------------------------------------
 
     def estimator(self, plan: Plan, msg: Message) -> Estimator:

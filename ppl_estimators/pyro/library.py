@@ -125,7 +125,7 @@ class PyroLibrary:
         self._used: dict[str, Estimator] = {}
         self._follow: Any = None  # the `Provenance` of the last run that was followed
         self._pinned = False  # no run is thrown away any more
-        self._unchecked = False  # is the structure new?
+        self._new = self._unchecked = False  # is the structure new; and are its shapes not checked yet?
         self._recorded = False  # is the stream of the last first run known?
 
     # ---- structure: which sites there are, who depends on whom ------------------------------------------------------
@@ -148,7 +148,7 @@ class PyroLibrary:
         if plan is None:
             plan = self._made(traces, follow)
             self.memory.plans.store(signature, plan)
-            self._unchecked = True
+            self._unchecked = self._new = True
         if plan is not self._plan or plan is not self.memory.last:
             self.memory.expected.store(self.call, plan)
             self.memory.last = plan
@@ -560,14 +560,19 @@ class PyroLibrary:
         if result is None and self._plan is expected:
             self._survey()
         self._pinned = True
-        result = self._attempt(one) if result is None else result
-        if not self._verified(result[1]):
+        while result is None:  # once more, and again if a dependency was found to be lost
             result = self._attempt(one)
         return result
 
+    def check(self, run: Run) -> None:
+        """Is the program what its first run says of it? Asked once for each structure, before any other run of it, see
+        `core.verify`. If a dependency was lost, everything counts as depending on all that was drawn before it from
+        now on, and the particle is drawn anew."""
+        if self._new and not self._verified(run):
+            raise _Unplanned
+
     def _verified(self, run: Run) -> bool:
-        """Is the program what its first run said of it? Asked once for each structure, see `core.verify`. False if a
-        dependency was lost: then everything counts as depending on all that was drawn before it, from now on."""
+        self._new = False
         plan, latents = run.plan, run.traces.latents()
         structure: Any = self._structure(plan)
         known: Any = self.memory.verified
@@ -575,7 +580,7 @@ class PyroLibrary:
         if not self.verify or structure in known or sum(s[0] == program for s in known) >= _STRUCTURES:
             return True
         known.store(structure, True)
-        sites = [n for n in plan.local if latents[n]["fn"] is not None]
+        sites = plan.local
         terms = {(t.side, t.site): t.value.detach() for t in run.terms}
         depends_on = {k: plan.depends_on[k] for k in terms}
         again = plan.reruns or plan.particles > self.settings.particles
