@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from ..core.errors import EstimatorError
 
@@ -29,10 +28,10 @@ class Ran:
         if message["is_observed"]:
             self.observed.append(name)
         else:
-            self.latents[name] = tuple(np.shape(message["value"]))
+            self.latents[name] = tuple(message["value"].shape)
             if message["infer"].get("enumerate"):
                 self.enumerated.add(name)
-        if not np.isfinite(log_p):
+        if not math.isfinite(log_p):
             self.bad[name] = log_p
 
 

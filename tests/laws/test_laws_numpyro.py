@@ -460,7 +460,7 @@ KEEPERS = [
 def test_a_bad_step_moves_no_state(spec: Any, shift: float) -> None:
     model, guide, _ = program("spoiled")
     guide = with_estimators(guide, {"z": spec})
-    svi = SVI(model, guide, optim.SGD(0.0), EstimatorELBO())
+    svi = SVI(model, guide, optim.SGD(0.0), EstimatorELBO(debug=True))
     state = svi.init(jax.random.key(0), 0.0)
     update = jax.jit(svi.update)
     for _ in range(3):
@@ -484,7 +484,7 @@ def test_a_bad_step_moves_no_state(spec: Any, shift: float) -> None:
 def test_the_average_goes_on_as_if_the_bad_step_had_not_been() -> None:
     model, guide, params = program("spoiled")
     guide = with_estimators(guide, {"z": Reinforce(MovingAverage(0.8))})
-    elbo = EstimatorELBO()
+    elbo = EstimatorELBO(debug=True)
     state = SVI(model, guide, optim.SGD(0.0), elbo).init(jax.random.key(0), 0.0).mutable_state
 
     @jax.jit
