@@ -405,12 +405,14 @@ def _gather(things: Iterable[Any], through: Any, found: list[torch.Tensor], seen
 _NOT_ASKED = (Distribution, Transform, Constraint)
 
 
-@functools.lru_cache(maxsize=1024)
-def _sort(kind: type) -> Any:
+def _sorted(kind: type) -> Any:
     """The first of these that a class is one of, and of the two sequences the tuple."""
     sorts = (torch.Tensor, Distribution, Transform, tuple, list, Mapping, torch.nn.Module, functools.partial)
     sort = next((s for s in (*sorts, Constraint) if issubclass(kind, s)), None)
     return tuple if sort is list else sort
+
+
+_sort: Callable[[type], Any] = functools.lru_cache(maxsize=1024)(_sorted)
 
 
 def _module(thing: Any) -> str:
