@@ -1,0 +1,385 @@
+"""A further run is the same program (law 14), and the plan is a function of program and configuration (law 15)."""
+
+import gc
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+
+from ppl_estimators import (
+    REBAR,
+    ControlVariate,
+    DisARM,
+    Enumerate,
+    EstimatorError,
+    EstimatorWarning,
+    LeaveOneOut,
+    MovingAverage,
+    Reinforce,
+)
+from ppl_estimators.pyro import EstimatorELBO, with_estimators
+
+LANES = 4000
+
+
+def lanes(x):
+    x = torch.as_tensor(x)
+    return x.expand(LANES, *x.shape).clone()
+
+
+def gradients(elbo, model, guide, *args, steps=1, seed=0):
+    """``{parameter: [steps, *shape]}``, each step's own."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(seed)
+    rows = []
+    for _ in range(steps):
+        elbo.loss_and_grads(model, guide, *args)
+        rows.append({})
+        for name, p in pyro.get_param_store().named_parameters():
+            rows[-1][name] = torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            p.grad = None
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[-1]}
+
+
+def assert_mean(draws, exact):
+    """The mean of independent draws ``[n, ...]`` within 5 standard errors, which could tell a tenth."""
+    draws, exact = draws.double(), torch.as_tensor(exact).double()
+    mean, error = draws.mean(0), draws.std(0) / len(draws) ** 0.5
+    assert ((mean - exact).abs() <= 5 * error + 1e-4).all(), (mean, error)
+    assert (error <= 0.1 * exact.abs().max()).all(), error
+
+
+# ---- what a further run draws --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", [DisARM(), Enumerate(), REBAR()], ids=repr)
+def test_dropout_is_the_same_in_every_run(estimator):
+    """The gradient is the mean over the four masks; a run with another mask mixes the costs of two guides."""
+
+    def model():
+        with pyro.plate("lanes", LANES):
+            z = pyro.sample("z", dist.Bernoulli(lanes(0.3)))
+            pyro.sample("x", dist.Normal(2 * z, 1.0), obs=lanes(1.5))
+
+    def guide():
+        w, b = pyro.param("w", lanes([1.0, -1.5])), pyro.param("b", lanes(0.2))
+        mask = torch.nn.functional.dropout(torch.ones(LANES, 2), 0.5)
+        with pyro.plate("lanes", LANES):
+            pyro.sample("z", dist.Bernoulli(logits=(w * mask).sum(-1) + b))
+
+    found = gradients(EstimatorELBO({"z": estimator}), model, guide, steps=6)
+    draws = torch.cat([torch.cat([found["w"], found["b"][..., None]], -1)]).flatten(0, 1)
+    assert_mean(draws, [-0.00997, -0.18168, -0.04195])
+
+
+@pytest.mark.parametrize("source", ["torch", "python", "numpy"])
+def test_a_datum_that_the_guide_draws_is_the_same_in_every_run(source):
+    """q(z = 1) = sigmoid(0.8 x) for x = -2 or 2, which guide and model share."""
+    import random
+
+    box = {}
+    draw = {
+        "torch": lambda: torch.randint(2, (LANES,)),
+        "python": lambda: torch.tensor(random.choices((0, 1), k=LANES)),
+        "numpy": lambda: torch.as_tensor(np.random.randint(2, size=LANES)),
+    }[source]
+
+    def guide():
+        box["x"] = torch.tensor([-2.0, 2.0])[draw()]
+        w = pyro.param("w", lanes(0.8))
+        with pyro.plate("lanes", LANES):
+            pyro.sample("z", dist.Bernoulli(logits=w * box["x"]))
+
+    def model():
+        with pyro.plate("lanes", LANES):
+            z = pyro.sample("z", dist.Bernoulli(lanes(0.5)))
+            pyro.sample("x", dist.Normal(3 * z - 1.5, 1.0), obs=box["x"])
+
+    found = gradients(EstimatorELBO(), model, guide, steps=2)["w"]
+    assert_mean(found.flatten()[:, None], [-1.2299])
+
+
+def test_alternatives_side_by_side_share_their_noise():
+    def model():
+        with pyro.plate("lanes", LANES):
+            y = pyro.sample("y", dist.OneHotCategorical(lanes(torch.ones(3))))
+            w = pyro.sample("w", dist.Normal(lanes(torch.zeros(2)), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(3 * w.sum(-1) + y @ torch.arange(3.0), 1.0), obs=lanes(0.5))
+
+    def guide():
+        a, m = pyro.param("l", lanes(torch.zeros(3))), pyro.param("m", lanes(torch.zeros(2)))
+        with pyro.plate("lanes", LANES):
+            y = pyro.sample("y", dist.OneHotCategorical(logits=a))
+            pyro.sample("w", dist.Normal(m + 0 * y.sum(-1, keepdim=True), 0.5).to_event(1))
+
+    def variance(**how):
+        elbo = EstimatorELBO({"y": Enumerate()}, **how)
+        return gradients(elbo, model, guide)["l"].flatten(0, 1).var(0).sum().item()
+
+    together = variance(vectorize_particles=True, max_plate_nesting=1)
+    assert together == pytest.approx(variance(), rel=0.1)
+
+
+def test_random_numbers_of_the_caller_go_on_as_after_one_run():
+    """DisARM() draws one uniform; its further run, and the verification of the first step, leave no trace."""
+
+    def model():
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Bernoulli(0.4)), 1.0), obs=torch.tensor(0.3))
+
+    def guide():
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.2))))
+
+    elbo, after = EstimatorELBO({"z": DisARM()}), []
+    for _ in range(2):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        elbo.loss_and_grads(model, guide)
+        after.append(torch.rand(()).item())
+    pyro.set_rng_seed(3)
+    torch.rand(())
+    assert after == [torch.rand(()).item()] * 2
+
+
+# ---- what it leaves ------------------------------------------------------------------------------------------------
+
+
+def batch_norm(elbo, steps=5):
+    """What encoder and decoder have counted and averaged."""
+    torch.manual_seed(0)
+    x = 3 + torch.randn(16, 4)
+    encoder = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    decoder = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.BatchNorm1d(4, affine=False))
+
+    def model():
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", 16):
+            z = pyro.sample("z", dist.Bernoulli(0.5 * torch.ones(2)).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide():
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", 16):
+            pyro.sample("z", dist.Bernoulli(logits=encoder(x)).to_event(1))
+
+    pyro.clear_param_store()
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-4}), elbo)
+    for _ in range(steps):
+        svi.step()
+    return int(encoder[0].num_batches_tracked), int(decoder[1].num_batches_tracked), encoder[0].running_mean
+
+
+@pytest.mark.parametrize("estimator", [DisARM(), Enumerate(), None], ids=repr)
+def test_batch_normalisation_counts_the_batches_of_the_stock_elbo(estimator):
+    *stock, mean = batch_norm(Trace_ELBO())
+    *ours, own = batch_norm(EstimatorELBO(estimator))
+    assert ours == stock
+    torch.testing.assert_close(own, mean)
+
+
+def batches(make):
+    """Model and guide of which the guide takes its batch from an iterator; how many it has taken."""
+    supply, count = iter(make()), itertools.count()
+
+    def guide():
+        next(count)
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.2)) * next(supply)))
+
+    def model():
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Bernoulli(0.5)), 1.0), obs=torch.tensor(0.7))
+
+    return model, guide, count
+
+
+def test_a_batch_iterator_is_asked_once_a_step_or_refused():
+    model, guide, count = batches(lambda: torch.linspace(-1.0, 1.0, 50))
+    elbo = EstimatorELBO(Reinforce(MovingAverage()))
+    for _ in range(5):
+        elbo.loss_and_grads(model, guide)
+    assert next(count) == 5
+    for make in (lambda: torch.linspace(-1.0, 1.0, 50), lambda: itertools.cycle(torch.tensor([-1.0, 1.0]))):
+        pyro.clear_param_store()
+        with pytest.raises(EstimatorError, match=r"site 'z', 'x'|site 'x', 'z'|site 'z': its cost is another"):
+            EstimatorELBO().loss_and_grads(*batches(make)[:2])
+
+
+# ---- verification --------------------------------------------------------------------------------------------------
+
+
+def test_a_dependency_that_nobody_sees_is_found_and_assumed():
+    """Another thread reads the values as Python numbers: no mode of this thread sees that."""
+    with ThreadPoolExecutor(1) as pool:
+
+        def mean(z):
+            return torch.tensor(pool.submit(lambda: [1.5 * a - 0.5 * b for a, b in z.tolist()]).result())
+
+        def model():
+            with pyro.plate("lanes", LANES):
+                z = torch.stack([pyro.sample(f"z{i}", dist.Bernoulli(lanes(0.5))) for i in range(2)], -1)
+                pyro.sample("x", dist.Normal(mean(z), 0.5), obs=lanes(1.2))
+
+        def guide():
+            a = pyro.param("l", lanes([0.3, -0.4]))
+            with pyro.plate("lanes", LANES):
+                for i in range(2):
+                    pyro.sample(f"z{i}", dist.Bernoulli(logits=a[:, i]))
+
+        elbo = EstimatorELBO()
+        with pytest.warns(EstimatorWarning, match="site 'z[01]': the cost of site 'x'"):
+            found = gradients(elbo, model, guide)["l"]
+        assert elbo.memory.last.depends_on["model", "x"] == {"z0", "z1"}
+        torch.testing.assert_close(found.flatten(0, 1).mean(0), torch.tensor([-0.8810, 0.1866]), atol=0.05, rtol=0)
+        unverified = EstimatorELBO(verify=False)
+        gradients(unverified, model, guide)
+        assert unverified.memory.last.depends_on["model", "x"] == set()
+
+
+# ---- the plan ------------------------------------------------------------------------------------------------------
+
+
+def bits(n):
+    with pyro.plate("data", n):
+        z = pyro.sample("z", dist.Bernoulli(0.4 * torch.ones(3)).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=torch.linspace(-1, 2, n))
+
+
+def bits_guide(n):
+    a = pyro.param("l", torch.tensor([0.3, -0.2, 0.1]))
+    with pyro.plate("data", n):
+        pyro.sample("z", dist.Bernoulli(logits=a).to_event(1))
+
+
+def chosen(elbo):
+    return dict(elbo.memory.last.estimators)
+
+
+def test_a_smaller_last_batch_is_no_other_program():
+    elbo = EstimatorELBO()
+    for n in (32, 32, 4):
+        elbo.loss_and_grads(bits, bits_guide, n)
+        assert chosen(elbo) == {"z": DisARM()}
+        assert elbo.memory.last.sites["z"].batch_shape == (n,)
+
+
+def labels(x, y=None):
+    with pyro.plate("data", len(x)):
+        y = pyro.sample("y", dist.OneHotCategorical(torch.ones(3)), obs=y)
+        pyro.sample("x", dist.Normal(y @ torch.arange(3.0), 1.0), obs=x)
+
+
+def labels_guide(x, y=None):
+    w = pyro.param("w", torch.zeros(3))
+    with pyro.plate("data", len(x)):
+        if y is None:
+            pyro.sample("y", dist.OneHotCategorical(logits=w.expand(len(x), 3)))
+
+
+@pytest.mark.parametrize("how", ["mapping", "hook", "default"])
+@pytest.mark.parametrize("labelled_first", [True, False])
+def test_labelled_and_unlabelled_batches_in_any_order(how, labelled_first):
+    x, y = torch.linspace(-1.0, 2.0, 5), torch.eye(3)[torch.arange(5) % 3]
+    guide = with_estimators(labels_guide, {"y": Enumerate()}) if how == "hook" else labels_guide
+    elbo = EstimatorELBO({"y": Enumerate()} if how == "mapping" else None)
+    calls = [(x, y), (x,), (x, y), (x,)][0 if labelled_first else 1 :]
+    for call in calls:
+        elbo.loss_and_grads(labels, guide, *call)
+    assert chosen(elbo) == {"y": Enumerate()}
+    w = gradients(elbo, labels, guide, x, steps=5)["w"]
+    assert w.var(0).max() < 1e-10
+
+
+def test_a_key_that_no_structure_has_is_still_an_error():
+    with pytest.raises(EstimatorError, match="'q' matches no latent site"):
+        EstimatorELBO({"q": Enumerate()}).loss_and_grads(labels, labels_guide, torch.zeros(2))
+
+
+def test_sequences_of_other_lengths_are_planned_by_the_same_rule():
+    def walk(n, logit):
+        z = torch.tensor(0.0)
+        for i in range(n):
+            z = pyro.sample(f"z{i}", dist.Bernoulli(logits=logit + z))
+        return z
+
+    def model(n):
+        pyro.sample("x", dist.Normal(walk(n, torch.tensor(0.1)), 1.0), obs=torch.tensor(0.5))
+
+    def guide(n):
+        walk(n, pyro.param("l", torch.tensor(0.2)))
+
+    used = EstimatorELBO()
+    for n in (1, 5, 2, 5, 1):
+        used.loss_and_grads(model, guide, n)
+        fresh = EstimatorELBO()
+        fresh.loss_and_grads(model, guide, n)
+        assert chosen(used) == chosen(fresh)
+        assert used.memory.last.particles == fresh.memory.last.particles
+
+
+def test_a_loop_whose_length_is_drawn_is_planned_alike_whatever_the_first_run_met():
+    def loop(logit):
+        n = 0
+        while n < 4 and pyro.sample(f"go_{n}", dist.Bernoulli(logits=logit)):
+            n += 1
+        return n
+
+    def model():
+        pyro.sample("x", dist.Normal(float(loop(torch.tensor(0.0))), 1.0), obs=torch.tensor(3.0))
+
+    def guide():
+        loop(pyro.param("l", torch.tensor(0.2)))
+
+    for seed in range(6):
+        elbo = EstimatorELBO()
+        pyro.set_rng_seed(seed)
+        elbo.loss_and_grads(model, guide)
+        assert set(chosen(elbo).values()) == {Reinforce(LeaveOneOut())}
+        assert elbo.memory.last.particles > 1
+
+
+def test_changed_settings_take_effect_at_the_next_step():
+    elbo = EstimatorELBO({"z": Reinforce(MovingAverage())})
+    elbo.loss_and_grads(bits, bits_guide, 4)
+    elbo.estimators = {"z": Enumerate()}
+    elbo.loss_and_grads(bits, bits_guide, 4)
+    assert chosen(elbo) == {"z": Enumerate()}
+    elbo.estimators, elbo.num_particles = {}, 3
+    elbo.loss_and_grads(bits, bits_guide, 4)
+    assert chosen(elbo) == {"z": Reinforce(LeaveOneOut())}
+    assert elbo.memory.last.particles == 3
+
+
+def objects_per_step(step, warm, steps):
+    for i in range(warm):
+        step(i)
+    gc.collect()
+    before = len(gc.get_objects())
+    for i in range(warm, warm + steps):
+        step(i)
+    gc.collect()
+    return (len(gc.get_objects()) - before) / steps
+
+
+@pytest.mark.parametrize("what", ["batch size", "hook", "estimator at the site"])
+def test_what_an_elbo_remembers_is_bounded(what):
+    elbo = EstimatorELBO()
+
+    def at_the_site(n):
+        estimator = ControlVariate(lambda z: 2 * z, lambda d: 2 * d.mean, 0.7)
+        a = pyro.param("l", torch.tensor(0.3))
+        with pyro.plate("data", n):
+            pyro.sample("z", dist.Bernoulli(logits=a), infer={"estimator": estimator})
+
+    def model(n):
+        with pyro.plate("data", n):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Bernoulli(0.4)), 1.0), obs=torch.zeros(n))
+
+    step = {
+        "batch size": lambda i: elbo.loss_and_grads(bits, bits_guide, 2 + i),
+        "hook": lambda i: elbo.loss_and_grads(bits, with_estimators(bits_guide, {"z": Reinforce(MovingAverage())}), 4),
+        "estimator at the site": lambda i: elbo.loss_and_grads(model, at_the_site, 4),
+    }[what]
+    assert objects_per_step(step, 150, 50) <= 1
