@@ -280,8 +280,18 @@ def jointly(module, model, guide, told, budget=60):
 
 
 def test_the_joint_stage_has_the_last_word(two_candidates):
-    """The search is told that the worse is best: jointly the runner-up wins, and it says what the other costs."""
-    found = jointly(two_candidates, *bit(PYRO), {"z": (Reinforce(), Enumerate())})
+    """The search is told that the worse is best: jointly the runner-up wins, and it says what the other costs. The
+    cost is a sum over three bits, so that a sum over each is exact, and the default, an antithetic pair, is not."""
+
+    def model():
+        z = pyro.sample("z", pd.Bernoulli(0.4 * torch.ones(3)).to_event(1))
+        pyro.sample("x", pd.Normal(2.0 * z, 1.0).to_event(1), obs=1.3 * torch.ones(3))
+
+    def guide():
+        logits = pyro.param("a", torch.linspace(-0.8, 0.3, 3))
+        pyro.sample("z", pd.Bernoulli(logits=logits).to_event(1))
+
+    found = jointly(two_candidates, model, guide, {"z": (Reinforce(), Enumerate())})
     assert found.joint.chosen == "z: Enumerate()"
     assert found.mapping == {"z": Enumerate()}
     assert found["z"].runner_up == "Reinforce()"
