@@ -21,27 +21,20 @@ DRAWS = 20_000
 
 def program(*, guide_reversed=False, model_reversed=False, after=False, later=False):
     """z_t depends on z_{t-1} in guide and model; ``after``: an observation of the end and of the first step;
-    ``later``: a site of the guide that the whole path moves, and that moves every step of a second scan."""
+    ``later``: a site of the guide that the whole path moves, and that moves every step of the model."""
 
     def model():
-        scale = numpyro.sample("w", dist.Bernoulli(0.5)) if later else 0.0
+        shift = numpyro.sample("w", dist.Bernoulli(0.5)) if later else 0.0
 
         def step(carry, y):
             z = numpyro.sample("z", dist.Bernoulli(logits=0.7 * carry - 0.2))
             with numpyro.plate("pair", 2):
-                numpyro.sample("x", dist.Normal(z + 0.3 * carry, 1.0), obs=y + jnp.arange(2.0))
+                numpyro.sample("x", dist.Normal(z + 0.3 * carry + 0.8 * shift, 1.0), obs=y + jnp.arange(2.0))
             return z + 0.4 * carry, z
 
         end, path = scan(step, 0.0, DATA, reverse=model_reversed)
         if after:
             numpyro.sample("end", dist.Normal(path[0] + end, 1.0), obs=1.0)
-        if later:
-
-            def again(carry, y):
-                numpyro.sample("v", dist.Normal(0.4 * scale * carry, 1.0), obs=y)
-                return carry + 1.0, None
-
-            scan(again, 0.0, DATA)
 
     def guide():
         a, b = numpyro.param("a", POINT["a"]), numpyro.param("b", POINT["b"])
