@@ -1,6 +1,7 @@
 # Everything starts from a fresh checkout with Python 3.11 (or later) and make:
 #
-#   make demo        train the digits network in both libraries; table, results.json and figure
+#   make demo        train the digits network in both libraries; table, results.json and figure. It installs the two
+#                    libraries and what the demo draws with; all other targets install what development needs, too
 #   make test        the tests, those marked slow left out: under ten minutes on two idle cores
 #   make test-all    all tests: every estimator in every program, notebooks, examples and the demo to their end
 #   make programs    300 random programs in both libraries against exact sums; PROGRAMS="--first 300" for others
@@ -15,6 +16,7 @@
 
 VENV   := .venv
 PY     := $(VENV)/bin/python
+DEMO_STAMP := $(VENV)/.demo
 STAMP  := $(VENV)/.installed
 DEMO     ?=
 PYTEST   ?=
@@ -25,7 +27,7 @@ PROGRAMS ?=
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
 
-demo: $(STAMP)
+demo: $(DEMO_STAMP)
 	$(PY) -m ppl_estimators.cli demo $(DEMO)
 
 # Two workers with one thread each: the suite is made of many small computations. What `test` leaves out shows nothing
@@ -67,13 +69,19 @@ clean:
 	rm -rf $(VENV) build dist demo-results .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The environment is made afresh whenever a declared dependency or a pin changes. The stamp is
-# written last, so an interrupted installation is never mistaken for a finished one.
-$(STAMP): pyproject.toml constraints.txt
+# The environment is made afresh whenever a declared dependency or a pin changes. A stamp is written last, so an
+# interrupted installation is never mistaken for a finished one; what serves development serves the demo.
+$(VENV)/pyvenv.cfg: pyproject.toml constraints.txt
 	@for python in python3.11 python3 python; do \
 		"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 			&& exec "$$python" -m venv --clear $(VENV); \
 	done; \
 	echo "make: Python 3.11 or later is needed, and none was found on the PATH" >&2; exit 1
-	$(PY) -m pip install -c constraints.txt -e ".[dev]"
+
+$(DEMO_STAMP): $(VENV)/pyvenv.cfg
+	$(PY) -m pip install -c constraints.txt -e ".[all]"
 	@touch $@
+
+$(STAMP): $(VENV)/pyvenv.cfg
+	$(PY) -m pip install -c constraints.txt -e ".[dev]"
+	@touch $(DEMO_STAMP) $@

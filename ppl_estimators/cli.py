@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; `arguments` are those of the process by default. Returns the exit code."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        return _complain(f"the command line needs {' and '.join(missing)}: pip install '{PROGRAM}[demo]'")
+        return _complain(f"the command line needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
     from typer import TyperException
 

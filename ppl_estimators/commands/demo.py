@@ -20,7 +20,7 @@ class Backend(StrEnum):
     both = "both"
 
 
-DISTRIBUTIONS = {"pyro": "pyro-ppl", "numpyro": "numpyro"}
+DISTRIBUTIONS = {"pyro": "pyro-ppl array-api-compat", "numpyro": "numpyro"}
 DEMO_MODULES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
 
@@ -89,10 +89,10 @@ def demo(
 def _require(backends: list[str]) -> None:
     for name in backends:
         if find_spec(name) is None:
-            raise CommandError(f"--backend {name} needs {DISTRIBUTIONS[name]}: pip install 'ppl-estimators[{name}]'")
+            raise CommandError(f"--backend {name} needs it: pip install {DISTRIBUTIONS[name]}")
     for module, package in DEMO_MODULES.items():
         if find_spec(module) is None:
-            raise CommandError(f"the demo needs {package}: pip install 'ppl-estimators[demo]'")
+            raise CommandError(f"the demo needs {package}: pip install {package}")
 
 
 def _make_folder(out: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ppl_estimators.backends import Library
+from ppl_estimators.commands.demo import DISTRIBUTIONS
 from ppl_estimators.commands.errors import CommandError
 
 #: built-in programs, and what is worth seeing in each
@@ -29,7 +30,7 @@ Program = tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]
 def load(name: str, backend: Library) -> Program:
     """``(model, guide, args)`` of a built-in name, or of ``module:function``, which returns that."""
     if find_spec(backend) is None:
-        raise CommandError(f"--backend {backend} needs {backend}: pip install 'ppl-estimators[{backend}]'")
+        raise CommandError(f"--backend {backend} needs it: pip install {DISTRIBUTIONS[backend]}")
     if ":" not in name:
         if name not in BUILT_IN:
             raise CommandError(f"program '{name}' is not known. Use {', '.join(BUILT_IN)}, or module:function", code=2)
