@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 
 import jax
@@ -31,6 +32,7 @@ from ppl_estimators import (
     Pathwise,
     Reinforce,
     StickingTheLanding,
+    UnorderedSet,
 )
 from ppl_estimators import numpyro as ours_jax
 from ppl_estimators import pyro as ours_torch
@@ -243,6 +245,25 @@ def test_plain_score_function_with_one_particle_warns(lib):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lib.loss(lib.ELBO({"z": Reinforce(LeaveOneOut())}, num_particles=2), model, guide)
+
+
+def test_a_warning_is_one_for_all_sites_and_points_at_the_users_line(lib):
+    def guide(law=lambda: lib.dist.Bernoulli(logits=lib.array(0.3))):
+        for i in range(5):
+            lib.sample(f"z{i}", law())
+
+    def labels():
+        guide(lambda: lib.dist.Categorical(logits=lib.array([0.3, 0.1])))
+
+    with pytest.warns(EstimatorWarning) as said:
+        lib.loss(lib.ELBO(default=Reinforce()), guide, guide)
+    (only,) = said
+    assert only.filename == __file__
+    assert re.match(
+        r"sites 'z0', 'z1', 'z2', ... \(5 sites\): .*DisARM\(\) \(1 for all.*num_particles=2", str(only.message)
+    )
+    with pytest.warns(EstimatorWarning, match=r"UnorderedSet\(3\) \(10\)"):
+        lib.loss(lib.ELBO(default=UnorderedSet(1)), labels, labels)
 
 
 def test_a_cost_that_is_not_finite_is_named_and_poisons_nothing(lib):

@@ -10,12 +10,11 @@ Each group is unbiased by itself, so their mean is. The value of the term stays 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from .errors import EstimatorError, EstimatorWarning
+from .errors import EstimatorError, warn
 from .estimator import Value
 from .families import ONEHOT
 from .ops import Array, Ops
@@ -40,12 +39,10 @@ def check(plan: Plan) -> None:
             "runs may have other terms. Leave average_model=False for this program."
         )
     if not any(group.weighed for group in plan.groups):
-        warnings.warn(
+        warn(
             "EstimatorELBO(average_model=True): no site has an estimator whose values can be averaged over, so the "
             "argument does nothing. DisARM(), ARMS(n), UnorderedSet(k), SumAndSample(k), Enumerate() and Repeat(n, "
             "Reinforce()) have.",
-            EstimatorWarning,
-            stacklevel=6,
         )
 
 

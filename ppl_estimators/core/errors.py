@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
+#: whose frames a warning is not about
+_OTHERS = sys.stdlib_module_names | {"ppl_estimators", "pyro", "numpyro", "torch", "jax"}
+
 
 class EstimatorError(ValueError):
     """A choice that cannot work. The message reads ``site 'z': fact. Fix.``"""
@@ -14,3 +20,11 @@ class EstimatorWarning(UserWarning):
 def site_error(site: str, fact: str, fix: str) -> EstimatorError:
     """``site 'z': DisARM needs a Bernoulli site, got Normal. Use Pathwise() here.``"""
     return EstimatorError(f"site '{site}': {fact}. {fix}")
+
+
+def warn(message: str) -> None:
+    """An `EstimatorWarning` that points at the line of the user's own code that led here."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _OTHERS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, EstimatorWarning, stacklevel=level)

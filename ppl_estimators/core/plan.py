@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -10,9 +9,9 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from .credit import Graph
-from .errors import EstimatorError, EstimatorWarning, site_error
+from .errors import EstimatorError, site_error, warn
 from .estimator import Control, Estimator, Value
-from .families import RELAXABLE
+from .families import BERNOULLI, CATEGORICAL, ONEHOT, RELAXABLE
 from .site import Site, Term
 from .spec import Spec
 
@@ -229,18 +228,26 @@ def make_plan(
             closed = graph.closed_plates(site.name, terms)
             site = replace(site, plates=closed, coupled=site.plates - closed)
         views[site.name] = site
-    bare = [n for n, e in chosen.items() if particles == 1 and e.control is Control.NOTHING]
+    bare = [s for s in sites if particles == 1 and chosen[s.name].control is Control.NOTHING]
     if bare:
-        names = ", ".join(f"'{n}'" for n in bare)
-        warnings.warn(
-            f"site{'s' * (len(bare) > 1)} {names}: score function without a baseline and with one particle is very "
-            "noisy. Pass EstimatorELBO(..., num_particles=2) for leave-one-out, or a baseline such as "
-            "Reinforce(MovingAverage()).",
-            EstimatorWarning,
-            stacklevel=6,
-        )
+        warn(_bare(bare))
     groups = _groups(views, chosen, graph, branches)
     return Plan(chosen, views, tuple(replace(t, value=None) for t in terms), graph, groups, particles, branches)
+
+
+def _bare(sites: Sequence[Site]) -> str:
+    """What is wrong with a score function by itself, and what to type, by the evaluations that it adds to a step."""
+    names = ", ".join(f"'{s.name}'" for s in sites[:3]) + f", ... ({len(sites)} sites)" * (len(sites) > 3)
+    fixes = ["Reinforce(MovingAverage()) (no further evaluation a step)"]
+    if all(s.family == BERNOULLI for s in sites):
+        fixes.append("DisARM() (1 for all that do not depend on each other)")
+    fixes.append("Reinforce(LeaveOneOut()) with num_particles=2 (1)")
+    if all(s.family in (CATEGORICAL, ONEHOT) for s in sites):
+        fixes.append(f"UnorderedSet(3) ({sum(2 * s.lanes for s in sites)})")
+    return (
+        f"site{'s' * (len(sites) > 1)} {names}: score function without a baseline and with one particle is very noisy. "
+        f"Name no estimator there, and the default spends two further evaluations; or type {', or '.join(fixes)}."
+    )
 
 
 def _groups(

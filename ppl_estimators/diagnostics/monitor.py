@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends import Library, of_svi
-from ..core.errors import EstimatorError, EstimatorWarning
+from ..core.errors import EstimatorError, warn
 from ..measure.watch import Bias, Moment, Snapshot
 from .log import Log, open_log
 from .moments import concentration, running
@@ -288,7 +287,7 @@ class GradientMonitor:
     def _warn(self, key: str, message: str) -> None:
         if key not in self._said:
             self._said.add(key)
-            warnings.warn(message, EstimatorWarning, stacklevel=2)
+            warn(message)
 
 
 @dataclass

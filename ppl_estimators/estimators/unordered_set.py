@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..core import lanes
 from ..core.errors import site_error
-from ..core.estimator import Estimator, Moves, Noise
+from ..core.estimator import Control, Estimator, Moves, Noise
 from ..core.families import CATEGORICAL, ONEHOT, encoded, gumbel, possible
 from ..core.keep import Kept
 from ..core.ops import Array, Ops
@@ -47,6 +47,10 @@ class UnorderedSet(Estimator):
     def __post_init__(self) -> None:
         if not isinstance(self.k, int) or self.k < 1:
             raise ValueError(f"UnorderedSet(k) draws k categories: k must be an integer, 1 or more, got {self.k!r}.")
+
+    @property
+    def control(self) -> Control:  # type: ignore[override]
+        return Control.NOTHING if self.k == 1 else Control.OWN
 
     def check(self, site: Site, particles: int) -> None:
         super().check(site, particles)

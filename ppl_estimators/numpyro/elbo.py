@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from numpyro.infer.elbo import Trace_ELBO
 
 from ..core.elbo import Configured
-from ..core.errors import EstimatorError, EstimatorWarning
+from ..core.errors import EstimatorError, warn
 from ..core.estimator import Estimator
 from ..core.objectives import Objective
 from ..core.site import Term
@@ -135,11 +134,9 @@ def _report(terms: Sequence[Term], finite: Array, loss: Array) -> Array:
     def say(finite: Any) -> Any:
         bad = [n for n, ok in zip(names, finite, strict=True) if not ok]
         if bad:
-            warnings.warn(
+            warn(
                 f"site {', '.join(bad)}: the cost is not finite at this step. Running averages of the estimators are "
                 "left as they were; look for a support mismatch, or use stable_update.",
-                EstimatorWarning,
-                stacklevel=2,
             )
         return np.zeros((), dtype)
 

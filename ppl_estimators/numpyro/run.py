@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -20,7 +19,7 @@ from numpyro.ops.pytree import PytreeTrace
 from numpyro.primitives import Messenger
 from numpyro.util import format_shapes
 
-from ..core.errors import EstimatorError, EstimatorWarning, site_error
+from ..core.errors import EstimatorError, site_error, warn
 from ..core.families import DISCRETE
 from ..core.site import Plate, Site, Term
 from .dependencies import dependencies, mark
@@ -325,11 +324,9 @@ def _same_plates(name: str, guide: Message, model: Message, traces: Traces) -> N
         )
     for here, there, found in (("guide", "model", only[0]), ("model", "guide", only[1])):
         if found and not _same_scale(guide["scale"], model["scale"]):
-            warnings.warn(
+            warn(
                 f"site '{name}': plate '{found[0]}' subsamples it in the {here} but not in the {there}, and scales one "
                 "log probability only. Open the same plate on both sides.",
-                EstimatorWarning,
-                stacklevel=2,
             )
 
 
@@ -512,7 +509,7 @@ def survey(
             fact = 'marked infer={"is_auxiliary": True}, but in the model too. Remove the mark.'
         else:
             fact = 'in the guide but not in the model. Mark it infer={"is_auxiliary": True} if that is meant.'
-        warnings.warn(f"site '{name}': {fact}", EstimatorWarning, stacklevel=6)
+        warn(f"site '{name}': {fact}")
     leading = {_PARAMETERS, *(n for n, s in seen["sites"].items() if s.reparameterised)}
     drawn = frozenset(seen["sites"])
     return Survey(

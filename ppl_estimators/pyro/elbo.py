@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from pyro.infer.util import torch_backward
 from pyro.poutine.trace_struct import Trace
 
 from ..core.elbo import Configured
-from ..core.errors import EstimatorWarning
+from ..core.errors import warn
 from ..core.estimator import Estimator
 from ..core.objectives import Objective
 from ..core.step import Run, Step
@@ -138,9 +137,7 @@ def _report(runs: Sequence[Run]) -> None:
         for t in run.terms
         if not torch.isfinite(t.value.detach()).all()
     ] or ["(their sum)"]
-    warnings.warn(
+    warn(
         f"site {', '.join(dict.fromkeys(bad))}: the cost is not finite at this step. Running averages of the "
         "estimators are left as they were; look for a support mismatch, or lower the learning rate.",
-        EstimatorWarning,
-        stacklevel=2,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -22,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from ..core import averaging
 from ..core.credit import Graph
-from ..core.errors import EstimatorError, EstimatorWarning, site_error
+from ..core.errors import EstimatorError, site_error, warn
 from ..core.estimator import Estimator, Noise
 from ..core.keep import Keeps, Kept
 from ..core.ops import Ops
@@ -481,13 +480,11 @@ class PyroLibrary:
         costs, terms = _one_by_one(evaluate, values)
         if found is None or not all(_same(found[0][n], costs[n]) for n in group.sites):
             names = ", ".join(f"'{n}'" for n in group.sites)
-            warnings.warn(
+            warn(
                 f"site {names}: {len(values)} other values side by side, as vectorize_particles=True allows, give "
                 "other costs than one after another: guide or model does not broadcast to an axis left of all others. "
                 "They run one after another from now on: right, and slower. Count axes from the right (z[..., 0], "
                 "z.sum(-1)), or pass vectorize_particles=False.",
-                EstimatorWarning,
-                stacklevel=2,
             )
             memory.narrow.add(program)
         return costs, terms
@@ -616,12 +613,10 @@ class PyroLibrary:
         if found is None:
             return True
         (side, term), site = found
-        warnings.warn(
+        warn(
             f"site '{site}': the cost of site '{term}' ({'log p' if side == 'model' else '-log q'}) moves with its "
             "value, by a way that cannot be followed (code that torch does not see). From now on every cost of this "
             "program counts for all sites that were drawn before it: right, and noisier.",
-            EstimatorWarning,
-            stacklevel=2,
         )
         self.memory.distrusted.add(program)
         return False
