@@ -229,7 +229,7 @@ def test_a_dependency_that_nobody_sees_is_found_and_assumed():
                     pyro.sample(f"z{i}", dist.Bernoulli(logits=a[:, i]))
 
         elbo = EstimatorELBO()
-        with pytest.warns(EstimatorWarning, match="site 'z[01]': the cost of site 'x'"):
+        with pytest.warns(EstimatorWarning, match="site 'z[01]': log p of 'x' moves"):
             found = gradients(elbo, model, guide)["l"]
         assert elbo.memory.last.depends_on["model", "x"] == {"z0", "z1"}
         torch.testing.assert_close(found.flatten(0, 1).mean(0), torch.tensor([-0.8810, 0.1866]), atol=0.05, rtol=0)

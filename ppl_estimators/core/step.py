@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-from . import averaging, relaxation
+from . import averaging, relaxation, verify
 from .assembly import Evaluated, assemble
 from .averaging import Average
 from .credit import Graph, downstream_costs
@@ -45,10 +45,9 @@ class Traces(Protocol):
     def latents(self) -> Mapping[str, Message]: ...
 
 
-class Library(Protocol):
+class Library(verify.Library, Protocol):
     """What a library does for one evaluation of the loss: model, guide and their arguments are its own affair."""
 
-    ops: Ops
     #: is a step compiled, so that every copy of the program in it has a price?
     compiled: bool
 
@@ -200,6 +199,18 @@ class Step:
         """The loss, whose gradient is the estimate; the new state of every site that keeps some; all particles."""
         joined = self.library.particles(self.particle)
         return *self.assemble(joined), joined
+
+    def check(self) -> verify.Checked:
+        """One particle, and all that can be asked of its program. Raises `EstimatorError`."""
+        found: list[verify.Checked] = []
+
+        def one(source: Any) -> tuple[dict[str, Any], Run]:
+            drawn, run = self.drawn(source)
+            found.append(verify.checked(self.library, run))
+            return drawn, run
+
+        self.library.particles(one, 1)
+        return found[-1]
 
     # ---- one particle -------------------------------------------------------------------------------------------
 

@@ -9,8 +9,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
-from .ops import Array
+from .errors import EstimatorError, site_error
+from .estimator import Control, Estimator
+from .ops import Array, Ops
+
+if TYPE_CHECKING:
+    from .plan import Settings
+    from .step import Run
 
 #: side and site of a cost term
 Key = tuple[str, str]
@@ -19,8 +28,119 @@ Evaluate = Callable[[Sequence[str]], Mapping[Key, Array]]
 #: says whether a term has the same value as another time
 Same = Callable[[Array, Array], bool]
 
-#: most further runs of the program
-BUDGET = 24
+#: most further runs of the program at a step, and in a test
+BUDGET, THOROUGH = 24, 1000
+
+
+class Library(Protocol):
+    """What is asked of a library here."""
+
+    ops: Ops
+    settings: Settings
+    #: how data are passed in, and how estimators that keep something are chosen, as a user writes it
+    passing: str
+    choosing: str
+
+    def moved(self, run: Run, sites: Sequence[str]) -> Mapping[Key, Array]:
+        """The cost terms of a further run in which ``sites`` take other values; all others keep those of ``run``."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check_program` found where nothing was wrong.
+
+    ``estimators``: of each latent site of the guide. ``depends_on``: of each cost term, by side ("model": log p,
+    "guide": -log q) and site, the latent sites that it is credited to. ``repeatable``: does the program cost the same
+    when it is run again with the same values? Where it doesn't, no estimator here runs it again.
+    """
+
+    estimators: Mapping[str, Estimator]
+    depends_on: Mapping[Key, frozenset[str]]
+    repeatable: bool
+
+    def __str__(self) -> str:
+        lines = [] if self.repeatable else ["the program cannot be run again, and is not"]
+        for name, estimator in self.estimators.items():
+            costs = ", ".join(cost_of(k) for k, sites in self.depends_on.items() if name in sites)
+            lines.append(f"site '{name}': {estimator!r}, credited with {costs}")
+        return "\n".join(lines)
+
+
+def checked(library: Library, run: Run) -> Checked:
+    """All that can be asked of the program of a particle's first run. Raises `EstimatorError`."""
+    found = look(library, run, THOROUGH)
+    if found.changing and (names := run_again(library, run)):
+        raise not_the_same(library, run, found, names) from found.cause
+    if found.lost is not None:
+        term, site = found.lost
+        raise site_error(
+            site,
+            f"{cost_of(term)} moves with its value, by a way that cannot be followed",
+            "Compute it by operations on the value itself, not by code that keeps or copies it out of sight.",
+        )
+    return Checked(dict(run.plan.estimators), dict(run.plan.depends_on), not found.changing)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Terms that are not the same when run again, or the exception that this raised; a term that moves with a site on
+    which it was said not to depend."""
+
+    changing: list[Key]
+    cause: Exception | None = None
+    lost: tuple[Key, str] | None = None
+
+
+def look(library: Library, run: Run, budget: int = BUDGET) -> Found:
+    """Run the program of a particle's first run again, and see."""
+    plan, evaluate, same = run.plan, partial(library.moved, run), partial(equal, library.ops)
+    terms = {(t.side, t.site): library.ops.stop_gradient(t.value) for t in run.terms}
+    depends_on = {k: plan.depends_on[k] for k in terms}
+    try:
+        changing = unstable(evaluate, terms, same)
+    except Exception as error:
+        return Found(list(terms), error)
+    if changing or plan.branches:  # which other values may not take
+        return Found(changing)
+    try:
+        return Found([], lost=lost(evaluate, terms, depends_on, plan.local, same, budget))
+    except Exception:  # a value that the program does not take
+        return Found([])
+
+
+def run_again(library: Library, run: Run) -> list[str]:
+    """Sites whose estimators need further runs of the program, beside the particles that were asked for."""
+    plan = run.plan
+    names = {n for group in plan.groups for n in group.sites} | plan.sticking
+    if plan.particles > library.settings.particles:
+        names |= {n for n, e in plan.estimators.items() if e.control is Control.OTHERS}
+    return [n for n in plan.estimators if n in names]
+
+
+def not_the_same(library: Library, run: Run, found: Found, names: Sequence[str]) -> EstimatorError:
+    sites = run.plan.sites
+    chosen = ", ".join(
+        f'"{n}": {"Pathwise()" if sites[n].reparameterised else "Reinforce(MovingAverage())"}' for n in names
+    )
+    return EstimatorError(
+        f"site {', '.join(dict.fromkeys(repr(n) for _, n in found.changing))}: its cost is another when the program is "
+        "run again with the same values and random numbers, so it reads something that changes (an iterator, a "
+        "counter), and the estimators here run it more than once. Fetch what changes outside and pass it in, "
+        f"{library.passing}; or choose estimators that need one run: {library.choosing.format(f'{{{chosen}}}')}."
+    )
+
+
+def equal(ops: Ops, a: Array, b: Array) -> bool:
+    """As equal as two runs of one computation are."""
+    if a.shape != b.shape:
+        return False
+    near = (a == b) | (ops.isnan(a) & ops.isnan(b)) | (ops.abs(a - b) <= 1e-5 + 1e-4 * ops.abs(b))
+    return bool(ops.all(near))
+
+
+def cost_of(term: Key) -> str:
+    side, site = term
+    return f"log p of '{site}'" if side == "model" else f"-log q of '{site}'"
 
 
 def unstable(evaluate: Evaluate, terms: Mapping[Key, Array], same: Same) -> list[Key]:
@@ -31,10 +151,10 @@ def unstable(evaluate: Evaluate, terms: Mapping[Key, Array], same: Same) -> list
 
 def lost(
     evaluate: Evaluate, terms: Mapping[Key, Array], depends_on: Mapping[Key, frozenset[str]], sites: Sequence[str],
-    same: Same,
+    same: Same, budget: int = BUDGET,
 ) -> tuple[Key, str] | None:  # fmt: skip
     """A term that moves with a site on which it was said not to depend, if there is one."""
-    for group, silent in groups({k: depends_on[k] for k in terms}, sites):
+    for group, silent in groups({k: depends_on[k] for k in terms}, sites, budget):
         moved = _moved(evaluate, terms, group, silent, same)
         if moved is None:
             continue

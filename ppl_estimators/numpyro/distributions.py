@@ -328,6 +328,18 @@ def _masks(fn: dist.Distribution, events: int) -> list[Array]:
     return masks
 
 
+def another(fn: dist.Distribution, value: Array, key: Array) -> Array:
+    """A value of the support that differs from ``value``, in every element where the support is known."""
+    kind = family(fn)
+    if kind == families.BERNOULLI:
+        return 1 - value
+    if kind == families.CATEGORICAL:
+        return (value + 1) % unwrapped(fn).logits.shape[-1]
+    if kind == families.ONEHOT:
+        return jnp.roll(value, 1, -1)
+    return fn.sample(key)
+
+
 def log_q(fn: dist.Distribution, value: Array) -> Array:
     """The score's log q(value) ``[*batch]``: neither masked nor scaled."""
     if family(fn) in families.DISCRETE:

@@ -23,11 +23,11 @@ from ..core.plan import Group, Plan, Settings, check_keys, make_plan
 from ..core.site import Site, Term
 from ..core.step import Joined, Run, Values
 from .dependencies import without_derivative
-from .distributions import log_q, score_norm
+from .distributions import another, log_q, score_norm
 from .keep import declare, state_name
 from .ops import OPS
 from .randomness import Randomness
-from .run import Keys, Message, Traces, execute, interpreted, noise_key, survey, terms_of, view
+from .run import Keys, Message, Traces, execute, interpreted, noise_key, site_key, survey, terms_of, view
 
 Array = Any
 
@@ -37,6 +37,8 @@ class NumPyroLibrary:
 
     ops: Ops = OPS
     compiled = True
+    passing = "svi.update(state, batch)"
+    choosing = "guide = with_estimators(guide, {})"
 
     def __init__(
         self,
@@ -123,6 +125,24 @@ class NumPyroLibrary:
 
     def check(self, run: Run) -> None:
         """A traced program is the same every time."""
+
+    def moved(self, run: Run, sites: Sequence[str]) -> dict[tuple[str, str], Array]:
+        latents = run.traces.latents()
+        others = {n: another(latents[n]["fn"], latents[n]["value"], site_key(self.key, n)) for n in sites}
+        values = {n: m["value"] for n, m in latents.items()} | others
+
+        def draw(msg: Message) -> Array:
+            name = msg["name"]
+            if name not in others:
+                return self.again(msg, latents[name], constants=True)
+            msg["intermediates"] = []
+            return others[name]
+
+        def in_scan(msg: Message) -> Array | None:
+            return values.get(msg["name"]) if msg["type"] == "sample" and not msg["is_observed"] else None
+
+        traces = self._execute(run.source, draw, in_scan, constants=True)
+        return {(t.side, t.site): t.value for t in self.terms(traces, run.plan, run.plan.soft)}
 
     # ---- one site -----------------------------------------------------------------------------------------------
 

@@ -7,8 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import jax
 from numpyro import handlers
+from numpyro.infer import SVI
+from numpyro.optim import SGD
 
+from ..core.verify import Checked
 from ..measure.look import Ran, raised_by
 
 
@@ -43,6 +47,14 @@ def _seen(role: str, trace: Any) -> Ran:
                 log_p = float(site["fn"].log_prob(site["value"]).sum())
             ran.note(site, log_p)
     return ran
+
+
+def checked(elbo: Any, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Checked:
+    """See `core.verify.checked`. The parameters are as `SVI.init` makes them."""
+    svi = SVI(model, guide, SGD(0.0), elbo)
+    state = svi.init(jax.random.key(0), *args, **kwargs)
+    point = {**svi.get_params(state), **(state.mutable_state or {})}
+    return elbo.step(jax.random.key(1), point, model, guide, args, kwargs).check()
 
 
 def summed_out(guide: Callable[..., Any]) -> Callable[..., Any]:

@@ -28,7 +28,7 @@ from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings, check_keys, make_plan, requested
 from ..core.site import Plate, Site, Term
 from ..core.step import Joined, Run, Values
-from ..core.verify import lost, unstable
+from ..core.verify import cost_of, equal, look, not_the_same, run_again
 from .baseline import from_baseline
 from .buffers import Buffers
 from .dependencies import Provenance, StopParameters, as_written
@@ -91,6 +91,8 @@ class PyroLibrary:
 
     ops: Ops = OPS
     compiled = False
+    passing = "svi.step(batch)"
+    choosing = "EstimatorELBO({})"
 
     def __init__(
         self,
@@ -478,7 +480,7 @@ class PyroLibrary:
             return found
         memory.broadcasts.store(key, True)
         costs, terms = _one_by_one(evaluate, values)
-        if found is None or not all(_same(found[0][n], costs[n]) for n in group.sites):
+        if found is None or not all(equal(OPS, found[0][n], costs[n]) for n in group.sites):
             names = ", ".join(f"'{n}'" for n in group.sites)
             warn(
                 f"site {names}: {len(values)} other values side by side, as vectorize_particles=True allows, give "
@@ -570,56 +572,43 @@ class PyroLibrary:
 
     def _verified(self, run: Run) -> bool:
         self._new = False
-        plan, latents = run.plan, run.traces.latents()
+        plan = run.plan
         structure: Any = self._structure(plan)
         known: Any = self.memory.verified
         program = structure[0]
         if not self.verify or structure in known or sum(s[0] == program for s in known) >= _STRUCTURES:
             return True
         known.store(structure, True)
-        sites = plan.local
-        terms = {(t.side, t.site): t.value.detach() for t in run.terms}
-        depends_on = {k: plan.depends_on[k] for k in terms}
-        again = plan.reruns or plan.particles > self.settings.particles
-        open_pairs = not plan.branches and any(set(sites) - deps for deps in depends_on.values())
-        if not (again or open_pairs):
+        again = run_again(self, run)
+        if not again and (plan.branches or all(deps.issuperset(plan.local) for deps in plan.depends_on.values())):
             return True
-
-        def evaluate(moved: Sequence[str]) -> dict[tuple[str, str], Array]:
-            def draw(msg: Message) -> Array:
-                name = msg["name"]
-                if name not in latents:
-                    return msg["fn"].sample()
-                value = latents[name]["value"].detach()
-                return another(msg["fn"], value) if name in moved else value
-
-            with torch.no_grad():
-                traces = self.run(draw, run.source)
-                return {(t.side, t.site): t.value for t in self.terms(traces, plan, plan.soft)}
-
-        cause: Exception | None = None
-        try:
-            changing = unstable(evaluate, terms, _same)
-        except Exception as error:
-            changing, cause = list(terms), error
-        if changing:
-            if again:
-                raise _not_the_same(changing, sites) from cause
+        found = look(self, run)
+        if found.changing and again:
+            raise not_the_same(self, run, found, again) from found.cause
+        if found.lost is None:
             return True
-        try:
-            found = lost(evaluate, terms, depends_on, sites, _same) if open_pairs else None
-        except Exception:  # a value that the program does not take
-            return True
-        if found is None:
-            return True
-        (side, term), site = found
+        term, site = found.lost
         warn(
-            f"site '{site}': the cost of site '{term}' ({'log p' if side == 'model' else '-log q'}) moves with its "
-            "value, by a way that cannot be followed (code that torch does not see). From now on every cost of this "
-            "program counts for all sites that were drawn before it: right, and noisier.",
+            f"site '{site}': {cost_of(term)} moves with its value, by a way that cannot be followed (code that torch "
+            "does not see). From now on every cost of this program counts for all sites that were drawn before it: "
+            "right, and noisier.",
         )
         self.memory.distrusted.add(program)
         return False
+
+    def moved(self, run: Run, sites: Sequence[str]) -> dict[tuple[str, str], Array]:
+        latents = run.traces.latents()
+
+        def draw(msg: Message) -> Array:
+            name = msg["name"]
+            if name not in latents:
+                return msg["fn"].sample()
+            value = latents[name]["value"].detach()
+            return another(msg["fn"], value) if name in sites else value
+
+        with torch.no_grad():
+            traces = self.run(draw, run.source)
+            return {(t.side, t.site): t.value for t in self.terms(traces, run.plan, run.plan.soft)}
 
     def _structure(self, plan: Plan) -> tuple[Hashable, ...]:
         sites = tuple((n, s.kind) for n, s in plan.sites.items())
@@ -733,21 +722,6 @@ def _without_particles(site: Site) -> dict[str, Any]:
 
 def _detached(x: Any) -> Any:
     return x.detach() if isinstance(x, torch.Tensor) else x
-
-
-def _same(a: Array, b: Array) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
-
-
-def _not_the_same(terms: Sequence[tuple[str, str]], sites: Sequence[str]) -> EstimatorError:
-    names = ", ".join(f"'{n}'" for _, n in terms)
-    chosen = ", ".join(f'"{n}": Reinforce(MovingAverage())' for n in sites)
-    return EstimatorError(
-        f"site {names}: its cost is another when the program is run again with the same values and random numbers, so "
-        "it reads something that changes (an iterator, a counter), and the estimators here run it more than once. "
-        "Fetch what changes outside and pass it in, svi.step(batch); or choose estimators that need one run: "
-        f"EstimatorELBO({{{chosen}}})."
-    )
 
 
 def traced(record: Mapping[str, Message]) -> Trace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,10 @@ from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.poutine.util import site_is_subsample
 
+from ..core.verify import Checked
 from ..measure.look import Ran, raised_by
+from .buffers import Buffers
+from .library import Memory
 
 
 @contextmanager
@@ -60,6 +64,18 @@ def _seen(trace: Any) -> Ran:
         else:
             ran.note(site, site["log_prob"].sum().item())
     return ran
+
+
+def checked(elbo: Any, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Checked:
+    """See `core.verify.checked`. Parameters, buffers of modules and random states are afterwards what they were."""
+    elbo = copy.copy(elbo)
+    elbo.memory, elbo.verify = Memory(), False  # what a step would have verified is asked here
+    with untouched(), torch.enable_grad(), Buffers().watched() as held:
+        pyro.set_rng_seed(0)
+        try:
+            return elbo.step(model, guide, args, kwargs).check()
+        finally:
+            Buffers.restore(held)
 
 
 def summed_out(guide: Callable[..., Any]) -> Callable[..., Any]:
