@@ -44,6 +44,7 @@ from .estimators.reinforce import Reinforce
 from .estimators.reinmax import ReinMax
 from .estimators.rejection_pathwise import RejectionPathwise
 from .estimators.relax import RELAX
+from .estimators.relax_with_model import RELAXWithModel
 from .estimators.repeat import Repeat
 from .estimators.smoothed_triple import SmoothedTriple
 from .estimators.stein import Stein
@@ -98,6 +99,7 @@ __all__ = [
     "MuProp",
     "OptimalConstant",
     "Pathwise",
+    "RELAXWithModel",
     "RaoGumbel",
     "ReinMax",
     "Reinforce",

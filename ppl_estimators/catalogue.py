@@ -59,6 +59,7 @@ from ppl_estimators import (
     Reinforce,
     ReinMax,
     RejectionPathwise,
+    RELAXWithModel,
     Renyi,
     Repeat,
     SmoothedTriple,
@@ -387,7 +388,7 @@ ENTRIES = (
         papers=("grathwohl2018backpropagation",),
     ),
     Entry(
-        RELAX(model_term=True),
+        RELAXWithModel(),
         Kind.discrete,
         "3",
         use="smooth models",

@@ -27,6 +27,7 @@ from ppl_estimators import (
     OptimalConstant,
     Pathwise,
     Reinforce,
+    RELAXWithModel,
     StickingTheLanding,
 )
 
@@ -278,7 +279,7 @@ CASES: dict[str, tuple[Any, float, list[Mix]]] = {
             Mix("disarm", {"*": DisARM()}),
             Mix("leave_one_out", {"*": LOO}),
             Mix("nvil_disarm", {"t_*": NVIL, "l_*": DisARM()}),
-            Mix("relax_disarm", {"t_0": RELAX(hidden=8, model_term=True), "t_1": RELAX(hidden=8), "l_*": DisARM()}),
+            Mix("relax_disarm", {"t_0": RELAXWithModel(hidden=8), "t_1": RELAX(hidden=8), "l_*": DisARM()}),
             Mix(
                 "rebar_enumerate", {"t_0": AVERAGE, "t_1": REBAR(), "l_0": Enumerate(), "l_1": NVIL, "l_2": Enumerate()}
             ),

@@ -82,8 +82,8 @@ def test_derived_facts():
     assert facts["DisARM()"].families == (BERNOULLI,)
     assert facts["Reinforce(LeaveOneOut())"].families == FAMILIES
     assert facts["Reinforce(LeaveOneOut())"].particles == 2
-    assert facts["RELAX(model_term=True)"].shown_keeps == "temperature, scale, a network, averages"
-    assert facts["RELAX(model_term=True)"].shown_model == "gradient at relaxed values"
+    assert facts["RELAXWithModel()"].shown_keeps == "temperature, scale, a network, averages"
+    assert facts["RELAXWithModel()"].shown_model == "gradient at relaxed values"
     assert facts["Pathwise()"].shown_sites == "reparameterisable"
     assert facts["Enumerate()"].shown_sites == "Bernoulli, categorical"
     assert facts["REBAR()"].shown_evaluations == "3, 2 slopes"

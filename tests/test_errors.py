@@ -31,6 +31,7 @@ from ppl_estimators import (
     OptimalConstant,
     Pathwise,
     Reinforce,
+    RELAXWithModel,
     StickingTheLanding,
     UnorderedSet,
 )
@@ -113,8 +114,8 @@ UNSUITABLE = [
         r"site 'z': Pathwise needs a reparameterisable distribution, got Bernoulli\. Use DisARM",
     ),
     ("Poisson", StickingTheLanding(), 1, r"StickingTheLanding needs a reparameterisable distribution, got Poisson"),
-    ("Categorical", REBAR(), 1, r"REBAR needs .* got Categorical\. Use OneHotCategorical here, RELAX\(\) without"),
-    ("Categorical", RELAX(model_term=True), 1, r"integer Categorical\. Use OneHotCategorical, or RELAX\(\) without"),
+    ("Categorical", REBAR(), 1, r"REBAR needs .* got Categorical\. Use OneHotCategorical here, RELAX\(\), or"),
+    ("Categorical", RELAXWithModel(), 1, r"RELAXWithModel needs .* Use OneHotCategorical here, RELAX\(\), or"),
     ("Normal", RELAX(), 1, r"RELAX needs a Bernoulli or Categorical or OneHotCategorical site, got Normal"),
     ("Bernoulli", Reinforce(LeaveOneOut()), 1, r"site 'z': LeaveOneOut needs at least two particles.*num_particles=2"),
     ("Bernoulli", Reinforce(OptimalConstant()), 1, r"OptimalConstant\(\) takes its moments from the other particles"),

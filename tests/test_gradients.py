@@ -15,7 +15,17 @@ import torch
 from numpyro import infer as numpyro_infer
 from pyro import infer as pyro_infer
 
-from ppl_estimators import REBAR, RELAX, DisARM, Enumerate, EstimatorError, MovingAverage, MuProp, Reinforce, Stein
+from ppl_estimators import (
+    REBAR,
+    DisARM,
+    Enumerate,
+    EstimatorError,
+    MovingAverage,
+    MuProp,
+    Reinforce,
+    RELAXWithModel,
+    Stein,
+)
 from ppl_estimators.core.gradients import EXPLICIT
 from ppl_estimators.numpyro import EstimatorELBO as NumPyroELBO
 from ppl_estimators.numpyro import with_estimators as numpyro_with
@@ -126,7 +136,7 @@ def numpyro_pair_guide():
     numpyro.sample("w", nd.Normal(numpyro.param("m", 0.1) + 2 * z, 0.7))
 
 
-@pytest.mark.parametrize("estimator", [REBAR(), RELAX(model_term=True), MuProp(), Stein()], ids=repr)
+@pytest.mark.parametrize("estimator", [REBAR(), RELAXWithModel(), MuProp(), Stein()], ids=repr)
 @pytest.mark.parametrize("library", ["pyro", "numpyro"])
 def test_slopes_that_an_estimator_takes_itself_are_its_own_part(library, estimator):
     """They pass the distribution of w on their way to z: that is no gradient of w's."""

@@ -24,7 +24,6 @@ from numpyro.optim import SGD, Minimize, _NumPyroOptim
 from pyro import infer as pyro_infer
 
 from ppl_estimators import (
-    RELAX,
     Constant,
     DisARM,
     EstimatorError,
@@ -32,6 +31,7 @@ from ppl_estimators import (
     LeaveOneOut,
     MovingAverage,
     Reinforce,
+    RELAXWithModel,
     StraightThrough,
 )
 from ppl_estimators import numpyro as ours_numpyro
@@ -207,7 +207,7 @@ def elbos(lib: Any) -> dict[str, tuple[Any, Any]]:
         "default": (lib.ours.EstimatorELBO(), None),
         "several particles": (lib.ours.EstimatorELBO(num_particles=3), None),
         "average": (lib.ours.EstimatorELBO(), {"k": Reinforce(MovingAverage())}),
-        "relaxed": (lib.ours.EstimatorELBO(), {"k": RELAX(model_term=True)}),
+        "relaxed": (lib.ours.EstimatorELBO(), {"k": RELAXWithModel()}),
         "both averaged": (lib.ours.EstimatorELBO({"k": DisARM()}, average_model=True), None),
         "stock": (lib.graph(), None),
     }

@@ -37,6 +37,7 @@ from ppl_estimators import (
     MovingAverage,
     OptimalConstant,
     Reinforce,
+    RELAXWithModel,
     StickingTheLanding,
 )
 from ppl_estimators.numpyro import EstimatorELBO, with_estimators
@@ -49,7 +50,7 @@ KEEPING = [
     Reinforce(Learned(hidden=4)),
     NVIL,
     RELAX(hidden=4),
-    RELAX(hidden=4, model_term=True),
+    RELAXWithModel(hidden=4),
     REBAR(),
 ]
 
@@ -489,7 +490,7 @@ def test_a_learned_baseline_learns_the_cost(network: Any) -> None:
 # ---- precision -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("estimator", [DisARM(), Enumerate(), NVIL, RELAX(model_term=True)], ids=repr)
+@pytest.mark.parametrize("estimator", [DisARM(), Enumerate(), NVIL, RELAXWithModel()], ids=repr)
 @pytest.mark.parametrize("double", [False, True])
 def test_single_and_double_precision(estimator: Any, double: bool) -> None:
     with jax.enable_x64(double):

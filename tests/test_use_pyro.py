@@ -31,6 +31,7 @@ from ppl_estimators import (
     MovingAverage,
     OptimalConstant,
     Reinforce,
+    RELAXWithModel,
     StickingTheLanding,
 )
 from ppl_estimators.pyro import EstimatorELBO, with_estimators
@@ -43,7 +44,7 @@ KEEPING = [
     Reinforce(Learned(hidden=4)),
     NVIL,
     RELAX(hidden=4),
-    RELAX(hidden=4, model_term=True),
+    RELAXWithModel(hidden=4),
     REBAR(),
 ]
 
@@ -476,7 +477,7 @@ def test_a_network_that_the_user_registered_is_trained_once(in_dictionary: bool)
 
 @pytest.mark.parametrize(
     "estimators",
-    [{"z": DisARM()}, {"z": REBAR()}, {"z": RELAX(model_term=True)}, {"w": StickingTheLanding(), "z": NVIL}],
+    [{"z": DisARM()}, {"z": REBAR()}, {"z": RELAXWithModel()}, {"w": StickingTheLanding(), "z": NVIL}],
     ids=repr,
 )
 def test_modules_of_functions_are_trained_without_a_warning(estimators: Any) -> None:

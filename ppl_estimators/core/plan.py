@@ -290,5 +290,5 @@ def _check_relaxable(name: str, views: Mapping[str, Site], chosen: Mapping[str, 
                 name,
                 f"{type(chosen[name]).__name__} differentiates the cost at relaxed values, but site '{down}' "
                 f"({views[down].distribution}) depends on it and cannot be relaxed",
-                "Use RELAX() without the model term here, or Reinforce(LeaveOneOut()).",
+                "Use RELAX() here, or Reinforce(LeaveOneOut()).",
             )

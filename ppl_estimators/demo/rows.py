@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ppl_estimators import RELAX, DisARM, Learned, LeaveOneOut, MovingAverage, Pathwise, Reinforce
+from ppl_estimators import DisARM, Learned, LeaveOneOut, MovingAverage, Pathwise, Reinforce, RELAXWithModel
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ OURS = (
     ours(Reinforce(MovingAverage() + Learned())),
     ours(Reinforce(LeaveOneOut()), num_particles=2),
     REFERENCE,
-    ours(RELAX(model_term=True)),
+    ours(RELAXWithModel()),
 )
 
 ROWS: Mapping[str, tuple[Row, ...]] = {

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ..core.estimator import Relaxations
 from ..core.families import BERNOULLI, ONEHOT
-from ..core.keep import Keeps, Kept
-from ..core.ops import Array, Ops
+from ..core.keep import Kept
+from ..core.ops import Ops
 from ..core.site import Costs, Draw, Local, Site
-from .relaxed_control import RelaxedControl, assemble, log_initial, soft_values
+from .relaxed_control import RelaxedControl, assemble, of_model
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,16 +38,10 @@ class REBAR(RelaxedControl):
     scale: float = field(default=1.0, kw_only=True)
 
     families: ClassVar[tuple[str, ...] | None] = (BERNOULLI, ONEHOT)
-    instead: ClassVar[str] = "Use OneHotCategorical here, RELAX() without the model term, or Reinforce(LeaveOneOut())"
+    instead: ClassVar[str] = "Use OneHotCategorical here, RELAX(), or Reinforce(LeaveOneOut())"
 
     def relaxations(self, site: Site) -> Relaxations:
         return Relaxations(2)
 
-    def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
-        return Keeps({"log_temperature": log_initial(self.temperature), "log_scale": log_initial(self.scale)})
-
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
-        a = ops.stop_gradient(site.logits)
-        eta = ops.exp(kept.parameters["log_scale"])
-        slopes = [ops.vjp(soft, a, costs.relaxed_slope[i]) for i, soft in enumerate(soft_values(ops, site, draw, kept))]
-        return assemble(ops, site, draw, costs, eta * costs.relaxed[1], eta * slopes[0], eta * slopes[1])
+        return assemble(ops, site, draw, costs.value, of_model(ops, site, draw, costs, kept))

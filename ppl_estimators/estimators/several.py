@@ -66,7 +66,7 @@ class Several(Estimator):
             raise site_error(
                 site.name,
                 f"{self!r}: its parts want different things of the sites downstream while they relax this one",
-                "Combine estimators that relax alike, such as REBAR() and RELAX(model_term=True).",
+                "Combine estimators that relax alike, such as REBAR() and RELAXWithModel().",
             )
 
     # ---- noise in, values out ---------------------------------------------------------------------------------------

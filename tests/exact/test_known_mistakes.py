@@ -17,7 +17,17 @@ import pytest
 from injected import InjectedJax, cells, grid, jax_gradients, legendre, moments
 from test_exact_over_noise import PX, PY, A, chain_exact, chain_guide, chain_model, toy, values
 
-from ppl_estimators import ARM, REBAR, RELAX, ControlVariate, DisARM, Enumerate, LeaveOneOut, MovingAverage, Reinforce
+from ppl_estimators import (
+    ARM,
+    REBAR,
+    ControlVariate,
+    DisARM,
+    Enumerate,
+    LeaveOneOut,
+    MovingAverage,
+    Reinforce,
+    RELAXWithModel,
+)
 from ppl_estimators.core import relaxation
 from ppl_estimators.core.estimator import Relaxations
 from ppl_estimators.core.families import ONEHOT, score
@@ -158,11 +168,11 @@ def test_unnormalised_logits_in_the_relaxation_of_a_category(monkeypatch):
 def test_hard_draws_below_a_relaxed_value():
     """Downstream bits neither relaxed nor drawn again while the cost at relaxed values is differentiated."""
 
-    class Hard(RELAX):
+    class Hard(RELAXWithModel):
         def relaxations(self, site):
             return Relaxations(2, "drawn")
 
-    estimator, rng = Hard(0.5, hidden=8, model_term=True, baseline=None), np.random.default_rng(0)
+    estimator, rng = Hard(0.5, hidden=8, baseline=None), np.random.default_rng(0)
     kept = {
         "x$log_temperature": jnp.log(0.5),
         "x$log_scale": jnp.log(1.0),

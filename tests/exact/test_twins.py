@@ -31,6 +31,7 @@ from ppl_estimators import (
     RaoGumbel,
     Reinforce,
     ReinMax,
+    RELAXWithModel,
     StickingTheLanding,
     StraightThrough,
 )
@@ -104,7 +105,7 @@ MIXES = {
     "enumerated": {"z": Enumerate(), "y": Enumerate(), "w": StickingTheLanding()},
     "relaxed": {"z": REBAR(0.6), "y": RELAX(0.8, hidden=4)},
     "relaxed model": {
-        "z": RELAX(0.7, model_term=True, hidden=3, baseline=MovingAverage() + Learned(hidden=2)),
+        "z": RELAXWithModel(0.7, hidden=3, baseline=MovingAverage() + Learned(hidden=2)),
         "y": DisARM(),
     },
     "control": {

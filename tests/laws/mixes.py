@@ -42,6 +42,7 @@ from ppl_estimators import (
     OptimalConstant,
     Pathwise,
     Reinforce,
+    RELAXWithModel,
     Repeat,
     Stein,
     StickingTheLanding,
@@ -102,7 +103,7 @@ CONTROL_LOO = Mix(
 NVIL = kept("nvil", {"*": Reinforce(MovingAverage() + Learned(hidden=4))})
 REBARS = kept("rebar", {"*": REBAR()})
 RELAXES = kept("relax", {"*": RELAX(hidden=4)})
-RELAXES_MODEL = kept("relax_model", {"*": RELAX(hidden=4, model_term=True)})
+RELAXES_MODEL = kept("relax_model", {"*": RELAXWithModel(hidden=4)})
 ARMED = Mix("arm", {"*": ARM()})
 ARMS_THREE = Mix("arms", {"*": ARMS(3)})
 FLIP = Mix("bit_flip", {"*": BitFlip()})
@@ -196,14 +197,14 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         Mix("enumerate_disarm", {"z1": Enumerate(), "z2": DisARM()}),
         Mix("disarm_reinforce", {"z1": DisARM(), "z2": Reinforce(Constant(-1.5))}),
         kept("rebar_reinforce", {"z1": REBAR(), "z2": Reinforce(Constant(-1.5))}),
-        kept("relax_model_enumerate", {"z1": RELAX(hidden=4, model_term=True), "z2": Enumerate()}),
+        kept("relax_model_enumerate", {"z1": RELAXWithModel(hidden=4), "z2": Enumerate()}),
     ],
     "chain3": [
         AUTO,
         DISARM,
         ENUMERATE,
         REBARS,
-        kept("three", {"z1": RELAX(hidden=4, model_term=True), "z2": DisARM(), "z3": Enumerate()}),
+        kept("three", {"z1": RELAXWithModel(hidden=4), "z2": DisARM(), "z3": Enumerate()}),
     ],
     "mixed": [
         AUTO,
@@ -216,7 +217,7 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         Mix("delta_method", {"z*": DisARM(), "w": DeltaMethod()}, particles=5),
         kept("rebar_pathwise", {"z*": REBAR(), "w": Pathwise()}),
         kept("muprop_stein", {"z1": MuProp(MovingAverage()), "z2": Stein(), "w": Pathwise()}, particles=3),
-        kept("relax_model", {"z1": RELAX(hidden=4, model_term=True), "z2": DisARM()}),
+        kept("relax_model", {"z1": RELAXWithModel(hidden=4), "z2": DisARM()}),
     ],
     "delta": [AUTO, Mix("disarm", {"z": DisARM()})],
     "scaled": [DISARM, NVIL, REBARS, RELAXES],
@@ -225,7 +226,7 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         DISARM,
         ENUMERATE,
         NVIL,
-        kept("relax_model", {"*": RELAX(hidden=4, model_term=True)}),
+        kept("relax_model", {"*": RELAXWithModel(hidden=4)}),
         MUPROP,
         DOUBLE,
         STEIN,
@@ -304,7 +305,7 @@ ON_AVERAGE: dict[str, list[Mix]] = {
         ENUMERATE,
         REPEAT,
         kept("enumerate_rebar", {"k": Enumerate(), "z": REBAR()}),
-        kept("relax_disarm", {"k": RELAX(hidden=4), "z": RELAX(hidden=4, model_term=True)}),
+        kept("relax_disarm", {"k": RELAX(hidden=4), "z": RELAXWithModel(hidden=4)}),
     ],
     "branching": [LEAVE_ONE_OUT, DISARM],
     "branching_guide": [ENUMERATE, DISARM],

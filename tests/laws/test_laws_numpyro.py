@@ -49,6 +49,7 @@ from ppl_estimators import (
     MovingAverage,
     OptimalConstant,
     Reinforce,
+    RELAXWithModel,
     Renyi,
 )
 from ppl_estimators.core.errors import EstimatorError, EstimatorWarning
@@ -126,7 +127,7 @@ VALUES = [
     Mix("enumerate", {"*": Enumerate()}),
     kept("moving_average", {"*": Reinforce(MovingAverage())}),
     kept("rebar", {"*": REBAR()}),
-    kept("relax", {"*": RELAX(model_term=True)}),
+    kept("relax", {"*": RELAXWithModel()}),
 ]
 
 

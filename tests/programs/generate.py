@@ -31,7 +31,7 @@ WITH_MEAN = (  # of families with a mean that is a number
     "ControlVariate(double, double_mean, -0.4, baseline=MovingAverage(0.8))",
 )  # fmt: skip
 DISCRETE = (
-    "Enumerate()", "StochasticTriple()", "RELAX(hidden=3)", "RELAX(hidden=3, model_term=True)", "REBAR()", "MuProp()",
+    "Enumerate()", "StochasticTriple()", "RELAX(hidden=3)", "RELAXWithModel(hidden=3)", "REBAR()", "MuProp()",
     "MuProp(MovingAverage(0.8))", "DoubleControlVariate(-0.5)",
 )  # fmt: skip
 BERNOULLI = (
