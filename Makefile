@@ -1,7 +1,8 @@
 # Everything starts from a fresh checkout with Python 3.11 (or later) and make:
 #
-#   make demo        train the digits network in both libraries; table, results.json and figure. It installs the two
-#                    libraries and what the demo draws with; all other targets install what development needs, too
+#   make demo        train the digits network in both libraries; table, results.json and figure. LIBRARY=numpyro, or
+#                    pyro: in one. It installs the libraries that it trains and what it draws with; all other targets
+#                    install what development needs, too
 #   make test        the tests, those marked slow left out: under ten minutes on two idle cores
 #   make test-all    all tests: every estimator in every program, notebooks, examples and the demo to their end
 #   make programs    300 random programs in both libraries against exact sums; PROGRAMS="--first 300" for others
@@ -16,8 +17,10 @@
 
 VENV   := .venv
 PY     := $(VENV)/bin/python
-DEMO_STAMP := $(VENV)/.demo
+LIBRARY ?= both
+DEMO_STAMP := $(VENV)/.demo-$(LIBRARY)
 STAMP  := $(VENV)/.installed
+COMMA := ,
 DEMO     ?=
 PYTEST   ?=
 PROGRAMS ?=
@@ -28,7 +31,7 @@ help:
 	@sed -n 's/^#   make/  make/p' Makefile
 
 demo: $(DEMO_STAMP)
-	$(PY) -m ppl_estimators.cli demo $(DEMO)
+	$(PY) -m ppl_estimators.cli demo --backend $(LIBRARY) $(DEMO)
 
 # Two workers with one thread each: the suite is made of many small computations. What `test` leaves out shows nothing
 # about the code that the rest does not; tests/mutations.md has the proof.
@@ -79,9 +82,9 @@ $(VENV)/pyvenv.cfg: pyproject.toml constraints.txt
 	echo "make: Python 3.11 or later is needed, and none was found on the PATH" >&2; exit 1
 
 $(DEMO_STAMP): $(VENV)/pyvenv.cfg
-	$(PY) -m pip install -c constraints.txt -e ".[all]"
+	$(PY) -m pip install --no-compile -c constraints.txt -e ".[$(if $(filter both,$(LIBRARY)),pyro$(COMMA)numpyro,$(LIBRARY))$(COMMA)demo]"
 	@touch $@
 
 $(STAMP): $(VENV)/pyvenv.cfg
 	$(PY) -m pip install -c constraints.txt -e ".[dev]"
-	@touch $(DEMO_STAMP) $@
+	@touch $(VENV)/.demo-both $(VENV)/.demo-pyro $(VENV)/.demo-numpyro $@

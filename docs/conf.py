@@ -6,6 +6,10 @@ import os
 import re
 import textwrap
 
+import docutils.nodes
+from latex2mathml.converter import convert
+from sphinx.errors import SphinxError
+
 import ppl_estimators
 
 project = "ppl_estimators"
@@ -19,10 +23,15 @@ pygments_dark_style = "monokai"
 html_title = "ppl_estimators"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
 html_copy_source = html_show_sourcelink = False
 templates_path: list[str] = []
 
 myst_heading_anchors = 3
+myst_enable_extensions = ["dollarmath"]
+myst_dmath_double_inline = True
+myst_fence_as_directive = {"math"}  # GitHub, too, renders $...$ and ```math
+html_math_renderer = "mathml"
 # Notebooks are committed with their outputs: NOTEBOOKS=force runs them anew.
 nb_execution_mode = os.environ.get("NOTEBOOKS", "off")
 nb_execution_raise_on_error = True
@@ -64,6 +73,28 @@ def escaped(text: str) -> str:
     return re.sub(r"([\\*_|])", r"\\\1", text)
 
 
+def mathml(node: docutils.nodes.Element, **options: str) -> str:
+    # Names of functions stand apart from what follows them, unless that is a bracket.
+    name, space = r"<m[io]>(log|exp|min|max|argmin|softmax|relu)</m[io]>", '<mo lspace="0.17em" rspace="{}">\\1</mo>'
+    found = re.sub(name + r"(?=<mo[^>]*>(?:\(|&#x00028;))", space.format("0"), convert(node.astext(), **options))
+    found = re.sub(name, space.format("0.17em"), found)
+    if re.search(r">(\\\w+|&)<", found):
+        raise SphinxError(f"{node.source}: not known to latex2mathml: {node.astext()}")
+    return found
+
+
+def inline_maths(self, node: docutils.nodes.math) -> None:
+    """As MathML, which browsers draw by themselves: no script, nothing fetched, copied as text."""
+    self.body.append(f'<span class="math">{mathml(node)}</span>')
+    raise docutils.nodes.SkipNode
+
+
+def displayed_maths(self, node: docutils.nodes.math_block) -> None:
+    self.body.append(f'<div class="math">{mathml(node, display="block")}</div>')
+    raise docutils.nodes.SkipNode
+
+
 def setup(app) -> None:
+    app.add_html_math_renderer("mathml", (inline_maths, None), (displayed_maths, None))
     app.connect("source-read", for_the_site)
     app.connect("autodoc-process-docstring", as_restructured_text)

@@ -1,4 +1,5 @@
-"""Writes `docs/api.md`: every public name with one line each, and, for the site only, what autodoc makes of it.
+"""Writes `docs/api.md` and a page in `docs/api` for each module: every public name with one line, and, for the site
+only, what autodoc makes of it.
 
 python docs/make_api.py
 """
@@ -17,29 +18,32 @@ from ppl_estimators.core.estimator import Estimator
 from ppl_estimators.core.objectives import Objective
 from ppl_estimators.estimators.baselines.base import Baseline
 
-PAGE = Path(__file__).parent / "api.md"
-HEAD = """# API reference
-
-<!-- Made by docs/make_api.py from the docstrings. -->
-
-Every public name. Names that are not here may change without notice.
-"""
-#: module, what to say of it, its names (None: `__all__`)
-MODULES = (
-    ("ppl_estimators.pyro", "The ELBO and the guide hook for Pyro. Importing it imports torch and Pyro.", None),
-    ("ppl_estimators.numpyro", "The same names for NumPyro. Importing it imports jax and NumPyro.", None),
-    (
+DOCS = Path(__file__).parent
+MADE = "<!-- Made by docs/make_api.py from the docstrings. -->"
+#: page, title, what to say of it
+HEADS = {
+    "specs": (
+        "ppl_estimators",
+        "Specs, and no library: importing it imports neither torch nor jax. Estimators and baselines: "
+        "[the estimators](../estimators.md) has a section on each.",
+    ),
+    "pyro": ("ppl_estimators.pyro", "The ELBO and the guide hook for Pyro. Importing it imports torch and Pyro."),
+    "numpyro": ("ppl_estimators.numpyro", "The same names for NumPyro. Importing it imports jax and NumPyro."),
+    "diagnostics": (
         "ppl_estimators.diagnostics",
-        "How noisy a gradient is, where, and at what price: see [Reading a gradient](diagnostics.md).",
-        None,
+        "How noisy a gradient is, where, and at what price: see [Reading a gradient](../diagnostics.md).",
     ),
-    (
+    "testing": (
         "ppl_estimators.testing",
-        "Right gradients, and tests that see wrong ones: see [Testing gradients](testing.md).",
-        None,
+        "Right gradients, and tests that see wrong ones: see [Testing gradients](../testing.md).",
     ),
-    ("ppl_estimators.testing.zoo", "Small hard models, written once for both libraries.", ("CASES", "Case")),
-)
+    "contract": (
+        "For estimators of your own",
+        "The seam between an estimator and the libraries: [Adding an estimator](../adding-an-estimator.md) uses it. "
+        "`ppl_estimators.core.families` has the formulas of the discrete families (`threshold`, `score`, ...).",
+    ),
+}
+ZOO = ("ppl_estimators.testing.zoo", ("CASES", "Case"))
 CONTRACT = (
     ("ppl_estimators.core.estimator", ("Estimator", "Noise")),
     ("ppl_estimators.core.site", ("Site", "Draw", "Costs", "Local", "Plate")),
@@ -47,33 +51,52 @@ CONTRACT = (
     ("ppl_estimators.core.ops", ("Ops",)),
     ("ppl_estimators.estimators.baselines.base", ("Baseline", "Baselined")),
 )
-CONTRACT_TEXT = """## For estimators of your own
-
-The seam between an estimator and the libraries: [Adding an estimator](adding-an-estimator.md) uses it.
-`ppl_estimators.core.families` has the formulas of the discrete families (`threshold`, `score`, ...).
-"""
 
 
-def page() -> str:
-    parts = [HEAD, specs()]
-    for name, text, names in MODULES:
-        module = importlib.import_module(name)
-        names = sorted(names or module.__all__, key=lambda n: (n[0].isupper(), n))
-        objects = {n: vars(module)[n] for n in names}
-        documented = [n for n, found in objects.items() if callable(found)]
-        parts.append(f"## {name}\n\n{text}\n\n{table(objects)}\n{reference(name, documented)}")
-    parts.append(CONTRACT_TEXT)
-    for name, names in CONTRACT:
-        module = importlib.import_module(name)
-        parts.append(f"### {name}\n\n{table({n: vars(module)[n] for n in names})}\n{reference(name, names)}")
-    return "\n".join(parts)
+def pages() -> dict[str, str]:
+    """Text by path under `docs`."""
+    found = {"api.md": index()}
+    for page, (title, text) in HEADS.items():
+        if page == "specs":
+            body = specs()
+        elif page == "contract":
+            body = "\n".join(f"## {name}\n\n{documented(name, names)}" for name, names in CONTRACT)
+        else:
+            body = documented(title, public(title))
+        if page == "testing":
+            name, names = ZOO
+            body += f"\n## {name}\n\nSmall hard models, written once for both libraries.\n\n{documented(name, names)}"
+        found[f"api/{page}.md"] = f"# {title}\n\n{MADE}\n\n{text}\n\n{body}"
+    return found
+
+
+def index() -> str:
+    """The names of every page, and where they are."""
+    parts = ["# API reference", MADE, "Every public name. Names that are not here may change without notice."]
+    for page, (title, text) in HEADS.items():
+        if page == "contract":
+            names = [name for _, some in CONTRACT for name in some]
+        else:
+            names = public(title)
+        listed = ", ".join(f"`{name}`" for name in names)
+        parts.append(f"## [{title}](api/{page}.md)\n\n{text.replace('](../', '](')}\n\n{listed}.")
+    toctree = "\n".join(f"api/{page}" for page in HEADS)
+    return "\n\n".join([*parts, f"<!-- site\n```{{toctree}}\n:hidden:\n\n{toctree}\n```\n-->\n"])
+
+
+def public(module: str) -> list[str]:
+    return sorted(importlib.import_module(module).__all__, key=lambda n: (n[0].isupper(), n.lower()))
+
+
+def documented(module: str, names: Any) -> str:
+    objects = {name: vars(importlib.import_module(module))[name] for name in names}
+    return f"{table(objects)}\n{reference(module, [name for name, found in objects.items() if callable(found)])}"
 
 
 def specs() -> str:
     """The names of the package itself. Estimators have their own page: here stand their arguments."""
-    public = {name: vars(ppl_estimators)[name] for name in ppl_estimators.__all__}
     kinds: dict[str, dict[str, Any]] = {"Estimators": {}, "Baselines": {}, "Objectives": {}, "The rest": {}}
-    for name, found in public.items():
+    for name, found in ((name, vars(ppl_estimators)[name]) for name in ppl_estimators.__all__):
         base = found if inspect.isclass(found) else object
         if issubclass(base, Estimator) or name == "VarGrad":
             kind = "Estimators"
@@ -82,11 +105,10 @@ def specs() -> str:
         else:
             kind = "Objectives" if issubclass(base, Objective) else "The rest"
         kinds[kind][name] = found
-    text = "Specs, and no library: importing it imports neither torch nor jax.\n"
-    parts = [f"## ppl_estimators\n\n{text}"]
+    parts = []
     for kind, objects in kinds.items():
         linked = kind in ("Estimators", "Baselines")
-        parts.append(f"### {kind}\n\n{table(objects, linked=linked)}")
+        parts.append(f"## {kind}\n\n{table(objects, linked=linked)}")
         if not linked:
             parts[-1] += "\n" + reference("ppl_estimators", sorted(objects))
     return "\n".join(parts)
@@ -97,7 +119,7 @@ def table(objects: dict[str, Any], *, linked: bool = False) -> str:
     for name, found in sorted(objects.items(), key=lambda item: item[0].lower()):
         call = f"`{name}{arguments(found) if linked else ''}`"
         target = "leaveoneout" if name == "VarGrad" else name.lower()
-        rows.append(f"| {f'[{call}](estimators.md#{target})' if linked else call} | {summary(name, found)} |")
+        rows.append(f"| {f'[{call}](../estimators.md#{target})' if linked else call} | {summary(name, found)} |")
     return "\n".join(rows) + "\n"
 
 
@@ -130,6 +152,12 @@ def reference(module: str, names: Any) -> str:
     return "<!-- site\n```{eval-rst}\n" + "\n".join(directives) + "\n```\n-->\n" if directives else ""
 
 
+def main() -> None:
+    for path, text in pages().items():
+        (DOCS / path).parent.mkdir(exist_ok=True)
+        (DOCS / path).write_text(text, encoding="utf-8")
+    print(f"Wrote {', '.join(pages())}")
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
-    print(f"Wrote {PAGE.name}")
+    main()

@@ -29,10 +29,12 @@ it. `ppl-estimators list` prints the table in a terminal, filtered if you like.
 
 """
 
-NOTATION = """
-In the formulas f is the downstream cost of a site, as a number: the part of the ELBO that the site can move. q is the
-law of its value, σ the logistic function, H the step from a relaxed to a hard value. The derivations use the identity
-∇ E_q[f] = E_q[f ∇ log q] and little else.
+NOTATION = r"""
+In the formulas $f$ is the downstream cost of a site, as a number: the part of the ELBO that the site can move. $q$ is
+the law of its value, $s = \nabla \log q$ its score, $\sigma$ the logistic function, $H$ the step from a relaxed to a
+hard value; what stands behind $\approx$ is the estimate. At Bernoulli sites $b$ is the value, $a$ the logit,
+$p = \sigma(a)$ and $q = 1 - p$. An index $i$ names one of the dependent elements of a site. The derivations use the
+identity $\nabla\, \mathbb{E}_q[f] = \mathbb{E}_q[f\, \nabla \log q]$ and little else.
 
 `ppl_estimators.citation(...)` gives the BibTeX of the papers behind what you use.
 """
@@ -69,10 +71,13 @@ def page() -> str:
 
 def section(entries: list[Entry], derivation: str) -> str:
     entry = entries[0]
-    summary, formula, advice, reference = split(entry.docstring)
+    summary, requires, advice, reference = split(entry.docstring)
+    formula, _, derivation = derivation.rpartition("\n\n")
     parts = [f"\n### {entry.name}\n", prose(summary)]
     if formula:
-        parts.append(f"```text\n{formula}\n```")
+        parts.append(formula)
+    if requires:
+        parts.append(f"**Requires** {prose(requires)}")
     parts.append("\n".join(facts(row) for row in entries))
     title = "Why it is unbiased." if entry.unbiased else "Where the bias comes from."
     if entry.kind is Kind.composition:
@@ -103,21 +108,23 @@ def facts(entry: Entry) -> str:
 
 
 def split(docstring: str) -> tuple[str, str, str, str]:
-    """Summary, formula, advice and reference of a docstring in the house form."""
+    """Summary, requirements, advice and reference of a docstring in the house form. Its formula is plain text, for
+    `help()`: the page has that of `docs/derivations.md`."""
     blocks = docstring.split("\n\n")
     summary = " ".join(blocks[0].split())
     formula = next((block for block in blocks if block.startswith("Approximates")), "")
     reference = next((block for block in blocks if block.startswith("Reference:")), "")
     skipped = (blocks[0], formula, reference)
     advice = [block for block in blocks if block not in skipped and not block.startswith(">>>")]
-    return summary, formula, "\n\n".join(advice), " ".join(reference.removeprefix("Reference:").split())
+    requires = " ".join(formula.partition("Requires")[2].split())
+    return summary, requires, "\n\n".join(advice), " ".join(reference.removeprefix("Reference:").split())
 
 
 def prose(text: str) -> str:
-    """Text of a docstring as Markdown: one backtick around code, and no formula taken for emphasis or a link."""
-    parts = text.replace("``", "`").split("`")
+    """Text as Markdown: one backtick around code; outside of code and formulas no emphasis and no link."""
+    parts = re.split(r"(`[^`]*`|\$[^$]*\$)", text.replace("``", "`"))
     parts[::2] = [part.replace("_", "\\_").replace("](", "]\\(") for part in parts[::2]]
-    return "`".join(parts)
+    return "".join(parts)
 
 
 def linked_arxiv(text: str) -> str:
@@ -131,15 +138,9 @@ def wrapped(text: str) -> str:
     def flush() -> None:
         if lines:
             indent = "  " if lines[0].startswith("- ") else ""
-            found.extend(
-                textwrap.wrap(
-                    " ".join(map(str.strip, lines)),
-                    120,
-                    subsequent_indent=indent,
-                    break_long_words=False,
-                    break_on_hyphens=False,
-                )
-            )
+            text = re.sub(r"\$[^$]*\$", lambda maths: maths[0].replace(" ", "\0"), " ".join(map(str.strip, lines)))
+            filled = textwrap.wrap(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+            found.extend(line.replace("\0", " ") for line in filled)
             lines.clear()
 
     for line in text.splitlines():
