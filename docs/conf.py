@@ -73,24 +73,24 @@ def escaped(text: str) -> str:
     return re.sub(r"([\\*_|])", r"\\\1", text)
 
 
-def mathml(node: docutils.nodes.Element, **options: str) -> str:
+def mathml(formula: str, **options: str) -> str:
     # Names of functions stand apart from what follows them, unless that is a bracket.
     name, space = r"<m[io]>(log|exp|min|max|argmin|softmax|relu)</m[io]>", '<mo lspace="0.17em" rspace="{}">\\1</mo>'
-    found = re.sub(name + r"(?=<mo[^>]*>(?:\(|&#x00028;))", space.format("0"), convert(node.astext(), **options))
+    found = re.sub(name + r"(?=<mo[^>]*>(?:\(|&#x00028;))", space.format("0"), convert(formula, **options))
     found = re.sub(name, space.format("0.17em"), found)
     if re.search(r">(\\\w+|&)<", found):
-        raise SphinxError(f"{node.source}: not known to latex2mathml: {node.astext()}")
+        raise SphinxError(f"not known to latex2mathml: {formula}")
     return found
 
 
 def inline_maths(self, node: docutils.nodes.math) -> None:
     """As MathML, which browsers draw by themselves: no script, nothing fetched, copied as text."""
-    self.body.append(f'<span class="math">{mathml(node)}</span>')
+    self.body.append(f'<span class="math">{mathml(node.astext())}</span>')
     raise docutils.nodes.SkipNode
 
 
 def displayed_maths(self, node: docutils.nodes.math_block) -> None:
-    self.body.append(f'<div class="math">{mathml(node, display="block")}</div>')
+    self.body.append(f'<div class="math">{mathml(node.astext(), display="block")}</div>')
     raise docutils.nodes.SkipNode
 
 

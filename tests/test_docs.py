@@ -301,6 +301,18 @@ def test_the_site_builds_without_a_warning(tmp_path):
         assert (tmp_path / "site" / page).exists() or page.stem == "derivations"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_formulas_are_ones_that_the_site_can_draw(page):
+    conf = load("conf")
+    text = page.read_text(encoding="utf-8")
+    for formula in re.findall(r"^```math\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
+        conf.mathml(formula)
+    text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", text, flags=re.MULTILINE | re.DOTALL)
+    for formula in re.findall(r"\$([^$]+)\$", text):
+        assert "\n" not in formula, f"GitHub draws no formula over two lines: {formula}"
+        conf.mathml(formula)
+
+
 # ---- the estimators --------------------------------------------------------------------------------------------------
 
 
