@@ -109,15 +109,17 @@ def facts(entry: Entry) -> str:
 
 def split(docstring: str) -> tuple[str, str, str, str]:
     """Summary, requirements, advice and reference of a docstring in the house form. Its formula is plain text, for
-    `help()`: the page has that of `docs/derivations.md`."""
-    blocks = docstring.split("\n\n")
+    `help()`: the page has that of `docs/derivations.md`. What it is for and not for is said in the row."""
+    docstring = re.sub(r"^(For|Not for|Not advised) {2,}.*\n?", "", docstring, flags=re.MULTILINE)
+    blocks = [block.strip() for block in docstring.split("\n\n") if block.strip()]
     summary = " ".join(blocks[0].split())
     formula = next((block for block in blocks if block.startswith("Approximates")), "")
     reference = next((block for block in blocks if block.startswith("Reference:")), "")
     skipped = (blocks[0], formula, reference)
     advice = [block for block in blocks if block not in skipped and not block.startswith(">>>")]
     requires = " ".join(formula.partition("Requires")[2].split())
-    return summary, requires, "\n\n".join(advice), " ".join(reference.removeprefix("Reference:").split())
+    shown = re.sub(r" \[\w+\]", "", " ".join(reference.removeprefix("Reference:").split()))  # without BibTeX keys
+    return summary, requires, "\n\n".join(advice), shown
 
 
 def prose(text: str) -> str:

@@ -1,7 +1,8 @@
 """Every public estimator and baseline in one table, with what a user wants to know before choosing.
 
-`ENTRIES` is what `ppl-estimators list`, `docs/estimators.md`, the README's table and `citation` show. Whatever a class
-declares or answers (bias, sites, extra evaluations, what it keeps) is asked of the class; a row holds only the rest.
+`ENTRIES` is what `ppl-estimators list`, `docs/estimators.md` and the README's table show. What a class declares or
+answers (bias, sites, extra evaluations, what it keeps) is asked of the class; what it is for, what it is not for, and
+its papers are read from its docstring. A row holds only the rest.
 
 To add an estimator, add a row here, its paper to `references.bib` and its derivation to `docs/derivations.md`, and
 run `python docs/make_estimators.py`. Importing this module imports neither torch nor jax.
@@ -10,67 +11,16 @@ run `python docs/make_estimators.py`. Importing this module imports neither torc
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
-from ppl_estimators import (
-    ARM,
-    ARMS,
-    ARSM,
-    LAX,
-    NVIL,
-    REBAR,
-    RELAX,
-    UGC,
-    Antithetic,
-    Average,
-    BitFlip,
-    Combine,
-    Constant,
-    ControlVariate,
-    CoupledImportance,
-    DeltaMethod,
-    DisARM,
-    DisARMStickBreaking,
-    DisARMTree,
-    DoubleControlVariate,
-    Enumerate,
-    EstimatorError,
-    GappedStraightThrough,
-    GeneralizedPathwise,
-    Given,
-    GumbelSoftmax,
-    GumbelStraightThrough,
-    ImplicitPathwise,
-    ImportanceSampled,
-    ImportanceWeighted,
-    Learned,
-    LeaveOneOut,
-    MeasureValued,
-    MovingAverage,
-    MuProp,
-    OptimalConstant,
-    Pathwise,
-    RaoGumbel,
-    Reinforce,
-    ReinMax,
-    RejectionPathwise,
-    RELAXWithModel,
-    Renyi,
-    Repeat,
-    SmoothedTriple,
-    Stein,
-    StickingTheLanding,
-    StochasticTriple,
-    StraightThrough,
-    SumAndSample,
-    SumAroundMode,
-    UnorderedSet,
-)
+import ppl_estimators as our
+from ppl_estimators.citations import papers_of
 from ppl_estimators.core.estimator import Estimator
 from ppl_estimators.core.families import (
     CATEGORICAL,
@@ -85,6 +35,7 @@ from ppl_estimators.core.families import (
 from ppl_estimators.core.keep import Keeps
 from ppl_estimators.core.site import Site
 from ppl_estimators.core.spec import Spec
+from ppl_estimators.estimators.baselines.base import Baseline
 
 FAMILIES = (*DISCRETE, *COUNTS, *CONTINUOUS)
 
@@ -108,22 +59,23 @@ class Entry:
     `LEGEND`), and the spec's own arguments; a test evaluates it and compares with what the class asks for.
 
     ``beside`` is what runs more often than the formula says. ``sites``, ``model`` and ``keeps`` are derived where they
-    are None. ``use`` says in a few words what the row is for, and is empty where it is not recommended; ``avoid`` says
-    when not to, and what instead.
+    are None.
     """
 
-    example: Estimator
+    spec: Spec  # an estimator, or a baseline for `Reinforce`
     kind: Kind
     evaluations: str
-    use: str
-    avoid: str = ""
-    papers: tuple[str, ...] = ()
+    _: KW_ONLY
     beside: str = ""
     sites: str | None = None
     model: str | None = None
     keeps: str | None = None
     aliases: tuple[str, ...] = ()
     common: bool = False  # in the README's short table
+
+    @cached_property
+    def example(self) -> Estimator:
+        return self.spec if isinstance(self.spec, Estimator) else our.Reinforce(self.spec)  # type: ignore[arg-type]
 
     @property
     def call(self) -> str:
@@ -132,10 +84,8 @@ class Entry:
 
     @property
     def subject(self) -> Spec:
-        """What the row is about: the last part of a baseline, where the estimator only carries one."""
-        if isinstance(self.example, Reinforce) and self.example.baseline is not None:
-            return self.example.baseline.parts[-1]
-        return self.example
+        """What the row is about: of a sum of baselines the last one."""
+        return self.spec.parts[-1] if isinstance(self.spec, Baseline) else self.spec
 
     @property
     def name(self) -> str:
@@ -144,6 +94,21 @@ class Entry:
     @property
     def docstring(self) -> str:
         return inspect.getdoc(type(self.subject)) or ""
+
+    @property
+    def use(self) -> str:
+        """What it is for, in a few words; empty where it is not recommended."""
+        return said(self.docstring, "For")
+
+    @property
+    def avoid(self) -> str:
+        """When not to use it, and what instead."""
+        return said(self.docstring, "Not for") or said(self.docstring, "Not advised")
+
+    @property
+    def papers(self) -> tuple[str, ...]:
+        """BibTeX keys."""
+        return papers_of(type(self.subject))
 
     @property
     def unbiased(self) -> bool:
@@ -232,6 +197,12 @@ class Entry:
         }
 
 
+def said(docstring: str, label: str) -> str:
+    """What follows ``label`` on a line of the head of a docstring."""
+    found = re.search(rf"^{label} {{2,}}(\S.*)$", docstring, re.MULTILINE)
+    return found[1] if found else ""
+
+
 # ---- asking a class --------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +242,7 @@ def site_of(family: str, elements: int = 1, categories: int = 3) -> Site:
 def _accepts(estimator: Estimator, family: str, particles: int = 100) -> bool:
     try:
         estimator.check(site_of(family), particles)
-    except EstimatorError:
+    except our.EstimatorError:
         return False
     return True
 
@@ -295,419 +266,83 @@ def prediction(*args: Any) -> Any:
 
 
 ENTRIES = (
+    Entry(our.LeaveOneOut(), Kind.score, "1", aliases=("VarGrad",), common=True),
+    Entry(our.MovingAverage(), Kind.score, "1", common=True),
+    Entry(our.MovingAverage() + our.Learned(), Kind.score, "1", common=True),
+    Entry(our.OptimalConstant(), Kind.score, "1"),
+    Entry(our.Given(prediction), Kind.score, "1", keeps="what the guide declares"),
+    Entry(our.Constant(-12.5), Kind.score, "1"),
+    Entry(our.ControlVariate(h, mean), Kind.score, "1", model="a function of known mean"),
+    Entry(our.ImportanceSampled(our.Reinforce(our.MovingAverage())), Kind.score, "2"),
+    Entry(our.NVIL(), Kind.score, "1"),
+    Entry(our.Reinforce(), Kind.score, "1"),
+    Entry(our.Enumerate(), Kind.discrete, "1 + D·(C − 1)", common=True),
+    Entry(our.RELAX(), Kind.discrete, "1"),
+    Entry(our.RELAXWithModel(), Kind.discrete, "3"),
+    Entry(our.REBAR(), Kind.discrete, "3"),
+    Entry(our.DoubleControlVariate(), Kind.discrete, "2"),
+    Entry(our.MuProp(), Kind.discrete, "2"),
+    Entry(our.DisARM(), Kind.bernoulli, "2", common=True),
+    Entry(our.ARMS(4), Kind.bernoulli, "n"),
+    Entry(our.UGC(), Kind.bernoulli, "3"),
+    Entry(our.BitFlip(2), Kind.bernoulli, "1 + m"),
+    Entry(our.Stein(), Kind.bernoulli, "2"),
+    Entry(our.ARM(), Kind.bernoulli, "2"),
+    Entry(our.UnorderedSet(3), Kind.categorical, "1 + D·(k − 1)", common=True),
+    Entry(our.SumAndSample(2), Kind.categorical, "1 + D·k"),
+    Entry(our.DisARMStickBreaking(), Kind.categorical, "2"),
+    Entry(our.DisARMTree(), Kind.categorical, "2"),
+    Entry(our.CoupledImportance(), Kind.categorical, "2"),
+    Entry(our.ARSM(), Kind.categorical, "1 + C·(C − 1)/2"),
+    Entry(our.StochasticTriple(), Kind.counts, "2", common=True),
+    Entry(our.SumAroundMode(8), Kind.counts, "1 + D·k"),
+    Entry(our.MeasureValued(), Kind.counts, "1 + A·D"),
+    Entry(our.Pathwise(), Kind.continuous, "1", common=True),
+    Entry(our.StickingTheLanding(), Kind.continuous, "1", beside="guide twice", common=True),
+    Entry(our.ImplicitPathwise(), Kind.continuous, "1", sites="with a cdf"),
+    Entry(our.LAX(), Kind.continuous, "1"),
+    Entry(our.DeltaMethod(), Kind.continuous, "3"),
+    Entry(our.RejectionPathwise(), Kind.continuous, "1"),
+    Entry(our.GeneralizedPathwise(), Kind.continuous, "1"),
+    Entry(our.ReinMax(), Kind.biased, "1", common=True),
+    Entry(our.RaoGumbel(), Kind.biased, "1"),
+    Entry(our.GumbelSoftmax(), Kind.biased, "1", model="gradient at relaxed values"),
+    Entry(our.GappedStraightThrough(), Kind.biased, "1"),
+    Entry(our.GumbelStraightThrough(), Kind.biased, "1"),
+    Entry(our.StraightThrough(), Kind.biased, "1"),
+    Entry(our.SmoothedTriple(), Kind.biased, "1"),
     Entry(
-        Reinforce(LeaveOneOut()),
-        Kind.score,
-        "1",
-        use="several particles; the default there",
-        avoid="nearly decided elements, where it can be noisier than no baseline: DisARM() or Enumerate()",
-        papers=("kool2019buy", "richter2020vargrad"),
-        aliases=("VarGrad",),
-        common=True,
-    ),
-    Entry(
-        Reinforce(MovingAverage()),
-        Kind.score,
-        "1",
-        use="one particle, cheap",
-        avoid="costs that differ much from datum to datum: add Learned()",
-        common=True,
-    ),
-    Entry(
-        Reinforce(MovingAverage() + Learned()),
-        Kind.score,
-        "1",
-        use="one particle, amortised guides",
-        avoid="several particles: LeaveOneOut() needs no training",
-        papers=("mnih2014neural",),
-        common=True,
-    ),
-    Entry(
-        Reinforce(OptimalConstant()),
-        Kind.score,
-        "1",
-        use="eight particles or more",
-        avoid="few particles: LeaveOneOut() has less variance",
-        papers=("greensmith2004variance", "ranganath2014black"),
-    ),
-    Entry(
-        Reinforce(Given(prediction)),
-        Kind.score,
-        "1",
-        use="a baseline that the guide computes",
-        keeps="what the guide declares",
-    ),
-    Entry(Reinforce(Constant(-12.5)), Kind.score, "1", use="a cost whose level you know"),
-    Entry(
-        ControlVariate(h, mean),
-        Kind.score,
-        "1",
-        use="when you know a function like the cost, and its mean",
-        papers=("paisley2012variational",),
-        model="a function of known mean",
-    ),
-    Entry(
-        ImportanceSampled(Reinforce(MovingAverage())),
-        Kind.score,
-        "2",
-        use="single elements, or plates of them, with wide tails",
-        avoid="many dependent elements: the weights lose their edge",
-        papers=("ruiz2016overdispersed",),
-    ),
-    Entry(
-        NVIL(),
-        Kind.score,
-        "1",
-        use="to repeat the paper: unit-variance learning signals",
-        avoid="several sites, or plain SGD: it rescales a site's gradient",
-        papers=("mnih2014neural",),
-    ),
-    Entry(
-        Reinforce(),
-        Kind.score,
-        "1",
-        use="",
-        avoid="for comparison; any baseline has less variance",
-        papers=("williams1992simple", "ranganath2014black"),
-    ),
-    Entry(
-        Enumerate(),
-        Kind.discrete,
-        "1 + D·(C − 1)",
-        use="small supports; exact for a single site",
-        avoid="many dependent elements: DisARM() or LeaveOneOut()",
-        papers=("titsias2015local",),
-        common=True,
-    ),
-    Entry(
-        RELAX(),
-        Kind.discrete,
-        "1",
-        use="a black box that you can afford to run once",
-        avoid="two evaluations are affordable: LeaveOneOut() usually wins",
-        papers=("grathwohl2018backpropagation",),
-    ),
-    Entry(
-        RELAXWithModel(),
-        Kind.discrete,
-        "3",
-        use="smooth models",
-        avoid="costs at relaxed values that say little of those at 0 and 1",
-        papers=("grathwohl2018backpropagation",),
-    ),
-    Entry(
-        REBAR(),
-        Kind.discrete,
-        "3",
-        use="smooth models; measure first",
-        avoid="costs at relaxed values that say little of those at 0 and 1",
-        papers=("tucker2017rebar",),
-    ),
-    Entry(
-        DoubleControlVariate(),
-        Kind.discrete,
-        "2",
-        use="several particles, and slopes that resemble differences",
-        avoid="probabilities near ½, where it is LeaveOneOut() at a higher price",
-        papers=("titsias2022double",),
-    ),
-    Entry(
-        MuProp(),
-        Kind.discrete,
-        "2",
-        use="",
-        avoid="for comparison; superseded by DisARM() and LeaveOneOut()",
-        papers=("gu2016muprop",),
-    ),
-    Entry(
-        DisARM(),
-        Kind.bernoulli,
-        "2",
-        use="one particle, many bits; the default there",
-        avoid="several particles: LeaveOneOut() is cheaper",
-        papers=("dong2020disarm", "yin2020probabilistic"),
-        common=True,
-    ),
-    Entry(
-        ARMS(4),
-        Kind.bernoulli,
-        "n",
-        use="n evaluations, broad posteriors",
-        avoid="probabilities near 0 or 1: LeaveOneOut() is as good",
-        papers=("dimitriev2021arms",),
-    ),
-    Entry(
-        UGC(),
-        Kind.bernoulli,
-        "3",
-        use="some elements nearly decided, others not",
-        avoid="broad posteriors: DisARM() needs one evaluation less",
-        papers=("kunes2022gradient",),
-    ),
-    Entry(
-        BitFlip(2),
-        Kind.bernoulli,
-        "1 + m",
-        use="late in training, most elements nearly decided",
-        avoid="probabilities near ½: DisARM()",
-        papers=("kunes2022gradient",),
-    ),
-    Entry(
-        Stein(),
-        Kind.bernoulli,
-        "2",
-        use="two or three particles, a model with a useful slope",
-        avoid="slopes at 0 and 1 that say little of the cost",
-        papers=("shi2022gradient",),
-    ),
-    Entry(
-        ARM(),
-        Kind.bernoulli,
-        "2",
-        use="",
-        avoid="for comparison; DisARM() is never noisier",
-        papers=("yin2019arm",),
-    ),
-    Entry(
-        UnorderedSet(3),
-        Kind.categorical,
-        "1 + D·(k − 1)",
-        use="too many categories for Enumerate()",
-        avoid="several dependent elements: compare with LeaveOneOut()",
-        papers=("kool2020estimating",),
-        common=True,
-    ),
-    Entry(
-        SumAndSample(2),
-        Kind.categorical,
-        "1 + D·k",
-        use="a few likely categories, many unlikely ones",
-        avoid="categories of like probability: UnorderedSet()",
-        papers=("liu2019rao",),
-    ),
-    Entry(
-        DisARMStickBreaking(),
-        Kind.categorical,
-        "2",
-        use="two evaluations, however many elements",
-        avoid="a single element: Enumerate() or UnorderedSet()",
-        papers=("dong2021coupled",),
-    ),
-    Entry(
-        DisARMTree(),
-        Kind.categorical,
-        "2",
-        use="the same, many categories of like probability",
-        papers=("dong2021coupled",),
-    ),
-    Entry(
-        CoupledImportance(),
-        Kind.categorical,
-        "2",
-        use="two evaluations, categories of like probability",
-        avoid="one category much likelier than the rest: DisARMTree()",
-        papers=("dong2021coupled",),
-    ),
-    Entry(
-        ARSM(),
-        Kind.categorical,
-        "1 + C·(C − 1)/2",
-        use="",
-        avoid="for comparison; LeaveOneOut() is less noisy at this price",
-        papers=("yin2019arsm",),
-    ),
-    Entry(
-        StochasticTriple(),
-        Kind.counts,
-        "2",
-        use="counts: Poisson, binomial, geometric",
-        avoid="few elements and evaluations to spare: SumAroundMode()",
-        papers=("arya2022automatic",),
-        common=True,
-    ),
-    Entry(
-        SumAroundMode(8),
-        Kind.counts,
-        "1 + D·k",
-        use="a count with few likely values",
-        avoid="many elements, a spread-out law: StochasticTriple()",
-        papers=("liu2019rao",),
-    ),
-    Entry(
-        MeasureValued(),
-        Kind.counts,
-        "1 + A·D",
-        use="few parameters, a cost without a useful slope",
-        avoid="many elements, each of which costs evaluations",
-        papers=("heidergott2000measure", "mohamed2020monte"),
-    ),
-    Entry(
-        Pathwise(),
-        Kind.continuous,
-        "1",
-        use="the default for continuous sites",
-        avoid="models with jumps in z: Reinforce(LeaveOneOut())",
-        papers=("kingma2014autoencoding", "rezende2014stochastic"),
-        common=True,
-    ),
-    Entry(
-        StickingTheLanding(),
-        Kind.continuous,
-        "1",
-        use="guides that can reach the posterior",
-        avoid="early training, where it can be noisier than Pathwise()",
-        papers=("roeder2017sticking",),
-        beside="guide twice",
-        common=True,
-    ),
-    Entry(
-        ImplicitPathwise(),
-        Kind.continuous,
-        "1",
-        use="mixtures and truncated distributions",
-        avoid="sites with a sampler of their own: Pathwise()",
-        papers=("figurnov2018implicit",),
-        sites="with a cdf",
-    ),
-    Entry(
-        LAX(),
-        Kind.continuous,
-        "1",
-        use="a black box that you can afford to run once",
-        avoid="models with a useful slope: Pathwise()",
-        papers=("grathwohl2018backpropagation",),
-    ),
-    Entry(
-        DeltaMethod(),
-        Kind.continuous,
-        "3",
-        use="Normal sites with hard decisions downstream",
-        avoid="models with a useful slope: Pathwise()",
-        papers=("paisley2012variational",),
-    ),
-    Entry(
-        RejectionPathwise(),
-        Kind.continuous,
-        "1",
-        use="",
-        avoid="for comparison; Pathwise() is less noisy",
-        papers=("naesseth2017reparameterization",),
-    ),
-    Entry(
-        GeneralizedPathwise(),
-        Kind.continuous,
-        "1",
-        use="",
-        avoid="for comparison; Pathwise() is less noisy",
-        papers=("ruiz2016generalized",),
-    ),
-    Entry(
-        ReinMax(),
-        Kind.biased,
-        "1",
-        use="one evaluation, nothing to tune; biased, the best of those",
-        avoid="when the optimum itself matters",
-        papers=("liu2023bridging",),
-        common=True,
-    ),
-    Entry(
-        RaoGumbel(),
-        Kind.biased,
-        "1",
-        use="low temperatures; wherever you would use Gumbel straight-through",
-        avoid="when the optimum itself matters",
-        papers=("paulus2021rao",),
-    ),
-    Entry(
-        GumbelSoftmax(),
-        Kind.biased,
-        "1",
-        use="models that are smooth between 0 and 1",
-        avoid="models that must see values that can occur",
-        papers=("jang2017categorical", "maddison2017concrete"),
-        model="gradient at relaxed values",
-    ),
-    Entry(
-        GappedStraightThrough(),
-        Kind.biased,
-        "1",
-        use="where you would tune a temperature anyway",
-        avoid="when the optimum itself matters",
-        papers=("fan2022training",),
-    ),
-    Entry(
-        GumbelStraightThrough(),
-        Kind.biased,
-        "1",
-        use="",
-        avoid="RaoGumbel() has the same mean and less variance",
-        papers=("jang2017categorical",),
-    ),
-    Entry(
-        StraightThrough(),
-        Kind.biased,
-        "1",
-        use="",
-        avoid="ReinMax() costs the same and is exact for quadratic costs",
-        papers=("bengio2013estimating",),
-    ),
-    Entry(
-        SmoothedTriple(),
-        Kind.biased,
-        "1",
-        use="large counts, smooth costs",
-        avoid="small counts: StochasticTriple() has no bias",
-        papers=("arya2022automatic",),
-    ),
-    Entry(
-        Repeat(2, DisARM()),
+        our.Repeat(2, our.DisARM()),
         Kind.composition,
         "n times its part's",
-        use="draws at one noisy site instead of particles",
-        avoid="sites whose downstream is most of the program: particles",
-        papers=("titsias2015local",),
         sites="its part's",
         model="what its part needs",
         keeps="what its part keeps",
     ),
     Entry(
-        Antithetic(Reinforce(MovingAverage())),
+        our.Antithetic(our.Reinforce(our.MovingAverage())),
         Kind.composition,
         "twice its part's",
-        use="estimates that are monotone in the noise",
-        avoid="Bernoulli sites: DisARM()",
-        papers=("wu2019differentiable",),
         model="what its part needs",
         keeps="what its part keeps",
     ),
     Entry(
-        Average((DisARM(), Reinforce())),
+        our.Average((our.DisARM(), our.Reinforce())),
         Kind.composition,
         "those of its parts",
-        use="several estimators of like noise",
-        papers=("owen2013monte",),
         sites="its parts'",
         model="what its parts need",
         keeps="what its parts keep",
     ),
     Entry(
-        Combine((DisARM(), RELAX())),
+        our.Combine((our.DisARM(), our.RELAX())),
         Kind.composition,
         "those of its parts",
-        use="parts whose errors differ",
-        avoid="a good part beside a noisy one: take the good one",
-        papers=("geffner2018using",),
         sites="Bernoulli, categorical",
         model="what its parts need",
         keeps="averages, what its parts keep",
     ),
 )
-
-#: the papers behind the objectives, which are no rows
-OBJECTIVES: dict[type[Spec], tuple[str, ...]] = {
-    Renyi: ("li2016renyi", "mnih2016variational"),
-    ImportanceWeighted: ("burda2016importance", "mnih2016variational"),
-}
 
 LEGEND = (
     "Evaluations are runs of model and guide per step and particle; a slope is one that is differentiated in z. D is "
@@ -715,12 +350,6 @@ LEGEND = (
     "letters are the estimator's own arguments. Categorical sites are integers or one-hot, location and scale families "
     "Normal, Laplace, Logistic, Gumbel and Cauchy."
 )
-
-
-def papers_of(spec: Spec) -> tuple[str, ...]:
-    """BibTeX keys of the papers behind the class of a spec; none for a class of the user's."""
-    keys = {type(entry.subject): entry.papers for entry in ENTRIES} | OBJECTIVES
-    return keys.get(type(spec), ())
 
 
 # ---- showing it ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def citation(used: Any) -> str:
     are looked into. Entries are ordered by key.
 
     What ``default="auto"`` picks, what the guide hook says and what sites ask for themselves is not part of an ELBO:
-    pass ``[elbo, guide, DisARM()]``. Estimators of your own add nothing, but their parts do.
+    pass ``[elbo, guide, DisARM()]``. An estimator of your own adds what its docstring names of these papers.
 
     Raises `TypeError` for anything else.
 
@@ -29,13 +30,21 @@ def citation(used: Any) -> str:
     >>> citation({"z_*": DisARM(), "w": Pathwise()}).count("@")
     4
     """
-    from .catalogue import papers_of
-
     library = references()
-    keys = {key for spec in _specs(used) for key in papers_of(spec)}
+    keys = {key for spec in _specs(used) for key in papers_of(type(spec))}
     return "\n\n".join(library[key] for key in sorted(keys))
 
 
+def papers_of(cls: type) -> tuple[str, ...]:
+    """BibTeX keys of the papers that a class names under "Reference:" in its own docstring: by their arXiv numbers, and
+    those without by their keys, as in "[williams1992simple]"."""
+    reference = (vars(cls)["__doc__"] or "").partition("Reference:")[2]
+    prints = {number: key for key, entry in references().items() for number in re.findall(r"eprint = \{(.+?)\}", entry)}
+    named = re.findall(r"arXiv:(\d{4}\.\d{4,5})|\[(\w+)\]", reference)
+    return tuple(key or prints[number] for number, key in named if key or number in prints)
+
+
+@cache
 def references() -> dict[str, str]:
     """Every BibTeX entry by its key."""
     entries = REFERENCES.read_text(encoding="utf-8").strip().split("\n\n")

@@ -187,8 +187,8 @@ ARROWS = {
     "numpyro": {"numpyro", "measure", "core"},
     "backends.py": {"measure", "core"},
     "__init__.py": {"estimators", "citations", "core"},
-    "catalogue.py": {"", "core"},
-    "citations.py": {"catalogue", "core"},
+    "catalogue.py": {"", "citations", "estimators", "core"},
+    "citations.py": {"core"},
     "figures.py": set(),
     "testing": {"testing", "backends", "measure", "core"},
     "diagnostics": {"diagnostics", "testing", "backends", "measure", "figures", "catalogue", "estimators", "", "core"},
@@ -273,7 +273,6 @@ def test_nobody_asks_hasattr():
 CONCRETE = {c for c in vars(ppl_estimators).values() if isinstance(c, type) and issubclass(c, Spec)}
 #: who may know a concrete spec by its class
 KNOWS = {
-    ("catalogue.py", "Reinforce"): "its rows are about what Reinforce carries",
     ("estimators/importance_sampled.py", "Reinforce"): "is made of it",
 }
 

@@ -22,6 +22,8 @@ class Antithetic(Repeated):
     With          ½ g(z(u)) + ½ g(z(1 − u)),   z(u) ~ q_a for uniform u
     Requires      Bernoulli, Categorical or OneHotCategorical sites; what ``estimator`` requires, which must not compare
                   draws (their independence is gone). Twice its evaluations. Unbiased if it is.
+    For           estimates that are monotone in the noise
+    Not for       Bernoulli sites: DisARM()
 
     The pair is less noisy than two independent draws where the estimate is monotone in the noise, and noisier where
     it is symmetric in it. For Bernoulli sites DisARM() needs no baseline; with a good one the pair can be quieter.

@@ -20,6 +20,7 @@ class ARM(Estimator):
     Approximates  ∇_a E_{b ~ Bernoulli(σ(a))}[f(b)]
     With          (f(b) − f(b̃)) (u − ½),   b = 1[u > σ(−a)], b̃ = 1[1 − u > σ(−a)]
     Requires      Bernoulli sites; nothing of f. Two evaluations. Unbiased.
+    Not advised   for comparison; DisARM() is never noisier
 
     Not recommended: DisARM() evaluates the same two values and averages over what of u they do not show, so its
     variance is never higher. ARM is here to compare with.

@@ -21,6 +21,8 @@ class ARMS(Estimator):
     With          p q / (p − ρ) · 1/(n − 1) Σ_k (f(b_k) − f̄)(b_k − p),   p = σ(a), q = 1 − p, ρ = P(b_j = b_k = 1)
                   b_k = 1[ũ_k < p] for p < ½, else 1[ũ_k > q];   ũ_k = (1 − d_k)^{n−1}, d ~ Dirichlet(1, ..., 1)
     Requires      Bernoulli sites; nothing of f. n evaluations. Unbiased.
+    For           n evaluations, broad posteriors
+    Not for       probabilities near 0 or 1: LeaveOneOut() is as good
 
     ``n``: how many values, 2 or more; ``ARMS(2)`` is DisARM(). Prefer it to DisARM() where n evaluations are
     affordable and the posterior is broad; as p nears 0 or 1 the n values nearly coincide with independent ones, and

@@ -21,6 +21,7 @@ class ARSM(Estimator):
     With          Σ_j (f(z^{m↔j}) − 1/C Σ_{m'} f(z^{m'↔j})) (1/C − π_j),   π ~ Dirichlet(1, ..., 1),
                   z = argmin_c (log π_c − φ_c), and z^{m↔j} the same with π_m and π_j exchanged
     Requires      Categorical or OneHotCategorical sites; nothing of f. 1 + C(C − 1)/2 evaluations. Unbiased.
+    Not advised   for comparison; LeaveOneOut() is less noisy at this price
 
     Not recommended: at as many evaluations LeaveOneOut() has less variance, also in the paper that improves on ARSM
     (arXiv:2106.08056), and for a single element Enumerate() is exact with fewer. ARSM is here to compare with.

@@ -18,6 +18,7 @@ class Average(Mixture):
     Approximates  ∇_λ E_{z ~ q_λ}[f(z)]
     With          1/n Σ_j g_j,   g_j the estimate of estimator j
     Requires      what its parts require, none of them pathwise. The evaluations of all parts. Unbiased if they are.
+    For           several estimators of like noise
 
     The draws are independent given what is upstream; what is downstream shares its noise. To average one estimator
     with itself use `Repeat`; for weights that lower the variance use `Combine`.
@@ -26,7 +27,7 @@ class Average(Mixture):
     >>> Average((DisARM(), Reinforce()))
     Average((DisARM(), Reinforce()))
 
-    Reference: Owen (2013), "Monte Carlo theory, methods and examples", chapter 8.
+    Reference: Owen (2013), "Monte Carlo theory, methods and examples", chapter 8 [owen2013monte].
     """
 
     estimators: tuple[Estimator, ...]

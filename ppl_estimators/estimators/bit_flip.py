@@ -21,6 +21,8 @@ class BitFlip(Estimator):
     Approximates  ∇_a E_{b ~ Bernoulli(σ(a))}[f(b)]
     With          D/m · 1[i chosen] p_i q_i (f(b_{i:=1}) − f(b_{i:=0})),   p = σ(a), q = 1 − p
     Requires      Bernoulli sites; nothing of f. 1 + m evaluations for any number D of dependent elements. Unbiased.
+    For           late in training, most elements nearly decided
+    Not for       probabilities near ½: DisARM()
 
     ``m``: elements per step and plate element, drawn afresh without replacement; with m ≥ D it is Enumerate().
     Elements that a plate makes independent are flipped side by side, each its own choice. Its second moment falls

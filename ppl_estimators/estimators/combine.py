@@ -24,6 +24,8 @@ class Combine(Mixture):
     With          Σ_j w_j g_j,   w = M⁻¹1 / 1ᵀM⁻¹1,   M_jk a running mean of g_j·g_k over past steps
     Requires      Bernoulli, Categorical or OneHotCategorical sites; what its parts require. The evaluations of all
                   parts. Unbiased if they are: the weights add up to one, and know only the past.
+    For           parts whose errors differ
+    Not for       a good part beside a noisy one: take the good one
 
     g_j is the estimate in the site's logits. Because all parts have the same mean, the weights that minimise the
     second moment minimise the variance. Weights may be negative. The first step takes the plain mean; ``decay`` is the

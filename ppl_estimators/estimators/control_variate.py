@@ -24,6 +24,7 @@ class ControlVariate(WithBaseline):
     Approximates  ∇_λ E_{z ~ q_λ}[f(z)]
     With          (f(z) − a h(z) − b) ∇_λ log q_λ(z) + a ∇_λ E_q[h],   a and b independent of z
     Requires      any distribution; h and its mean. One evaluation. Unbiased.
+    For           when you know a function like the cost, and its mean
 
     ``h(value)`` returns one number per draw, ``[*batch]``; ``mean(distribution)`` returns E_q[h] ``[*batch]``,
     differentiable in the parameters of the library's distribution object that it is given. Its gradient is added

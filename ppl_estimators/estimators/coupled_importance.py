@@ -22,6 +22,8 @@ class CoupledImportance(Estimator):
     With          ½ r (f(z) − f(z̃)) ∇_φ (log q(z) − log q(z̃)),
                   r = Π_{i<n} (1 − s_i)² / (1 − 2 s_i) · σ(|a_n|), n the first stick where z and z̃ part, s = σ(a)
     Requires      Categorical or OneHotCategorical sites; nothing of f. Two evaluations. Unbiased.
+    For           two evaluations, categories of like probability
+    Not for       one category much likelier than the rest: DisARMTree()
 
     r is the probability of the pair (z, z̃) as independent draws over its probability as coupled ones. That covers
     every pair only if s_i < ½ on all sticks but the last, so categories are tried from the unlikeliest on; another

@@ -26,6 +26,8 @@ class DeltaMethod(WithBaseline):
                   E_q[c] = f(m) + g·(μ − m) + ½ Σ_i h_i (σ_i² + (μ_i − m_i)²)
     Requires      Normal sites; a model that is differentiable in z. Three evaluations, two of them differentiated.
                   Unbiased for every a that does not see the draw.
+    For           Normal sites with hard decisions downstream
+    Not for       models with a useful slope: Pathwise()
 
     m is μ as a constant, in both places. g is the slope there, and h_i the secant curvature to m + sσ for random signs
     s, which is the second derivative of a quadratic without mixed terms, and needs no second differentiation. The

@@ -20,6 +20,8 @@ class DisARM(Estimator):
     Approximates  ∇_a E_{b ~ Bernoulli(σ(a))}[f(b)]
     With          ½ (f(b) − f(b̃)) (−1)^{b̃} 1[b ≠ b̃] σ(|a|),   b = 1[u > σ(−a)], b̃ = 1[1 − u > σ(−a)]
     Requires      Bernoulli sites; nothing of f. Two evaluations. Unbiased.
+    For           one particle, many bits; the default there
+    Not for       several particles: LeaveOneOut() is cheaper
 
     Sites that do not depend on each other in the guide are flipped together: a mean-field guide costs one extra
     evaluation however many sites it has, a hierarchy costs its depth. For one element never noisier than

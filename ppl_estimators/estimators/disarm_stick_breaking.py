@@ -24,6 +24,8 @@ class DisARMStickBreaking(Estimator):
     With          ½ (f(z) − f(z̃)) [m m̃ (−1)^{b̃} 1[b ≠ b̃] σ(|a|) + m (1 − m̃)(b − σ(a)) − m̃ (1 − m)(b̃ − σ(a))],
                   b and b̃ drawn from u and 1 − u, z the first i with b_i = 1, m_i = 1[i ≤ z]
     Requires      Categorical or OneHotCategorical sites; nothing of f. Two evaluations. Unbiased.
+    For           two evaluations, however many elements
+    Not for       a single element: Enumerate() or UnorderedSet()
 
     ``order``: the order in which categories are tried: "descending" (likeliest first), "ascending" or "given"; which
     is least noisy depends on the costs. Sites that do not depend on each other share the extra evaluation. Prefer it

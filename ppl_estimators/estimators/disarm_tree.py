@@ -22,6 +22,7 @@ class DisARMTree(Estimator):
     With          ½ (f(z) − f(z̃)) [m m̃ (−1)^{b̃} 1[b ≠ b̃] σ(|a|) + m (1 − m̃)(b − σ(a)) − m̃ (1 − m)(b̃ − σ(a))],
                   b and b̃ drawn from u and 1 − u, m_ν = 1[ν on the path to z]
     Requires      Categorical or OneHotCategorical sites; nothing of f. Two evaluations. Unbiased.
+    For           the same, many categories of like probability
 
     A draw meets log₂ C splits instead of up to C − 1. Its exact variance over six categories lay within a quarter of
     DisARMStickBreaking()'s, now below and now above: measure, and see there when to prefer either. The paper needs

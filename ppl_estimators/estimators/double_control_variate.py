@@ -23,6 +23,8 @@ class DoubleControlVariate(Estimator):
                   c_k = ḡ_k · (b_k − p),   ḡ_k = 1/(K−1) Σ_{j≠k} ∇f(b_j)
     Requires      Bernoulli or OneHotCategorical sites; two particles or more; a model that is differentiable in the
                   site's value. Two evaluations per particle, the second for the slope. Unbiased for every α.
+    For           several particles, and slopes that resemble differences
+    Not for       probabilities near ½, where it is LeaveOneOut() at a higher price
 
     α (``coefficient``) starts at 0, which is leave-one-out, and is trained by your optimiser on the variance of the
     site's local gradient; useful values are negative, −1 where f is close to linear. It pays where the slope of f at

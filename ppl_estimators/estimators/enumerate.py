@@ -21,6 +21,8 @@ class Enumerate(Estimator):
     With          Σ_v f(v) ∇_a q_a(v),   f(v) the cost when z = v and its downstream is drawn afresh
     Requires      Bernoulli, Categorical or OneHotCategorical sites; nothing of f. 1 + D(C − 1) evaluations for D
                   dependent elements of C categories. Unbiased; exact for a single site.
+    For           small supports; exact for a single site
+    Not for       many dependent elements: DisARM() or LeaveOneOut()
 
     Elements that a plate makes independent are enumerated side by side, at no extra cost. Dependent elements (event
     dimensions, batch dimensions without a plate, plates that a later cost sums over) are enumerated one at a time
@@ -31,7 +33,8 @@ class Enumerate(Estimator):
     >>> Enumerate()
     Enumerate()
 
-    Reference: Titsias & Lázaro-Gredilla (2015), "Local Expectation Gradients for Black Box Variational Inference".
+    Reference: Titsias & Lázaro-Gredilla (2015), "Local Expectation Gradients for Black Box Variational Inference",
+    arXiv:1503.01494.
     """
 
     families: ClassVar[tuple[str, ...] | None] = DISCRETE

@@ -20,6 +20,8 @@ class GappedStraightThrough(Tempered):
     With          f'(b) ∂_a softmax((a + m) / λ),   m held fixed,
                   m = (max a − a) b − relu(a − max a + g) (1 − b);   a Bernoulli site has the two logits (a, 0)
     Requires      Bernoulli or OneHotCategorical sites; a model differentiable in the value. One evaluation. Biased.
+    For           where you would tune a temperature anyway
+    Not for       when the optimum itself matters
 
     Given the draw the slope has no noise left, so the variance is below that of GumbelStraightThrough() at the same
     λ. Prefer it where you would tune a straight-through estimator's temperature anyway; ReinMax() has nothing to

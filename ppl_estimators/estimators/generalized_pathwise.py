@@ -17,6 +17,7 @@ class GeneralizedPathwise(CorrectedGamma):
     With          f'(z) ∂_α T + f(z) ∂_α log π(ε; α),   z = T(ε; α) / β, T = exp(ε √ψ₁(α) + ψ(α)),
                   log π(ε; α) = α log T − T − log Γ(α) + ½ log ψ₁(α)
     Requires      Gamma, Beta or Dirichlet sites; f differentiable in z. One evaluation. Unbiased.
+    Not advised   for comparison; Pathwise() is less noisy
 
     ψ and ψ₁ are the digamma and trigamma functions. A Beta and a Dirichlet are drawn as gammas over their sum (the
     paper standardises the logit of a Beta). Not recommended where the library has implicit gradients, and both have

@@ -21,6 +21,8 @@ class GumbelSoftmax(Tempered):
     With          ∇_a f(y),   y = σ((a + logit u) / λ), or softmax((log p − log(−log u)) / λ) for one-hot sites
     Requires      Bernoulli or OneHotCategorical sites; a model that accepts relaxed values and is differentiable in
                   them. One evaluation. Biased for every λ > 0, even for linear f; the variance grows like 1 / λ.
+    For           models that are smooth between 0 and 1
+    Not for       models that must see values that can occur
 
     The loss too is that of relaxed values, not a bound on the evidence: log p and −log q of the site are the discrete
     ones, extended linearly, not densities of y. ``temperature`` (λ) may be a function of the number of steps taken,

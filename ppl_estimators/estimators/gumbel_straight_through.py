@@ -19,6 +19,7 @@ class GumbelStraightThrough(Tempered):
     With          f'(b) ∂_a y,   b = H(z), y = σ_λ(z),   z = a + logit u, or log p − log(−log u) for one-hot sites
     Requires      Bernoulli or OneHotCategorical sites; a model differentiable in the value. One evaluation. Biased
                   for every λ, even for linear f; the variance grows as λ falls.
+    Not advised   RaoGumbel() has the same mean and less variance
 
     Prefer it to GumbelSoftmax() where the model must see values that can occur. Not recommended beside what is as
     cheap: RaoGumbel() has the same mean and less variance, ReinMax() less bias. ``temperature`` (λ) may be a function

@@ -21,6 +21,8 @@ class ImplicitPathwise(Estimator):
     With          f'(z) ∂_λ z,   ∂_λ z = −∂_λ F_λ(z) / q_λ(z),   F_λ the cdf, z drawn by whatever sampler there is
     Requires      a univariate continuous distribution (elements may be many) whose `cdf` and `log_prob` the library
                   can differentiate; f differentiable in z. One evaluation. Unbiased.
+    For           mixtures and truncated distributions
+    Not for       sites with a sampler of their own: Pathwise()
 
     For distributions that have no reparameterised sampler: a `MixtureSameFamily` with univariate components (the
     weights get their gradient too), truncated distributions, your own with a `cdf`. Where there is one, Pathwise()

@@ -26,6 +26,8 @@ class ImportanceSampled(Estimator):
                   r of the family of q, its natural parameter divided by τ:  Normal σ²τ;  Bernoulli and Categorical
                   logits/τ;  Poisson λ^(1/τ);  Gamma shape (α + τ − 1)/τ and rate β/τ
     Requires      one of these sites; nothing of f. Two evaluations. Unbiased, for every τ.
+    For           single elements, or plates of them, with wide tails
+    Not for       many dependent elements: the weights lose their edge
 
     The score is largest in the tails, where q seldom draws: a wider proposal sees them. The weights are at most 2, so
     they cannot explode (the paper mixes proposals for the same reason), but they lose their edge with the number of

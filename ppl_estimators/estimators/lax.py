@@ -22,6 +22,8 @@ class LAX(WithLevel):
     With          (f(z) − b₀ − c(z)) ∇_λ log q_λ(z) + ∇_λ c(μ + s ε),   z = μ + s ε, c = r_ρ a network
     Requires      Normal, Laplace, Logistic, Gumbel or Cauchy sites; nothing of f. One evaluation, one of the network
                   and its slope. Unbiased for every ρ.
+    For           a black box that you can afford to run once
+    Not for       models with a useful slope: Pathwise()
 
     With c = f it would be Pathwise(): so it is for models that have no derivative (a simulator, a threshold), or one
     that is wrong; Pathwise() is better wherever it works. r_ρ sees z, μ and s; it starts at 0 and is trained by your

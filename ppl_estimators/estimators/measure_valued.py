@@ -30,6 +30,8 @@ class MeasureValued(Estimator):
                   Normal σ       c = 1/σ,        μ + σm and z = μ + σum,   m ~ double-sided Maxwell, u uniform
     Requires      one of these sites; nothing of f. 1 + A·D evaluations for D dependent elements: A = 1, for C
                   categories C − 1, for a Normal 3. Unbiased.
+    For           few parameters, a cost without a useful slope
+    Not for       many elements, each of which costs evaluations
 
     For few parameters and a cost that has no useful derivative: often less noisy than pathwise where f has kinks. The
     concentration of a Gamma has no coupled pair; its gradient is the plain score function's. For Bernoulli sites it is
@@ -38,7 +40,8 @@ class MeasureValued(Estimator):
     >>> MeasureValued()
     MeasureValued()
 
-    Reference: Heidergott & Vázquez-Abad (2000), "Measure-valued differentiation for stochastic processes"; Mohamed,
+    Reference: Heidergott & Vázquez-Abad (2000), "Measure-valued differentiation for stochastic processes"
+    [heidergott2000measure]; Mohamed,
     Rosca, Figurnov & Mnih (2020), "Monte Carlo Gradient Estimation in Machine Learning", arXiv:1906.10652.
     """
 

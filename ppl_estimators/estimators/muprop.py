@@ -21,6 +21,7 @@ class MuProp(WithBaseline):
     With          (f(b) − f(p) − f'(p)·(b − p) − b₀) ∇_a log q_a(b) + ∇_a p · f'(p),   p the probabilities of the site
     Requires      Bernoulli or OneHotCategorical sites; a model that accepts their means and is differentiable in them.
                   Two evaluations, one of them differentiated. Unbiased.
+    Not advised   for comparison; superseded by DisARM() and LeaveOneOut()
 
     While f(p) and its slope are evaluated, discrete sites downstream stand at their means too (those that cannot,
     such as integer Categorical sites, are drawn). f(p) is not the mean of f: without a ``baseline`` b₀ it is often no

@@ -24,6 +24,8 @@ class NVIL(WithBaseline):
     With          (f(z) − m − C_ψ(x)) / max(1, √v) · ∇_λ log q_λ(z),   m and v the running mean and variance of the past
     Requires      a distribution that can sample and has a log_prob; nothing of f. One evaluation. The
                   expectation is the gradient times a positive number that depends on past steps.
+    For           to repeat the paper: unit-variance learning signals
+    Not for       several sites, or plain SGD: it rescales a site's gradient
 
     The normalisation is what the paper trains with; it shrinks the site's gradient to the scale of one nat, which
     changes its weight against other sites and its meaning under plain SGD. For the unnormalised gradient use

@@ -14,6 +14,8 @@ class Pathwise(LibraryDraw):
     Approximates  ∇_λ E_{z ~ q_λ}[f(z)]
     With          ∇_λ f(g(ε, λ)),   z = g(ε, λ) the reparameterised draw
     Requires      a reparameterisable distribution, f differentiable in z. One evaluation. Unbiased.
+    For           the default for continuous sites
+    Not for       models with jumps in z: Reinforce(LeaveOneOut())
 
     The default for every site that can be reparameterised. Not for a model with jumps in z (a threshold, a
     simulator): the jumps have no derivative, and the gradient would be silently wrong. Use

@@ -21,6 +21,8 @@ class RaoGumbel(Tempered):
     With          f'(b) · 1/R Σ_r ∂_a σ_λ(a + G_r),   a + G_r = z̃_r ~ p(z | H(z) = b), each G_r held fixed
     Requires      Bernoulli or OneHotCategorical sites; a model differentiable in the value. One evaluation whatever
                   R is. Biased as GumbelStraightThrough(λ) is: the mean is the same, the variance is smaller.
+    For           low temperatures; wherever you would use Gumbel straight-through
+    Not for       when the optimum itself matters
 
     f' depends on b alone, so averaging what is left over R conditional draws only removes noise, and R costs next to
     nothing beside the model. Prefer it to GumbelStraightThrough() always. It permits lower temperatures, and so less

@@ -22,6 +22,8 @@ class REBAR(RelaxedControl):
                   z = g(u, a) with b = H(z), and z̃ = g̃(v, b, a) distributed as z given b
     Requires      Bernoulli or OneHotCategorical sites; a model that accepts relaxed values and is differentiable in
                   them. Three evaluations, two of them differentiated. Unbiased for every η and λ.
+    For           smooth models; measure first
+    Not for       costs at relaxed values that say little of those at 0 and 1
 
     η (``scale``) and λ (``temperature``) are trained by your optimiser on the variance of the site's local gradient,
     from the given start. Discrete sites downstream of this one are relaxed too while c is evaluated, so that chains

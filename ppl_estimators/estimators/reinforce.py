@@ -20,6 +20,7 @@ class Reinforce(WithBaseline):
     Approximates  ∇_λ E_{z ~ q_λ}[f(z)]
     With          (f(z) − b) ∇_λ log q_λ(z),   b independent of z
     Requires      a distribution that can sample and has a log_prob; nothing of f. One evaluation. Unbiased.
+    Not advised   for comparison; any baseline has less variance
 
     f is the downstream cost of the site, summed to the site's plates: costs that z cannot move are left out
     (Rao-Blackwellisation). Without a baseline the variance is rarely tolerable: plain ``Reinforce()`` with one
@@ -29,8 +30,8 @@ class Reinforce(WithBaseline):
     >>> Reinforce(baseline=None)
     Reinforce()
 
-    Reference: Williams (1992), "Simple statistical gradient-following algorithms"; Ranganath, Gerrish & Blei (2014),
-    "Black Box Variational Inference", arXiv:1401.0118.
+    Reference: Williams (1992), "Simple statistical gradient-following algorithms" [williams1992simple];
+    Ranganath, Gerrish & Blei (2014), "Black Box Variational Inference", arXiv:1401.0118.
     """
 
     baseline: Baseline | None = None

@@ -20,6 +20,8 @@ class ReinMax(Tempered):
                   at a Bernoulli site with λ = 1 this is ½ f'(b) (b q + (1 − b) p),   p = σ(a), q = 1 − p
     Requires      Bernoulli or OneHotCategorical sites; a model differentiable in the value. One evaluation. Biased
                   unless f is at most quadratic in each value and λ = 1.
+    For           one evaluation, nothing to tune; biased, the best of those
+    Not for       when the optimum itself matters
 
     The trapezoidal rule where StraightThrough() is the rectangle: each difference f(1) − f(0) becomes the mean slope
     of its two ends. The best of the biased estimators with nothing to tune. The bias can still be large for a deep

@@ -17,6 +17,7 @@ class RejectionPathwise(CorrectedGamma):
     With          f'(z) ∂_α z + f(z) ∂_α log π(ε; α + B),   z = h(ε, α + B) Π_{i<B} u_i^{1/(α+i)} / β,
                   h(ε, a) = (a − 1/3) (1 + ε / √(9a − 3))³,   log π(ε; a) = log q(h; a) + log |∂_ε h|
     Requires      Gamma, Beta or Dirichlet sites; f differentiable in z. One evaluation. Unbiased for every B.
+    Not advised   for comparison; Pathwise() is less noisy
 
     ε is found from an accepted draw by inverting h, so any gamma sampler will do. ``boost`` (B, 1 or more) raises the
     shape: the higher, the closer ε is to a standard normal, and the less there is to correct. A Beta and a Dirichlet

@@ -23,6 +23,8 @@ class RELAX(RelaxedNetwork):
                   z = g(u, a) with b = H(z), and z̃ = g̃(v, b, a) distributed as z given b
     Requires      Bernoulli or (one-hot or integer) Categorical sites; nothing of f. One evaluation and two of the
                   network. Unbiased for every ρ and λ.
+    For           a black box that you can afford to run once
+    Not for       two evaluations are affordable: LeaveOneOut() usually wins
 
     r_ρ sees the relaxed value and the site's own probabilities; it starts at 0. ``baseline`` (b₀) takes the level of
     f − c off its hands, which a network would need hundreds of steps to reach; None for the paper's form.

@@ -25,6 +25,8 @@ class RELAXWithModel(RelaxedNetwork):
     Requires      Bernoulli or OneHotCategorical sites; a model that accepts relaxed values and is differentiable in
                   them. Three evaluations, two of them differentiated, and two of the network. Unbiased for every ρ, η
                   and λ.
+    For           smooth models
+    Not for       costs at relaxed values that say little of those at 0 and 1
 
     With r = 0 it is `REBAR`, with η = 0 it is `RELAX`: ``temperature`` (λ) and ``scale`` (η) are as in the one,
     ``network``, ``hidden`` and ``baseline`` as in the other, of whose level the model's cost leaves little.

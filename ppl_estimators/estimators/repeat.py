@@ -16,6 +16,8 @@ class Repeat(Repeated):
     Approximates  ∇_λ E_{z ~ q_λ}[f(z)]
     With          1/n Σ_j g(z_j),   z_j drawn independently given what is upstream; downstream shares its noise
     Requires      what ``estimator`` requires. n times its evaluations. Unbiased if it is.
+    For           draws at one noisy site instead of particles
+    Not for       sites whose downstream is most of the program: particles
 
     The repeats are to the estimator what particles are: ``Repeat(4, Reinforce(LeaveOneOut()))`` is leave-one-out with
     four draws of this site and one particle. Cheaper than particles if only the part of the program downstream of the

@@ -23,6 +23,8 @@ class SmoothedTriple(Estimator):
                   Geometric −½ (x + (x + 1)(1 − p)),     Poisson ½ (λ + x)
     Requires      one of these sites; a model that is differentiable in the site's value. One evaluation and its
                   slope. Biased, to second order in the steps: for Bernoulli sites it is ReinMax().
+    For           large counts, smooth costs
+    Not for       small counts: StochasticTriple() has no bias
 
     No noise from a choice of element, unlike `StochasticTriple`, which is unbiased. Take it for smooth costs of large
     counts, where a step of one is small.

@@ -23,6 +23,8 @@ class Stein(Estimator):
                   (A h)(b) = 1/D Σ_i q(1 − b_i) [h(b with bit i flipped) − h(b)],   E_q[A h] = 0
     Requires      Bernoulli sites; two particles or more; a model that is differentiable in the site's value. Two
                   evaluations per particle, the second for the slope; none at the flipped values. Unbiased for all h.
+    For           two or three particles, a model with a useful slope
+    Not for       slopes at 0 and 1 that say little of the cost
 
     h₁ and h₂ of particle k are small networks of two numbers that do not see its draw: the linear expansion
     1/(K−1) Σ_{j≠k} ∇f(b_j)·(b − b_j) at the value b where they are evaluated, and the mean cost of the other particles.

@@ -18,6 +18,8 @@ class StickingTheLanding(LibraryDraw):
     Approximates  ∇_λ E_{z ~ q_λ}[log p(x, z) − log q_λ(z)]
     With          ∂_z [log p(x, z) − log q_λ(z)] · ∂_λ g(ε, λ),   λ inside log q_λ held fixed
     Requires      as Pathwise, and one more run of the guide. One evaluation of the model. Unbiased for the ELBO.
+    For           guides that can reach the posterior
+    Not for       early training, where it can be noisier than Pathwise()
 
     The dropped part, ∇_λ log q_λ(z) at fixed z, has mean zero but not variance zero. At the exact posterior the
     estimator's variance is zero. Prefer it when the guide can come close to the posterior; early in training it can

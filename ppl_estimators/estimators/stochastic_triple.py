@@ -28,6 +28,8 @@ class StochasticTriple(Estimator):
                   Poisson                y = x + 1, w = 1
                   Categorical            y = x ± 1 by inversion of the cumulative probabilities
     Requires      one of these sites; nothing of f. Two evaluations, however many elements the site has. Unbiased.
+    For           counts: Poisson, binomial, geometric
+    Not for       few elements and evaluations to spare: SumAroundMode()
 
     For counts, where nothing antithetic exists: the change by one is small, so the two costs are close. Elements are
     chosen in units of their natural parameter. With many elements the variance grows with their number: `MeasureValued`

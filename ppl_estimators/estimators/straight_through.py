@@ -19,6 +19,7 @@ class StraightThrough(RelaxedValue):
     With          f'(b) ∂_a p,   p = σ(a), or softmax(a) for one-hot sites
     Requires      Bernoulli or OneHotCategorical sites; a model differentiable in the value. One evaluation. Biased
                   unless f is linear in each value.
+    Not advised   ReinMax() costs the same and is exact for quadratic costs
 
     A first-order rule: each difference f(1) − f(0) is replaced by a slope at the drawn end. Not recommended:
     ReinMax() costs the same and is exact for quadratic f. Unbiased at two evaluations: DisARM().

@@ -23,6 +23,8 @@ class SumAndSample(Estimator):
                   r ~ p given not in top,   B = Σ_{c ∈ top} p_c f(c) / (1 − w)
     Requires      Categorical or OneHotCategorical sites; nothing of f. 1 + D k evaluations for D dependent elements.
                   Unbiased; exact for a single element with k ≥ C − 1.
+    For           a few likely categories, many unlikely ones
+    Not for       categories of like probability: UnorderedSet()
 
     ``k``: how many categories are summed. The value of the run is r itself with probability w, else one of the top,
     so it is a draw from p, and k further evaluations complete the k + 1 terms. Prefer it where a categorical has

@@ -24,6 +24,8 @@ class SumAroundMode(Estimator):
                   W = {m, ..., m + k − 1} around the mode,   B = Σ_{c ∈ W} q(c) f(c) / Σ_{c ∈ W} q(c)
     Requires      Poisson, Geometric or Binomial sites; nothing of f. 1 + D k evaluations for D dependent elements.
                   Unbiased; exact for a single element if W is the whole support.
+    For           a count with few likely values
+    Not for       many elements, a spread-out law: StochasticTriple()
 
     ``k``: how many counts are summed. The window moves with the parameters and the mass outside is sampled, so a
     countable support is truncated without a bias. Prefer it for a single count with few likely values, such as a small

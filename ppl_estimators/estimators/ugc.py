@@ -23,6 +23,8 @@ class UGC(Estimator):
                   else:        ½ (f(b) − f(b̃)) (−1)^{b̃_i} 1[b_i ≠ b̃_i] σ(|a_i|),
                   S = {i : min(p_i, q_i) < 1 / (2D)},   p = σ(a), q = 1 − p
     Requires      Bernoulli sites; nothing of f. Three evaluations for any number D of dependent elements. Unbiased.
+    For           some elements nearly decided, others not
+    Not for       broad posteriors: DisARM() needs one evaluation less
 
     If no change of f exceeds δ in size, the second moment of bitflip-1 is at most D p² q² δ² and that of DisARM at
     most ½ max(p, q)² min(p, q) δ²: they cross at min(p, q) = 1 / (2D). The choice looks at the logits only, so it

@@ -27,6 +27,8 @@ class UnorderedSet(Estimator):
                   R(S, s) = P(rest of S | s first) / P(S),   R_s(S, s') the same after s was drawn, R_s(S, s) = 1
     Requires      Categorical or OneHotCategorical sites; nothing of f. 1 + D (k − 1) evaluations for D dependent
                   elements. Unbiased; exact for a single element with k ≥ C. k = 1 is Reinforce().
+    For           too many categories for Enumerate()
+    Not for       several dependent elements: compare with LeaveOneOut()
 
     ``k``: how many categories, at most 8 unless that is all of them. The set is the k largest Gumbel-perturbed log
     probabilities, so its first is a draw from p, and the run uses that. Prefer it for a categorical with too many

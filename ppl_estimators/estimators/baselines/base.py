@@ -78,8 +78,6 @@ class Sum(Baseline):
 
     ``MovingAverage() + Learned()`` is the baseline of neural variational inference (NVIL): a running average and a
     network for what remains. Written with ``+``.
-
-    Reference: Mnih & Gregor (2014), arXiv:1402.0030.
     """
 
     terms: tuple[Baseline, ...]

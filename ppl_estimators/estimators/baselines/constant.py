@@ -15,6 +15,8 @@ from .base import Baseline
 class Constant(Baseline):
     """The same number at every step, in nats of the (scaled) downstream cost.
 
+    For           a cost whose level you know
+
     >>> Constant(-12.5)
     Constant(-12.5)
     """

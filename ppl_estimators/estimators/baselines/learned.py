@@ -18,6 +18,9 @@ from .base import Baseline
 class Learned(Baseline):
     """A network C_ψ(x), trained by least squares on the downstream cost: minimise (f − C_ψ(x))².
 
+    For           one particle, amortised guides
+    Not for       several particles: LeaveOneOut() needs no training
+
     ``inputs``: what it sees. None: the site's own distribution parameters, a function of its parents only. An array
     ``[*plates, ...]``; or a function of the guide's arguments that returns one. Inputs are constants: no gradient
     flows into them. They must not depend on the site's own draw.
@@ -99,6 +102,8 @@ class Learned(Baseline):
 @dataclass(frozen=True, eq=False, repr=False)
 class Given(Baseline):
     """A baseline that the guide computed itself, trained by least squares on the downstream cost.
+
+    For           a baseline that the guide computes
 
     ``value``: an array ``[*plates]``, or a function of the guide's arguments that returns one. Its gradient must lead
     only to the baseline's own parameters (stop it at anything else), and it must not depend on the site's own draw.

@@ -17,6 +17,9 @@ from .base import Baseline
 class LeaveOneOut(Baseline):
     """For each particle the mean cost of the *other* particles, per element of the site's plates.
 
+    For           several particles; the default there
+    Not for       nearly decided elements, where it can be noisier than no baseline: DisARM() or Enumerate()
+
     ``Reinforce(LeaveOneOut())`` is RLOO, also known as VarGrad: (1/(K−1)) Σ_k (f_k − f̄) ∇ log q(z_k). Its cost does
     not grow with the number of sites, and it keeps no state. The default whenever there are several particles; needs at
     least two.
@@ -31,7 +34,8 @@ class LeaveOneOut(Baseline):
     >>> LeaveOneOut()
     LeaveOneOut()
 
-    Reference: Kool, van Hoof & Welling (2019), "Buy 4 REINFORCE samples, get a baseline for free!"; Richter et al.
+    Reference: Kool, van Hoof & Welling (2019), "Buy 4 REINFORCE samples, get a baseline for free!" [kool2019buy];
+    Richter et al.
     (2020), "VarGrad", arXiv:2010.10436.
     """
 

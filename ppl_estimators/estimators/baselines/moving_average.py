@@ -15,6 +15,9 @@ from .base import Baseline
 class MovingAverage(Baseline):
     """Running mean of past downstream costs: m ← decay · m + (1 − decay) · mean(f), started at the first cost.
 
+    For           one particle, cheap
+    Not for       costs that differ much from datum to datum: add Learned()
+
     One number per site, whatever the batch: the mean over particles and plate elements, of the cost of one element (the
     N/B of a minibatch is taken out, and put back where the average is subtracted). The baseline of a step is the
     average *before* that step; the first step has none. A step whose cost is not finite leaves the average alone.

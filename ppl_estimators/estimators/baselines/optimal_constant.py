@@ -18,6 +18,9 @@ from .base import Baseline
 class OptimalConstant(Baseline):
     """The variance-minimising constant c* = E[f s²] / E[s²], with s the score; f enters once.
 
+    For           eight particles or more
+    Not for       few particles: LeaveOneOut() has less variance
+
     s² is the squared norm of ∂ log q / ∂ λ over the parameters λ of the site's own distribution, per plate element.
     The moments are never taken from the draw that the baseline is subtracted from (that is biased):
 
@@ -29,7 +32,8 @@ class OptimalConstant(Baseline):
     >>> OptimalConstant(decay=0.99)
     OptimalConstant(0.99)
 
-    Reference: Greensmith, Bartlett & Baxter (2004); Ranganath, Gerrish & Blei (2014), arXiv:1401.0118.
+    Reference: Greensmith, Bartlett & Baxter (2004) [greensmith2004variance]; Ranganath, Gerrish & Blei (2014),
+    arXiv:1401.0118.
     """
 
     decay: float | None = None
