@@ -32,7 +32,6 @@ from ppl_estimators import (
     MovingAverage,
     Reinforce,
     RELAXWithModel,
-    StraightThrough,
 )
 from ppl_estimators import numpyro as ours_numpyro
 from ppl_estimators import pyro as ours_pyro
@@ -484,37 +483,6 @@ def test_a_pathwise_site_of_a_model_that_jumps(lib, ours):
         lib.train(GradientMonitor().watch(lib.svi(model, guide, elbo, 0.0)), 1, "jump")
 
 
-def cubic(lib: Any, p: float) -> tuple[Any, Any]:
-    """The cost is 3 b⁴ and prior and guide are alike: the gradient is −3 pq, straight-through says −12 p pq."""
-
-    def model() -> None:
-        b = lib.sample("b", lib.d.Bernoulli(p))
-        lib.factor("cost", 3.0 * b**4)
-
-    def guide() -> None:
-        lib.sample("b", lib.d.Bernoulli(logits=lib.param("a", lib.array(float(np.log(p / (1 - p)))))))
-
-    return model, guide
-
-
-@BOTH
-def test_the_bias_of_a_relaxed_estimator(lib):
-    p = 0.6
-    model, guide = cubic(lib, p)
-    monitor = GradientMonitor(every=2, bias_draws=40)
-    svi = monitor.watch(lib.svi(model, guide, lib.ours.EstimatorELBO({"b": StraightThrough()}), 0.0))
-    with pytest.warns(EstimatorWarning, match="site 'b': the bias of the estimator there is 1.* times the gradient"):
-        lib.train(svi, 50)
-    assert monitor.report().bias == pytest.approx(4 * p - 1, rel=0.25)
-    assert "Bias of the relaxed estimators" in " ".join(str(monitor.report()).split())
-    # at p = 1/4 the bias is nothing, and without bias draws or with an unbiased estimator nobody asks
-    model, guide = cubic(lib, 0.25)
-    for estimator, draws in ((StraightThrough(), 20), (StraightThrough(), 0), (DisARM(), 20)):
-        monitor = GradientMonitor(every=2, bias_draws=draws)
-        lib.train(monitor.watch(lib.svi(model, guide, lib.ours.EstimatorELBO({"b": estimator}), 0.0)), 16)
-        assert (monitor.report().bias is None) == (draws == 0 or estimator == DisARM())
-
-
 # ---- where it goes ---------------------------------------------------------------------------------------------------
 
 
@@ -592,7 +560,6 @@ def test_mistakes_are_named(tmp_path):
     for wrong, message in (
         ({"every": 0}, "needs 1 or more steps, got 0"),
         ({"decay": 1.0}, "lies between 0 and 1, got 1.0"),
-        ({"bias_draws": -1}, "needs 0 or more draws"),
         ({"log": 3}, "takes a .csv file, a folder, or a writer"),
         ({"log": tmp_path / "run.txt"}, "neither a .csv file nor a folder"),
         ({"log": tmp_path / "nowhere" / "run.csv"}, "cannot write"),

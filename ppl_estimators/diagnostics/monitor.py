@@ -10,11 +10,10 @@ from typing import Any
 
 from ..backends import Library, of_svi
 from ..core.errors import EstimatorError, warn
-from ..measure.watch import Bias, Moment, Snapshot
+from ..measure.watch import Moment, Snapshot
 from .log import Log, open_log
-from .moments import concentration, running
+from .moments import running
 from .program import check_program
-from .reference import UNBIASED
 from .show import Showable, Shown, axes, number
 
 #: signal to noise below which a step is nothing but noise, and what counts as a clear signal
@@ -23,8 +22,6 @@ DROWNED, CLEAR = 0.05, 0.2
 LOOKS, FEWEST = 10, 3
 #: a fall of the signal with less noise than so many times that of the clear signal is convergence
 LOUDER = 10.0
-#: a bias of more than this part of the gradient
-LARGE_BIAS = 0.5
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,6 @@ class MonitorReport(Showable):
     step: int
     skipped: int
     loss: float
-    bias: float | None
     rows: tuple[MonitorRow, ...]
 
     def last(self, kind: str | None = None) -> list[MonitorRow]:
@@ -66,8 +62,6 @@ class MonitorReport(Showable):
         about = f"Running means over about {round(1 / (1 - self.decay)):,} steps; running loss {number(self.loss, 5)}."
         if self.skipped:
             about += f" {self.skipped:,} steps were not finite and are left out."
-        if self.bias is not None:
-            about += f" Bias of the relaxed estimators: {number(self.bias)} of the gradient's length."
         headings = ("‖mean‖", "variance", "signal/noise")
         return [
             Shown(
@@ -118,15 +112,13 @@ class GradientMonitor:
 
     ``every``: steps from look to look. ``decay``: of the running means, which see about 1 / (1 − decay) steps.
     ``log``: where the looks go: a ``.csv`` file, a folder for TensorBoard (needs tensorboardX or tensorboard), or
-    a writer with ``add_scalar(tag, value, step)``. ``bias_draws``: gradients at each look by which the bias of an
-    estimator that is declared biased is measured against leave-one-out; 0 does without.
+    a writer with ``add_scalar(tag, value, step)``.
 
     Warns (`EstimatorWarning`), once for each:
 
     - a site's signal is lost in noise: not seen in ten looks, or gone while the noise grew tenfold;
     - a pathwise site moves the model's cost by jumps only, so that its gradient is wrong (checked before the first
-      step);
-    - the bias of relaxed estimators is more than half of the gradient.
+      step).
 
     Before the first step guide and model run once by themselves, and a mistake in them is named (`EstimatorError`).
 
@@ -139,21 +131,16 @@ class GradientMonitor:
         every: int = 100,
         decay: float = 0.99,
         log: str | Path | Any | None = None,
-        bias_draws: int = 4,
     ):
         if every < 1:
             raise EstimatorError(f"GradientMonitor(every=...) needs 1 or more steps, got {every!r}.")
         if not 0 < decay < 1:
             raise EstimatorError(f"GradientMonitor(decay=...) lies between 0 and 1, got {decay!r}.")
-        if bias_draws < 0:
-            raise EstimatorError(f"GradientMonitor(bias_draws=...) needs 0 or more draws, got {bias_draws!r}.")
-        self.every, self.decay, self.bias_draws, self.unbiased = every, decay, bias_draws, UNBIASED
+        self.every, self.decay = every, decay
         self.rows: list[MonitorRow] = []
         self.library: Library | None = None
         self._log: Log | None = open_log(log)
         self._last: Snapshot | None = None
-        self._bias: float | None = None
-        self._first_bias: float | None = None
         self._watched: Any = None
         self._close: Callable[..., None] | None = None  # of a Pyro loop's step
         self._memory: dict[str, _Memory] = {}
@@ -192,9 +179,7 @@ class GradientMonitor:
                 "with what monitor.watch(svi) returned, or use a smaller every=."
             )
         at = self._last
-        return MonitorReport(
-            str(self.library), self.every, self.decay, at.step, at.skipped, at.loss, self._bias, tuple(self.rows)
-        )
+        return MonitorReport(str(self.library), self.every, self.decay, at.step, at.skipped, at.loss, tuple(self.rows))
 
     # ---- what the adapters ask and hand over: `measure.watch.Watcher` -----------------------------------------------
 
@@ -205,7 +190,7 @@ class GradientMonitor:
     def receive(self, snapshot: Snapshot) -> None:
         """One look."""
         if self._last is not None and snapshot.step <= self._last.step:  # another run begins
-            self.rows, self._memory, self._bias, self._first_bias = [], {}, None, None
+            self.rows, self._memory = [], {}
         skipped = snapshot.skipped - (self._last.skipped if self._last and self.rows else 0)
         self._last = snapshot
         rows = [self._row(snapshot.step, m) for m in snapshot.moments if m.count > 1]
@@ -217,8 +202,6 @@ class GradientMonitor:
         for row, m in zip(rows, (m for m in snapshot.moments if m.count > 1), strict=True):
             if row.kind == "site":
                 self._judge(row, m)
-        if snapshot.bias is not None:
-            self._judge_bias(snapshot.bias)
 
     def _row(self, step: int, m: Moment) -> MonitorRow:
         signal, variance = running(m.square_of_mean, m.mean_square, self.decay, m.count)
@@ -255,25 +238,6 @@ class GradientMonitor:
             "its steps are noise: use more particles or a quieter estimator there (diagnostics.compare finds one), or "
             "a lower learning rate.",
         )
-
-    def _judge_bias(self, bias: Bias) -> None:
-        d, r = bias.difference, bias.reference
-        if d.count < 2:
-            return
-        away, noise = running(d.square_of_mean, d.mean_square, bias.decay, d.count)
-        signal, reference_noise = running(r.square_of_mean, r.mean_square, bias.decay, r.count)
-        chance = 4 * concentration(bias.decay, d.count)  # of a square of entries that move together: three deviations
-        self._bias = (max(away, 0.0) / signal) ** 0.5 if signal > chance * reference_noise else None
-        if self._bias is None or away < chance * noise:
-            return
-        first = self._first_bias = self._first_bias if self._first_bias is not None else self._bias
-        if self._bias > LARGE_BIAS:
-            was = f", {number(first, 2)} when it was first seen" if self._bias > 1.2 * first else ""
-            self._warn(
-                "bias",
-                f"site {d.name}: the bias of the estimator there is {number(self._bias, 2)} times the gradient{was}. "
-                "Lower its temperature, or go on with an unbiased one such as DisARM() or RELAX().",
-            )
 
     def flat(self, site: str, terms: Iterable[str]) -> None:
         """A pathwise site in which these cost terms jump."""

@@ -17,14 +17,6 @@ class Moment(NamedTuple):
     mean_square: float
 
 
-class Bias(NamedTuple):
-    """The gradient minus that of an unbiased estimator, and the latter, over ``looks`` looks."""
-
-    difference: Moment
-    reference: Moment
-    decay: float
-
-
 class Snapshot(NamedTuple):
     """What an adapter hands over at a look. ``skipped``: steps left out because something was not finite."""
 
@@ -32,16 +24,13 @@ class Snapshot(NamedTuple):
     skipped: int
     loss: float
     moments: tuple[Moment, ...]
-    bias: Bias | None = None
 
 
 class Watcher(Protocol):
-    """What an adapter asks of a monitor. ``unbiased``: the estimator against which bias is measured."""
+    """What an adapter asks of a monitor."""
 
     every: int
     decay: float
-    bias_draws: int
-    unbiased: Any
 
     def begin(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the first step."""
@@ -51,11 +40,6 @@ class Watcher(Protocol):
 
     def receive(self, snapshot: Snapshot) -> None:
         """One look."""
-
-
-def biased_sites(estimators: Mapping[str, Any]) -> list[str]:
-    """Sites whose estimator is declared biased."""
-    return [name for name, e in estimators.items() if not e.unbiased]
 
 
 def place(term: Any) -> str:

@@ -21,15 +21,13 @@ from numpyro.primitives import Messenger
 from ..core import families
 from ..core.errors import EstimatorError, EstimatorWarning
 from ..core.gradients import check_sites, kept_by_estimators
-from ..measure.watch import Bias, Moment, Snapshot, Watcher, biased_sites, jumps, place
+from ..measure.watch import Moment, Snapshot, Watcher, jumps, place
 from .distributions import unwrapped
 from .elbo import EstimatorELBO
-from .run import Keys, execute, site_key, terms_of
+from .run import Keys, execute, terms_of
 
 Array = Any
 
-#: of the averages of bias, in looks
-BIAS_DECAY = 0.9
 _PROBE = re.compile(r"(.*)\$monitor\.\d+")
 
 
@@ -63,7 +61,6 @@ class State(NamedTuple):
     loss: Array  # average
     means: Any  # {"parameter" | "site": {name: average of g}}
     squares: Any  # {"parameter" | "site": {name: average of ‖g‖²}}
-    bias: Any  # (looks, (average difference, of its square), the same of the reference), or None
 
 
 class _Watched:
@@ -79,7 +76,6 @@ class _Watched:
     static_kwargs: Any
     constrain_fn: Any
     get_params: Any
-    _difference: Any = None  # compares two gradients, where an estimator is biased
 
     def init(self, rng_key: Array, *args: Any, **kwargs: Any) -> Any:
         given = {**{k: v for k, v in kwargs.items() if k != "init_params"}, **self.static_kwargs}
@@ -93,22 +89,7 @@ class _Watched:
             state = state._replace(optim_state=self._without_constants(state, args, kwargs))
             for site, terms in flat_sites(self.loss, self.model, self.guide, params, args, kwargs).items():
                 self.monitor.flat(site, terms)
-        biased = self._biased(params, args, kwargs) if self.monitor.bias_draws else []
-        if biased:
-            self._difference = partial(self._bias_draws, biased)
-            zeros = jax.tree.map(jnp.zeros_like, self.optim.own(state.optim_state.inner))
-            nothing = jnp.zeros(())
-            bias = (jnp.zeros((), int), (zeros, nothing), (zeros, nothing))
-            state = state._replace(optim_state=state.optim_state._replace(bias=bias))
-            self.optim.biased = ", ".join(f"'{n}'" for n in biased)
         return state
-
-    def update(self, svi_state: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._compared(svi_state, super().update(svi_state, *args, **kwargs), args, kwargs)  # type: ignore[misc]
-
-    def stable_update(self, svi_state: Any, *args: Any, **kwargs: Any) -> Any:
-        after = super().stable_update(svi_state, *args, **kwargs)  # type: ignore[misc]
-        return self._compared(svi_state, after, args, kwargs)
 
     def _without_constants(self, state: Any, args: Any, kwargs: Any) -> State:
         """No probes where a distribution's array is no function of the parameters."""
@@ -123,52 +104,6 @@ class _Watched:
         _, slopes = jax.jvp(arrays, (own,), (along,))
         live = {n: v for n, v in self.optim.probes.items() if bool(jnp.any(slopes[n] != 0))}
         return self.optim.init({**own, **live})
-
-    # ---- bias: at a look, some gradients beside those of an unbiased estimator -----------------------------------
-
-    def _biased(self, params: Mapping[str, Array], args: Any, kwargs: Any) -> list[str]:
-        if not isinstance(self.loss, EstimatorELBO):
-            return []
-        self._plan = _plan(self.loss, params, self.model, self.guide, args, kwargs)
-        return biased_sites(self._plan.estimators)
-
-    def _compared(self, before: Any, after: Any, args: Any, kwargs: Any) -> Any:
-        if self._difference is None:
-            return after
-        new, loss = after
-        kwargs = {k: v for k, v in kwargs.items() if k != "forward_mode_differentiation"} | self.static_kwargs
-        looks = new.optim_state.step % self.monitor.every == 0
-        bias = jax.lax.cond(
-            looks, lambda: self._difference(before, new.optim_state.bias, args, kwargs), lambda: new.optim_state.bias
-        )
-        return new._replace(optim_state=new.optim_state._replace(bias=bias)), loss
-
-    def _bias_draws(self, biased: list[str], svi_state: Any, bias: Any, args: Any, kwargs: Any) -> Any:
-        elbo = copy.copy(self.loss)
-        elbo.estimators = {**self._plan.estimators, **dict.fromkeys(biased, self.monitor.unbiased)}
-        elbo.num_particles = max(2, elbo.num_particles)
-        own = self.optim.own(svi_state.optim_state.inner)
-        rest = {n: v for n, v in self.optim.get_params(svi_state.optim_state).items() if n not in own}
-
-        def gradient(loss: EstimatorELBO, key: Array) -> Any:
-            def value(own: Any) -> Array:
-                params = {**self.constrain_fn({**own, **rest}), **(svi_state.mutable_state or {})}
-                given = (key, params, self.model, self.guide, *args)
-                return loss.loss_with_mutable_state(*given, **kwargs)["loss"]
-
-            return jax.grad(value)(own)
-
-        keys = jax.random.split(site_key(svi_state.rng_key, "bias"), self.monitor.bias_draws)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", EstimatorWarning)
-            pairs = jax.lax.map(lambda key: (gradient(self.loss, key), gradient(elbo, key)), keys)
-        g, r = jax.tree.map(lambda x: jnp.mean(x, 0), pairs)
-        looks, difference, reference = bias
-        d = jax.tree.map(jnp.subtract, g, r)
-        ok = jnp.isfinite(_square(d) + _square(r))
-        average = partial(_averaged, BIAS_DECAY)
-        new = (looks + 1, _moved(average, difference, d), _moved(average, reference, r))
-        return jax.tree.map(partial(jnp.where, ok), new, (looks, difference, reference))
 
 
 class _Optim(_NumPyroOptim):
@@ -185,7 +120,7 @@ class _Optim(_NumPyroOptim):
         means = jax.tree.map(jnp.zeros_like, self._vectors({**own, **self.probes}))
         squares = {kind: {n: jnp.zeros(()) for n in named} for kind, named in means.items()}
         zero = jnp.zeros((), int)
-        return State(inner, zero, zero, jnp.zeros(()), means, squares, None)
+        return State(inner, zero, zero, jnp.zeros(()), means, squares)
 
     def get_params(self, state: State) -> Any:
         if not isinstance(state, State):
@@ -239,31 +174,23 @@ class _Optim(_NumPyroOptim):
         means = jax.tree.map(lambda m, g: keep(average(m, g), m), state.means, vectors)
         squares = jax.tree.map(lambda s, t: keep(average(s, t), s), state.squares, totals)
         loss = keep(average(state.loss, out), state.loss)
-        return State(inner, state.step + 1, state.skipped + ~ok, loss, means, squares, state.bias)
+        return State(inner, state.step + 1, state.skipped + ~ok, loss, means, squares)
 
     def _look(self, state: State) -> State:
         def tell() -> None:
             moments = {kind: {n: _square(m) for n, m in named.items()} for kind, named in state.means.items()}
-            bias = state.bias and (state.bias[0], *((_square(m), s) for m, s in state.bias[1:]))
-            figures = (state.step, state.skipped, state.loss, moments, state.squares, bias)
+            figures = (state.step, state.skipped, state.loss, moments, state.squares)
             jax.debug.callback(self._receive, figures)
 
         jax.lax.cond(state.step % self.monitor.every == 0, tell, lambda: None)
         return state
 
     def _receive(self, figures: Any) -> None:
-        step, skipped, loss, moments, squares, bias = jax.tree.map(lambda x: np.asarray(x).item(), figures)
+        step, skipped, loss, moments, squares = jax.tree.map(lambda x: np.asarray(x).item(), figures)
         count = step - skipped
         found = [Moment(kind, n, count, moments[kind][n], squares[kind][n]) for kind in moments for n in moments[kind]]
-        if bias is not None:
-            looks, difference, reference = bias
-            bias = Bias(
-                Moment("site", self.biased, looks, *difference),
-                Moment("site", self.biased, looks, *reference),
-                BIAS_DECAY,
-            )
         whole = 1 - self.monitor.decay**count
-        self.monitor.receive(Snapshot(step, skipped, loss / whole if whole else float("nan"), tuple(found), bias))
+        self.monitor.receive(Snapshot(step, skipped, loss / whole if whole else float("nan"), tuple(found)))
 
 
 class _Probes(Messenger):
@@ -353,11 +280,6 @@ def _traced(tree: Any) -> bool:
 
 def _averaged(decay: float, mean: Array, new: Array) -> Array:
     return decay * mean + (1 - decay) * new
-
-
-def _moved(average: Callable[..., Array], moments: Any, new: Any) -> Any:
-    mean, square = moments
-    return jax.tree.map(average, mean, new), average(square, _square(new))
 
 
 def _square(tree: Any) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,19 +16,17 @@ from pyro.poutine.util import site_is_subsample
 from torch.overrides import _get_current_function_mode
 
 from ..core import families
-from ..core.errors import EstimatorError, EstimatorWarning
+from ..core.errors import EstimatorError
 from ..core.gradients import check_sites, kept_by_estimators
-from ..measure.watch import Bias, Moment, Snapshot, Watcher, biased_sites, jumps, place
+from ..measure.watch import Moment, Snapshot, Watcher, jumps, place
 from .dependencies import StopParameters
 from .distributions import unwrapped
 from .elbo import EstimatorELBO
-from .gradients import Gradients, _own, aliased
+from .gradients import aliased
 from .run import execute, terms_of
 
 Array = torch.Tensor
 
-#: of the averages of bias, in looks
-BIAS_DECAY = 0.9
 #: shapes of one site whose moments are kept apart
 SHAPES = 4
 
@@ -73,34 +70,8 @@ class _Watched:
             check_sites(["some"], record.taken)
             for site, terms in flat_sites(elbo, self.model, self.watched.guide, args, kwargs).items():
                 record.monitor.flat(site, terms)
-        if record.monitor.bias_draws and (record.step + 1) % record.monitor.every == 0:
-            self._compare(elbo, args, kwargs)
         record.close(value, record.taken)
         return loss
-
-    # ---- bias: at a look, some gradients beside those of an unbiased estimator -----------------------------------
-
-    def _compare(self, elbo: Any, args: Any, kwargs: Any) -> None:
-        if not isinstance(elbo, EstimatorELBO) or elbo.memory.last is None:
-            return
-        estimators = elbo.memory.last.estimators
-        biased = biased_sites(estimators)
-        if not biased:
-            return
-        other = _own(elbo)
-        other.estimators = {**estimators, **dict.fromkeys(biased, self.record.monitor.unbiased)}
-        other.num_particles = max(2, elbo.num_particles)
-        draws, seed = self.record.monitor.bias_draws, self.record.step
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", EstimatorWarning)
-            g, r = (self._mean(e, args, kwargs, draws, seed) for e in (elbo, other))
-        self.record.compare({n: torch.from_numpy(np.asarray(g[n] - r[n])) for n in g},
-                            {n: torch.from_numpy(np.asarray(r[n])) for n in r}, biased)  # fmt: skip
-
-    def _mean(self, elbo: Any, args: Any, kwargs: Any, draws: int, seed: int) -> dict[str, np.ndarray]:
-        gradients = Gradients(elbo, self.model, self.watched.guide, args, kwargs, seed=seed)
-        found = [g for _, g in gradients.draws(draws, seed)]
-        return {n: np.mean([g[n][0] for g in found], axis=0) for n in gradients.names}
 
 
 class _Optim:
@@ -147,7 +118,6 @@ class Record:
         self.slopes: dict[str, list[Array | None]] = {}
         self.sites: dict[str, dict[Any, Running]] = {}
         self.parameters: dict[str, Running] = {}
-        self.bias: tuple[str, Running, Running] | None = None
 
     def visit(self, site: str, fn: Any) -> Any:
         """The distribution, its differentiable arrays on watch. Several visits in a step add up."""
@@ -214,25 +184,12 @@ class Record:
             shapes[key] = Running(parts)
         return shapes[key]
 
-    def compare(self, difference: Mapping[str, Array], reference: Mapping[str, Array], biased: list[str]) -> None:
-        d, r = ([x[n] for n in difference] for x in (difference, reference))
-        if not np.isfinite(_square(d) + _square(r)):
-            return
-        if self.bias is None:
-            self.bias = (", ".join(f"'{n}'" for n in biased), Running(d), Running(r))
-        self.bias[1].add(d, _square(d), BIAS_DECAY)
-        self.bias[2].add(r, _square(r), BIAS_DECAY)
-
     def _snapshot(self) -> Snapshot:
         found = [r.moment("parameter", n) for n, r in self.parameters.items()]
         for n, shapes in self.sites.items():
             found.append(max(shapes.values(), key=lambda r: r.count).moment("site", n))
-        bias = None
-        if self.bias is not None:
-            names, difference, reference = self.bias
-            bias = Bias(difference.moment("site", names), reference.moment("site", names), BIAS_DECAY)
         whole = 1 - self.monitor.decay**self.finite
-        return Snapshot(self.step, self.skipped, self.loss / whole if whole else float("nan"), tuple(found), bias)
+        return Snapshot(self.step, self.skipped, self.loss / whole if whole else float("nan"), tuple(found))
 
 
 class WatchedGuide(torch.nn.Module):
