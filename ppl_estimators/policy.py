@@ -57,7 +57,7 @@ class Automatic:
         rest = [s for s in sites if s.name not in chosen]
         if not rest:
             return Choice(chosen, situation.particles)
-        if situation.particles == 1 and situation.counterfactual and not situation.branches:
+        if situation.particles == 1 and not situation.branches:
             spent = _spend(rest, terms, graph)
             if spent is not None:
                 return Choice({**chosen, **spent}, 1)

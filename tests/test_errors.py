@@ -231,11 +231,16 @@ def test_bounds_refuse_what_estimates_the_elbo(lib):
     model, guide = program(lib, DISTRIBUTIONS["Bernoulli"])
     with pytest.raises(EstimatorError, match=r"bound of several particles, got num_particles=1"):
         lib.loss(lib.ELBO(objective=ImportanceWeighted()), model, guide)
-    with pytest.raises(EstimatorError, match=r"DisARM\(\) estimates the gradient of the ELBO, not of Importance"):
-        lib.loss(lib.ELBO({"z": DisARM()}, objective=ImportanceWeighted(), num_particles=2), model, guide)
+    for estimator in (Reinforce(OptimalConstant()), Reinforce(LeaveOneOut() + MovingAverage())):
+        elbo = lib.ELBO({"z": estimator}, objective=ImportanceWeighted(), num_particles=2)
+        with pytest.raises(EstimatorError, match=r"site 'z': .* compares particles with one another, and under"):
+            lib.loss(elbo, model, lib.hook(guide, {"z": estimator}))
+    elbo = lib.ELBO({"z": DisARM()}, objective=ImportanceWeighted(), num_particles=2, average_model=True)
+    with pytest.raises(EstimatorError, match=r"average_model=True\) averages the gradient of the ELBO"):
+        lib.loss(elbo, model, guide)
     model, guide = program(lib, DISTRIBUTIONS["Normal"])
-    with pytest.raises(EstimatorError, match=r"StickingTheLanding\(\) estimates the gradient of the ELBO"):
-        elbo = lib.ELBO({"z": StickingTheLanding()}, objective=ImportanceWeighted(), num_particles=2)
+    elbo = lib.ELBO({"z": StickingTheLanding()}, objective=ImportanceWeighted(), num_particles=2)
+    with pytest.raises(EstimatorError, match=r"StickingTheLanding\(\) leaves out what has mean zero for the ELBO"):
         lib.loss(elbo, model, guide)
 
 

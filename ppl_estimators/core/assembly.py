@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from .estimator import Estimator
 from .keep import Kept
+from .objectives import Locally
 from .ops import Array, Ops
-from .site import Costs, Draw, Local, Site
+from .site import Costs, Draw, Site
 
 
 @dataclass(frozen=True)
@@ -23,31 +24,25 @@ class Evaluated:
 def assemble(
     ops: Ops,
     objective: Array,
-    signal: Array | None,
+    local: Locally,
     estimators: Mapping[str, Estimator],
     evaluated: Mapping[str, Evaluated],
     kept: Mapping[str, Kept],
     particles: int,
 ) -> tuple[Array, dict[str, dict[str, Array]]]:
-    """The loss, and the new state of every site that keeps some. A ``signal [K, ...]`` of the objective replaces the
-    downstream cost of every score function; it holds its own control.
+    """The loss, and the new state of every site that keeps some; ``local`` is the objective's.
 
     loss = −objective − Σ_i (s_i − stop(s_i)) + Σ_i (aux_i − stop(aux_i)),   s_i, aux_i averaged over particles
     """
     riders = []
     states: dict[str, dict[str, Array]] = {}
     for name, e in evaluated.items():
-        if signal is None or estimators[name].value.moves:
-            local = estimators[name].local(ops, e.site, e.draw, e.costs, kept.get(name, Kept()))
-        else:
-            k, *plates = signal.shape
-            missing = e.costs.value.ndim - signal.ndim
-            local = Local(ops.reshape(signal, (k, *(1,) * missing, *plates)) * e.site.log_q)
-        riders.append(-ops.sum(local.surrogate))
-        if local.auxiliary is not None:
-            riders.append(ops.sum(local.auxiliary))
-        if local.state:
-            states[name] = dict(local.state)
+        found = local(estimators[name], e.site, e.draw, e.costs, kept.get(name, Kept()))
+        riders.append(-ops.sum(found.surrogate))
+        if found.auxiliary is not None:
+            riders.append(ops.sum(found.auxiliary))
+        if found.state:
+            states[name] = dict(found.state)
     if not riders:
         return -objective, states
     rider = ops.sum(ops.stack(riders)) / particles

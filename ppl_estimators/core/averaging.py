@@ -33,6 +33,11 @@ class Average(NamedTuple):
 
 def check(plan: Plan) -> None:
     """Is there anything to average, and may it be?"""
+    if plan.keeps_score:
+        raise EstimatorError(
+            "EstimatorELBO(average_model=True) averages the gradient of the ELBO, and the objective is another. Leave "
+            "average_model=False for it."
+        )
     if plan.branches:
         raise EstimatorError(
             "EstimatorELBO(average_model=True): the program decides something on a drawn value, so the counterfactual "

@@ -1,25 +1,49 @@
-"""What is maximised: the ELBO, or a multi-sample bound."""
+"""What is maximised: the ELBO, or a multi-sample bound.
+
+An objective of several particles is a function L(log w_1, ..., log w_K) of their log weights. The cost of site i in
+particle k, at a value v, is that function with the log weight that particle k has at v and the others as they were
+drawn; for the ELBO, a sum, it is the downstream cost R_i(v). So any estimator serves any objective.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar, Protocol
 
 from .errors import EstimatorError, site_error
 from .estimator import Control, Estimator, Value
+from .families import ONEHOT
+from .keep import Kept
 from .ops import Array, Ops
-from .site import Plate, Site, Term, sum_to
+from .site import Costs, Draw, Local, Plate, Site, Term, sum_to
 from .spec import Spec
+
+#: the downstream costs of some sites, from cost terms
+Credited = Callable[[Sequence[Term]], Mapping[str, Array]]
+
+
+class Elsewhere(Protocol):
+    """What one particle says of sites at other values: from the ``terms`` that these move, ``[*plates]`` for each.
+    ``beside``: plates of alternatives side by side."""
+
+    def __call__(
+        self, terms: Sequence[Term], sites: Sequence[Site], credited: Credited, beside: frozenset[Plate] = ...
+    ) -> dict[str, Array]: ...
+
+
+class Locally(Protocol):
+    """The local surrogate of one site in all particles."""
+
+    def __call__(self, estimator: Estimator, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local: ...
 
 
 class Objective(Spec):
-    """``collect`` runs once per particle, ``combine`` once over all of them (axis 0)."""
+    """``collect``, ``drawn`` and ``elsewhere`` run once per particle, ``combine`` once over all of them (axis 0)."""
 
-    #: can sites be evaluated at counterfactual values?
-    counterfactual: ClassVar[bool] = True
-    #: does -log q of a score site keep its own gradient?
+    #: does -log q keep its own gradient, as no cost of mean zero?
     keeps_score: ClassVar[bool] = False
 
     def check(self, site: Site, estimator: Estimator, particles: int) -> None:
@@ -32,9 +56,20 @@ class Objective(Spec):
         """What multiplies the objective: the N/B of subsampled plates, where it cannot stay inside the terms."""
         return 1.0
 
-    def combine(self, ops: Ops, collected: Array, scale: float) -> tuple[Array, Array | None]:
-        """The objective (a scalar whose gradient is the explicit part), and, unless every site keeps its own
-        downstream cost, the signal ``[K, ...]`` that replaces it."""
+    def drawn(self, ops: Ops, terms: Sequence[Term], sites: Sequence[Site], credited: Credited) -> Mapping[str, Array]:
+        """What one particle says of the sites at the drawn values, ``[*plates]`` for each."""
+        raise NotImplementedError
+
+    def elsewhere(
+        self, ops: Ops, terms: Sequence[Term], moved: Sequence[Site], alone: frozenset[str], credited: Credited
+    ) -> Elsewhere:
+        """The same where the sites ``moved`` take other values; ``alone`` names those of which each plate element does
+        so by itself. ``terms`` are those at the drawn values."""
+        raise NotImplementedError
+
+    def combine(self, ops: Ops, collected: Array, scale: float) -> tuple[Array, Locally]:
+        """The objective (a scalar whose gradient is the explicit part), and what makes costs and a surrogate of what
+        the particles say of a site."""
         raise NotImplementedError
 
 
@@ -49,16 +84,26 @@ class EvidenceLowerBound(Objective):
     def collect(self, ops: Ops, terms: Sequence[Term]) -> Array:
         return total(ops, terms)
 
-    def combine(self, ops: Ops, collected: Array, scale: float) -> tuple[Array, Array | None]:
-        return ops.mean(collected), None
+    def drawn(self, ops: Ops, terms: Sequence[Term], sites: Sequence[Site], credited: Credited) -> Mapping[str, Array]:
+        return credited(terms)
+
+    def elsewhere(
+        self, ops: Ops, terms: Sequence[Term], moved: Sequence[Site], alone: frozenset[str], credited: Credited
+    ) -> Elsewhere:
+        return lambda terms, sites, credited, beside=frozenset(): dict(credited(terms))
+
+    def combine(self, ops: Ops, collected: Array, scale: float) -> tuple[Array, Locally]:
+        return ops.mean(collected), lambda estimator, *found: estimator.local(ops, *found)
 
 
 class MultiSample(Objective):
-    """A bound of K particles, (1 − α)⁻¹ log (1/K) Σ_k w_k^{1−α}, w_k = p(x, z_k) / q(z_k), with α = ``alpha``."""
+    """A bound of K particles, (1 − α)⁻¹ log (1/K) Σ_k w_k^{1−α}, w_k = p(x, z_k) / q(z_k), with α = ``alpha``.
+
+    Costs are K (L − L_{−k}), L_{−k} the bound of the other particles: they have a baseline already.
+    """
 
     alpha: float
 
-    counterfactual: ClassVar[bool] = False
     keeps_score: ClassVar[bool] = True
 
     def check(self, site: Site, estimator: Estimator, particles: int) -> None:
@@ -67,23 +112,25 @@ class MultiSample(Objective):
             raise site_error(
                 site.name, f"{name} is a bound of several particles, got num_particles={particles}", "Pass 2 or more."
             )
-        in_full = estimator.unbiased and estimator.value in (Value.LIBRARY, Value.OWN)  # of any cost, -log q included
-        if in_full or estimator.control is Control.OTHERS:  # whose cost a signal may replace
-            return
-        raise site_error(
-            site.name,
-            f"{estimator!r} estimates the gradient of the ELBO, not of {name}",
-            "Use Pathwise() for reparameterisable sites and Reinforce(LeaveOneOut()) for the others.",
-        )
+        if estimator.value is Value.STICKING:
+            raise site_error(
+                site.name,
+                f"{estimator!r} leaves out what has mean zero for the ELBO, and has not for {name}",
+                "Use Pathwise().",
+            )
+        if estimator.compares and estimator.control is not Control.OTHERS:
+            raise site_error(
+                site.name,
+                f"{estimator!r} compares particles with one another, and under {name} the cost of each holds the draws "
+                "of all, so that the others' are no baseline",
+                "Use Reinforce(LeaveOneOut()), which takes the bound of the others, or an estimator that compares "
+                "values within a particle, such as DisARM().",
+            )
 
     def collect(self, ops: Ops, terms: Sequence[Term]) -> Array:
         """log w per element of the plates that hold every term, ``[*plates]``, without their N/B."""
         common = _common(terms)
-        ndim = max((-p.dim for p in common), default=0)
-        log_w = sum_to(ops, terms[0].value, common, ndim)
-        for term in terms[1:]:
-            log_w = log_w + sum_to(ops, term.value, common, ndim)
-        return log_w / self.scale(terms)
+        return _summed(ops, terms, common, max((-p.dim for p in common), default=0)) / self.scale(terms)
 
     def scale(self, terms: Sequence[Term]) -> float:
         common = _common(terms)
@@ -95,7 +142,57 @@ class MultiSample(Objective):
                 )
         return math.prod(p.scale for p in common)
 
-    def combine(self, ops: Ops, collected: Array, scale: float) -> tuple[Array, Array | None]:
+    def drawn(self, ops: Ops, terms: Sequence[Term], sites: Sequence[Site], credited: Credited) -> Mapping[str, Array]:
+        """log w, ``[*plates]`` in the rank of each site."""
+        log_w = self.collect(ops, terms)
+        return {s.name: _ranked(ops, log_w, s) for s in sites}
+
+    def elsewhere(
+        self, ops: Ops, terms: Sequence[Term], moved: Sequence[Site], alone: frozenset[str], credited: Credited
+    ) -> Elsewhere:
+        """log w at other values. Where sites move together, and all their elements, it is that of the whole run: a
+        difference of two downstream costs would mix the old and the new values of what moves beside. An element that
+        moves alone changes the log weight that it is part of by the difference of its own costs."""
+        names, common, scale = frozenset(s.name for s in moved), _common(terms), self.scale(terms)
+        constant = [replace(t, value=ops.stop_gradient(t.value)) for t in terms]
+        still = [t for t in constant if not t.depends_on & names]
+        without = self._without(ops, constant, [s for s in moved if s.name in alone], credited) if alone else {}
+
+        def at(
+            terms: Sequence[Term], sites: Sequence[Site], credited: Credited, beside: frozenset[Plate] = frozenset()
+        ) -> dict[str, Array]:
+            costs = credited(terms) if alone else {}
+            found = {}
+            for s in sites:
+                if s.name in alone:
+                    log_w = without[s.name] + costs[s.name] / scale
+                else:
+                    ndim = len(s.batch_shape)
+                    log_w = _summed(ops, terms, common | beside, ndim)
+                    log_w = (log_w + _summed(ops, still, common, ndim) if still else log_w) / scale
+                found[s.name] = ops.broadcast_to(log_w, s.plate_shape)
+            return found
+
+        return at
+
+    def _without(
+        self, ops: Ops, terms: Sequence[Term], sites: Sequence[Site], credited: Credited
+    ) -> Mapping[str, Array]:
+        """log w without what each element of a site moves. One that has no probability takes none from the rest: how
+        often log w counts −∞ is counted apart."""
+        never = [t.value == -math.inf for t in terms]
+        finite = [
+            replace(t, value=ops.where(n, ops.zeros_like(t.value), t.value)) for t, n in zip(terms, never, strict=True)
+        ]
+        counts = [replace(t, value=ops.astype(n, t.value.dtype)) for t, n in zip(terms, never, strict=True)]
+        scale, found = self.scale(terms), {}
+        rest, of_sites = ((self.collect(ops, x), credited(x)) for x in (finite, counts))
+        for s in sites:
+            value, count = (_ranked(ops, w, s) - costs[s.name] / scale for w, costs in (rest, of_sites))
+            found[s.name] = ops.where(count * scale > 0.5, ops.full_like(value, -math.inf), value)
+        return found
+
+    def combine(self, ops: Ops, collected: Array, scale: float) -> tuple[Array, Locally]:
         k, order = collected.shape[0], 1 - self.alpha
         scaled = order * collected
         log_total = ops.logsumexp(scaled, axis=0)
@@ -104,18 +201,49 @@ class MultiSample(Objective):
         # of a particle without weight (a draw that the model has no probability for) nothing counts
         explicit = ops.sum(weight * ops.where(weight > 0, collected, ops.zeros_like(collected)))
         value = ops.sum(bound)
-        others = (_of_the_others(ops, ops.stop_gradient(scaled)) - math.log(k - 1)) / order
-        signal = k * scale * ops.stop_gradient(bound - others)  # the assembly averages over particles
-        return scale * (ops.stop_gradient(value - explicit) + explicit), signal
+        combined = scale * (ops.stop_gradient(value - explicit) + explicit)
+        return combined, partial(self._local, ops, self.others(ops, collected), scale)
+
+    def others(self, ops: Ops, collected: Array) -> Array:
+        """log Σ_{j ≠ k} w_j^{1−α} for each particle k, ``[K, ...]``."""
+        return _of_the_others(ops, ops.stop_gradient((1 - self.alpha) * collected))
+
+    def costs(self, ops: Ops, log_w: Array, others: Array, scale: float) -> Array:
+        """K (L − L_{−k}) with ``log_w [..., K, ...]`` as log weight of particle k: the assembly averages over
+        particles. Where no other has any weight, L_{−k} is no baseline, and 0 is."""
+        k, order = others.shape[0], 1 - self.alpha
+        bound = ops.logaddexp(order * log_w, others) - math.log(k)
+        baseline = ops.where(ops.isfinite(others), others - math.log(k - 1), ops.zeros_like(others))
+        return k * scale * (bound - baseline) / order
+
+    def _local(
+        self, ops: Ops, others: Array, scale: float, estimator: Estimator, site: Site, draw: Draw, log_w: Costs,
+        kept: Kept,
+    ) -> Local:  # fmt: skip
+        k, order = others.shape[0], 1 - self.alpha
+        others = ops.reshape(others, (k, *(1,) * (log_w.value.ndim - others.ndim), *others.shape[1:]))
+        costs = Costs(ops.stop_gradient(self.costs(ops, log_w.value, others, scale)))
+        if estimator.control is Control.OTHERS and not estimator.value.moves:
+            return Local(costs.value * site.log_q)
+        if log_w.alternatives is not None:
+            there = ops.stop_gradient(self.costs(ops, log_w.alternatives, others, scale))
+            costs = replace(costs, alternatives=there)
+        if log_w.relaxed is not None:
+            # K times the weight of the particle: the slope has the scale already
+            x = order * log_w.relaxed
+            steep = site.spread(ops, k * ops.exp(x - ops.logaddexp(x, others)), trailing=site.family == ONEHOT)
+            there = self.costs(ops, log_w.relaxed, others, scale)
+            costs = replace(costs, relaxed=there, relaxed_slope=steep * log_w.relaxed_slope)
+        return estimator.local(ops, site, draw, costs, kept)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Renyi(MultiSample):
     """The Rényi bound of finite K: (1 − α)⁻¹ log (1/K) Σ_k w_k^{1−α}, w_k = p(x, z_k) / q(z_k).
 
-    Score sites get the exact gradient of the finite-K bound, Σ_k (L − L_{−k}) ∇ log q(z_k) with L_{−k} the bound of
-    the other particles (the arithmetic form of VIMCO), beside Σ_k w̃_k ∇ log w_k. Sites are Pathwise() or
-    Reinforce(LeaveOneOut()); needs at least two particles. Plates that hold every site get a bound per element.
+    Sites take any estimator, whose costs are K (L − L_{−k}), L with the log weight of the particle at the value in
+    question and L_{−k} the bound of the other particles, beside Σ_k w̃_k ∇ log w_k. Reinforce(LeaveOneOut()) is then
+    the arithmetic form of VIMCO. Needs at least two particles. Plates that hold every site get a bound per element.
 
     >>> Renyi(0.5)
     Renyi(0.5)
@@ -151,6 +279,18 @@ class ImportanceWeighted(MultiSample):
 
 def _common(terms: Sequence[Term]) -> frozenset[Plate]:
     return frozenset.intersection(*(t.plates for t in terms))
+
+
+def _summed(ops: Ops, terms: Sequence[Term], plates: frozenset[Plate], ndim: int) -> Array:
+    """Σ_t t, each summed to ``plates``, in ``ndim`` dimensions."""
+    first, *others = (sum_to(ops, t.value, plates, ndim) for t in terms)
+    return sum(others, first)
+
+
+def _ranked(ops: Ops, x: Array, site: Site) -> Array:
+    """``x [*plates]`` of common plates as ``[*plates]`` of the site."""
+    x = ops.reshape(x, (*(1,) * (len(site.batch_shape) - x.ndim), *x.shape))
+    return ops.broadcast_to(x, site.plate_shape)
 
 
 def _of_the_others(ops: Ops, x: Array) -> Array:

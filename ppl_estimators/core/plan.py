@@ -86,7 +86,6 @@ class Situation:
 
     asked: Mapping[str, Estimator]
     particles: int
-    counterfactual: bool
     branches: bool
 
 
@@ -142,6 +141,7 @@ class Group:
     sites: tuple[str, ...]
     alternatives: int = 0
     weighed: bool = False  # have the drawn values and these weights?
+    alone: bool = False  # does each element of a plate take them by itself?
     relaxations: int = 0
     downstream: str = "relaxed"  # what discrete sites downstream of relaxed values do meanwhile
 
@@ -155,6 +155,7 @@ class Plan:
     groups: tuple[Group, ...]
     particles: int
     branches: bool
+    keeps_score: bool = False  # -log q, in the objective
 
     @cached_property
     def local(self) -> list[str]:
@@ -168,8 +169,13 @@ class Plan:
 
     @cached_property
     def hard(self) -> frozenset[str]:
-        """Sites with a discrete draw whose derivative is made up."""
-        return frozenset(n for n, e in self.estimators.items() if e.value is Value.HARD)
+        """Sites with a discrete draw whose derivative is made up, and whose -log q has no other that counts."""
+        return frozenset(n for n, e in self.estimators.items() if e.value is Value.HARD and not self.keeps_score)
+
+    @cached_property
+    def alone(self) -> frozenset[str]:
+        """Sites whose elements take other values one at a time."""
+        return frozenset(n for g in self.groups if g.alone for n in g.sites)
 
     @cached_property
     def sticking(self) -> frozenset[str]:
@@ -215,7 +221,7 @@ def make_plan(
     if isinstance(settings.default, Estimator):
         chosen |= dict.fromkeys((s.name for s in missing), settings.default)
     elif missing:
-        situation = Situation(chosen, particles, objective.counterfactual, branches)
+        situation = Situation(chosen, particles, branches)
         choice = settings.default(missing, terms, graph, situation)
         chosen, particles = {**chosen, **choice.estimators}, choice.particles
     chosen = {s.name: chosen[s.name] for s in sites}
@@ -232,7 +238,8 @@ def make_plan(
     if bare:
         warn(_bare(bare))
     groups = _groups(views, chosen, graph, branches)
-    return Plan(chosen, views, tuple(replace(t, value=None) for t in terms), graph, groups, particles, branches)
+    facts = tuple(replace(t, value=None) for t in terms)
+    return Plan(chosen, views, facts, graph, groups, particles, branches, objective.keeps_score)
 
 
 def _bare(sites: Sequence[Site]) -> str:
@@ -261,7 +268,8 @@ def _groups(
         names = tuple(n for n in views if n in members)
         asked = [alternatives[n] for n in names]
         weighed = all(a.own_law or a.weights is not None for a in asked)
-        groups.append(Group(names, max(a.count for a in asked), weighed))
+        alone = not all(a.own_law for a in asked)
+        groups.append(Group(names, max(a.count for a in asked), weighed, alone))
     for kind in dict.fromkeys(r for r in relaxations.values() if r.count):
         alike = [n for n, r in relaxations.items() if r == kind]
         levels = [frozenset(alike)]

@@ -21,6 +21,7 @@ from .errors import site_error
 from .estimator import Estimator, Measure, Noise
 from .families import DISCRETE
 from .keep import Kept
+from .objectives import Elsewhere, Locally
 from .ops import Array, Ops
 from .plan import Group, Plan, Settings
 from .site import Costs, Draw, Site, Term
@@ -317,12 +318,22 @@ class Step:
         return found
 
     def _costs(self, run: Run) -> dict[str, Array]:
-        """The downstream cost of every site with a surrogate, at the drawn values."""
-        library = self.library
-        with library.differentiating(False):
-            return self._downstream(run, run.plan.graph, run.terms, list(run.sites.values()))
+        """What the objective wants of every site with a surrogate, at the drawn values: its downstream cost."""
+        sites = list(run.sites.values())
+        if not sites:
+            return {}
+        with self.library.differentiating(False):
+            credited = partial(self._downstream, run.plan.graph, sites)
+            return dict(self.settings.objective.drawn(self.library.ops, run.terms, sites, credited))
 
-    def _downstream(self, run: Run, graph: Graph, terms: Sequence[Term], sites: Sequence[Site]) -> dict[str, Array]:
+    def _elsewhere(self, run: Run, sites: Sequence[Site], alone: frozenset[str] = frozenset()) -> Elsewhere:
+        """The same, where some sites take other values, each element of those in ``alone`` by itself."""
+        objective, plan = self.settings.objective, run.plan
+        with self.library.differentiating(False):
+            credited = partial(self._downstream, plan.graph, sites)
+            return objective.elsewhere(self.library.ops, run.terms, sites, alone, credited)
+
+    def _downstream(self, graph: Graph, sites: Sequence[Site], terms: Sequence[Term]) -> dict[str, Array]:
         found = downstream_costs(self.library.ops, graph, terms, sites)
         return {s.name: self.library.zero(s) if found[s.name] is None else found[s.name] for s in sites}
 
@@ -397,7 +408,7 @@ class Step:
         library, ops, plan = self.library, self.library.ops, run.plan
         members = [run.sites[n] for n in group.sites]
         average = self.settings.average_model and group.weighed
-        like = members[0].logits
+        like, elsewhere = members[0].logits, self._elsewhere(run, members, plan.alone)
         weights = averaging.weights(ops, plan, group, run.sites, run.draws, like) if average else None
 
         def values(index: Any) -> Values:
@@ -414,7 +425,8 @@ class Step:
             values: Values, sites: Sequence[Site] = members, graph: Graph = plan.graph, wide: Any = None
         ) -> tuple[dict[str, Array], dict[averaging.Key, Array]]:
             terms = self._again(run, group, values, constants=not average, wide=wide)
-            costs = self._downstream(run, graph, terms, sites)
+            beside = frozenset() if wide is None else frozenset([wide])
+            costs = elsewhere(terms, sites, partial(self._downstream, graph, sites), beside)
             counted = averaging.counted(plan, group, terms) if average else []
             return costs, {(t.side, t.site): t.value for t in counted}
 
@@ -433,6 +445,7 @@ class Step:
         down = frozenset().union(*(plan.below(g) for g in groups))
         number = {s.name: [i if s.name in g.sites else -1 for g, i in jobs] for s in members}
         below = {n: [n in plan.below(g) for g, _ in jobs] for n in down}
+        elsewhere = self._elsewhere(run, members, plan.alone)
 
         def one(job: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:
             values = {}
@@ -453,7 +466,7 @@ class Step:
 
             traces = library.run(decide, run.source, constants=True)
             terms = library.terms(traces, plan, plan.soft, only=frozenset(values))
-            return self._downstream(run, plan.graph, terms, members)
+            return elsewhere(terms, members, partial(self._downstream, plan.graph, members))
 
         costs = library.mapped(one, {"number": number, "below": below})
         rows = {n: [e for e, i in enumerate(numbers) if i >= 0] for n, numbers in number.items()}
@@ -466,6 +479,7 @@ class Step:
         members = [run.sites[n] for n in group.sites]
         relaxed: dict[str, list[Array]] = {n: [] for n in group.sites}
         slope: dict[str, list[Array]] = {n: [] for n in group.sites}
+        elsewhere = self._elsewhere(run, members)
         uniforms = self._uniforms(run, plan.softened(group)) if group.downstream == "relaxed" else {}
         for index in range(group.relaxations):
             values = {
@@ -477,7 +491,7 @@ class Step:
 
             def total(values: Values, temperature: Array | None = temperature) -> tuple[Array, Values]:
                 terms = self._again(run, group, values, constants=True, temperature=temperature, uniforms=uniforms)
-                costs = self._downstream(run, plan.graph, terms, members)
+                costs = elsewhere(terms, members, partial(self._downstream, plan.graph, members))
                 return sum((ops.sum(t.value) for t in terms), library.zero()), costs
 
             slopes, costs = library.slopes(total, values)
@@ -504,20 +518,20 @@ class Step:
 
     def assemble(self, joined: Joined) -> tuple[Array, dict[str, dict[str, Array]]]:
         """The loss and the new states, from what all particles found."""
-        value, signal = self._combined(joined.arrays["objective"])
+        value, local = self._combined(joined.arrays["objective"])
         evaluated, kept = {}, {}
         for name, facts in joined.sites.items():
             found = joined.arrays["sites"][name]
             site = facts.filled(lead=1, value=None, law=None, **found["site"])
             evaluated[name] = Evaluated(site, Draw(**found["draw"]), Costs(found["cost"], **found["elsewhere"]))
             kept[name] = replace(joined.kept[name], given=found["given"])
-        return assemble(self.library.ops, value, signal, joined.estimators, evaluated, kept, joined.count)
+        return assemble(self.library.ops, value, local, joined.estimators, evaluated, kept, joined.count)
 
     def _collected(self, terms: Sequence[Term]) -> Array:
         """What the objective needs of one particle; a program without sites has nothing to say."""
         return self.settings.objective.collect(self.library.ops, terms) if terms else self.library.zero()
 
-    def _combined(self, collected: Array) -> tuple[Array, Array | None]:
+    def _combined(self, collected: Array) -> tuple[Array, Locally]:
         objective, terms = self.settings.objective, self.library.plan().terms
         return objective.combine(self.library.ops, collected, objective.scale(terms) if terms else 1.0)
 

@@ -17,6 +17,7 @@ import numpy as np
 import pyro
 import torch
 
+from ppl_estimators.core.step import Step
 from ppl_estimators.numpyro import EstimatorELBO as JaxELBO
 from ppl_estimators.numpyro.randomness import Randomness as JaxRandomness
 from ppl_estimators.pyro import EstimatorELBO as TorchELBO
@@ -80,9 +81,10 @@ class OneAfterAnother(InjectedJax):
 class FromTableTorch(TorchRandomness):
     def __init__(self) -> None:
         self.table: Table = {}
+        self.row = 0
 
     def value(self, name: str, fn: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        given = torch.as_tensor(np.array(self.table[name]["value"]))[0]
+        given = torch.as_tensor(np.array(self.table[name]["value"]))[self.row]
         if getattr(fn.support, "is_discrete", False):
             return given.to(fn.sample())
         while hasattr(fn, "base_dist"):
@@ -90,17 +92,28 @@ class FromTableTorch(TorchRandomness):
         return fn.loc + fn.scale * given
 
     def noise(self, name: str, label: str, noise: Any, like: torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(np.array(self.table[name][label]))[0].expand(noise.shape)
+        return torch.as_tensor(np.array(self.table[name][label]))[self.row].expand(noise.shape)
 
 
 class InjectedTorch(TorchELBO):
-    """The twin, of one particle."""
+    """The twin: particle k reads the k-th row."""
 
     source = FromTableTorch
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.randomness = self.source()
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        step, self.randomness.row = super().step(*args, **kwargs), 0
+        return InTurnTorch(step.settings, step.library)
+
+
+class InTurnTorch(Step):
+    def particle(self, source: Any) -> Any:
+        found = super().particle(source)  # or it is drawn once more
+        self.library.randomness.row += 1
+        return found
 
 
 def jax_gradients(

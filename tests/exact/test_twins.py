@@ -24,6 +24,7 @@ from ppl_estimators import (
     GappedStraightThrough,
     GumbelSoftmax,
     GumbelStraightThrough,
+    ImportanceWeighted,
     Learned,
     MovingAverage,
     OptimalConstant,
@@ -32,6 +33,7 @@ from ppl_estimators import (
     Reinforce,
     ReinMax,
     RELAXWithModel,
+    Renyi,
     StickingTheLanding,
     StraightThrough,
 )
@@ -115,13 +117,22 @@ MIXES = {
 }
 
 
-def noise(rng):
+BOUNDS = {
+    "antithetic": ImportanceWeighted(),
+    "enumerated below": Renyi(-0.5),
+    "relaxed model": ImportanceWeighted(),
+    "past": Renyi(2.0),
+}
+MIXES |= {"enumerated below": {"z": DisARM(), "y": Enumerate(), "w": Pathwise()}}
+
+
+def noise(rng, particles=1):
     table = {}
     for site, labels in {"z": ("u", "v", "v0", "v1"), "y": ("u", "v", "v0", "v1"), "w": ()}.items():
-        table[site] = {k: rng.uniform(size=(1, B)) for k in labels}
+        table[site] = {k: rng.uniform(size=(particles, B)) for k in labels}
     for site in ("z", "y"):
-        table[site]["value"] = rng.integers(0, 2, size=(1, B)).astype(float)
-    table["w"]["value"] = rng.normal(size=(1, B))
+        table[site]["value"] = rng.integers(0, 2, size=(particles, B)).astype(float)
+    table["w"]["value"] = rng.normal(size=(particles, B))
     return table
 
 
@@ -131,17 +142,26 @@ AVERAGED = ("antithetic", "enumerated", "below a counterfactual", "a network for
 @pytest.mark.parametrize(("mix", "average"), [*((m, False) for m in MIXES), *((m, True) for m in AVERAGED)])
 def test_twins_agree_for_three_steps_of_state(mix, average):
     """Loss, gradients of model, guide and estimator parameters, and running state, at 1e-10."""
+    agree(mix, average_model=average)
+
+
+@pytest.mark.parametrize("mix", BOUNDS)
+def test_twins_agree_under_a_bound(mix):
+    agree(mix, num_particles=3, objective=BOUNDS[mix])
+
+
+def agree(mix, **options):
     rng = np.random.default_rng(3)
-    tables = [noise(rng) for _ in range(3)]
+    tables = [noise(rng, options.get("num_particles", 1)) for _ in range(3)]
     guide = jax_hook(jax_guide, MIXES[mix])
-    elbo = InjectedJax(average_model=average)
+    elbo = InjectedJax(**options)
     state, kept = declared(guide)
     for k, v in kept.items():  # away from the start at zero, which would hide half of the arithmetic
         kept[k] = v + 0.3 * jnp.asarray(rng.normal(size=v.shape))
     params = {**{k: jnp.asarray(v) for k, v in START.items()}, **kept}
 
     pyro.clear_param_store()
-    twin = InjectedTorch(average_model=average)
+    twin = InjectedTorch(**options)
     twin_guide = torch_hook(torch_guide, MIXES[mix])
     twin.randomness.table = tables[0]
     twin.loss_and_grads(torch_model, twin_guide)  # declares

@@ -1,0 +1,307 @@
+"""Any estimator under any bound: the exact mean over its noise is the gradient of the bound of K particles, which is
+summed here over every K-tuple of states."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from injected import InjectedJax, cells, columns, grid, jax_gradients, legendre
+
+from ppl_estimators import (
+    REBAR,
+    Constant,
+    DisARM,
+    Enumerate,
+    ImportanceWeighted,
+    LeaveOneOut,
+    Reinforce,
+    RELAXWithModel,
+    Renyi,
+    StochasticTriple,
+    UnorderedSet,
+)
+from ppl_estimators.numpyro import with_estimators
+
+pytestmark = [
+    pytest.mark.usefixtures("double_precision"),
+    pytest.mark.filterwarnings("ignore::ppl_estimators.EstimatorWarning"),
+]
+
+
+def sigmoid(a):
+    return 1 / (1 + np.exp(-np.asarray(a)))
+
+
+def bernoulli(a, b):
+    return b * a - jax.nn.softplus(a)
+
+
+def bound(log_q, log_w, k, alpha):
+    """E Σ_e (1 − α)⁻¹ log 1/K Σ_k w_{k,e}^{1−α}, from log q ``[S]`` and log w ``[S, E]`` of every state."""
+    states = np.array(list(itertools.product(range(log_q.shape[0]), repeat=k)))
+    inner = jax.nn.logsumexp((1 - alpha) * log_w[states], axis=1) - jnp.log(k)
+    return jnp.sum(jnp.exp(log_q[states].sum(1)) * inner.sum(-1)) / (1 - alpha)
+
+
+@dataclass(frozen=True)
+class Program:
+    """``states(a, t)``: log q and log w of every state, by hand. ``widths``: for each site the probabilities that its
+    uniform noise is compared with, an entry for each element; ``shape`` of its values."""
+
+    model: Any
+    guide: Any
+    a: np.ndarray
+    states: Any
+    sites: dict[str, tuple[tuple[int, ...], list[list[float]]]]
+
+
+# ---- one bit --------------------------------------------------------------------------------------------------------
+
+T = 0.4  # a parameter of the model
+
+
+def f(x, y, t):
+    return 1.3 * x - 0.7 * y + t * 2.1 * x * y + 0.4 * jnp.sin(3 * x + y)
+
+
+def single():
+    def model():
+        z = numpyro.sample("z", dist.Bernoulli(logits=0.3))
+        numpyro.factor("f", f(z, 0.5, numpyro.param("t", T)))
+
+    def guide():
+        numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("a", jnp.zeros(1))[0]))
+
+    def states(a, t):
+        z = np.array([0.0, 1.0])
+        log_q = bernoulli(a[0], z)
+        return log_q, (bernoulli(0.3, z) + f(z, 0.5, t) - log_q)[:, None]
+
+    a = np.array([-0.7])
+    return Program(model, guide, a, states, {"z": ((), [[sigmoid(a[0])]])})
+
+
+# ---- two dependent bits ---------------------------------------------------------------------------------------------
+
+
+def chain():
+    def model():
+        x = numpyro.sample("x", dist.Bernoulli(logits=0.3))
+        y = numpyro.sample("y", dist.Bernoulli(logits=0.5 - x))
+        numpyro.factor("f", f(x, y, numpyro.param("t", T)))
+
+    def guide():
+        a = numpyro.param("a", jnp.zeros(3))
+        x = numpyro.sample("x", dist.Bernoulli(logits=a[0]))
+        numpyro.sample("y", dist.Bernoulli(logits=a[1] + a[2] * x))
+
+    def states(a, t):
+        x, y = np.array(list(itertools.product([0.0, 1.0], repeat=2))).T
+        log_q = bernoulli(a[0], x) + bernoulli(a[1] + a[2] * x, y)
+        return log_q, (bernoulli(0.3, x) + bernoulli(0.5 - x, y) + f(x, y, t) - log_q)[:, None]
+
+    a = np.array([0.4, -0.6, 1.1])
+    return Program(model, guide, a, states, {
+        "x": ((), [[sigmoid(a[0])]]), "y": ((), [list(sigmoid(a[1] + a[2] * np.array([0.0, 1.0])))]),
+    })  # fmt: skip
+
+
+# ---- two bits beside each other, which one cost sees and another does not --------------------------------------------
+
+
+def pair():
+    def model():
+        x = numpyro.sample("x", dist.Bernoulli(logits=0.3))
+        y = numpyro.sample("y", dist.Bernoulli(logits=-0.5))
+        numpyro.factor("f", f(x, y, numpyro.param("t", T)))
+        numpyro.factor("g", -1.1 * x)
+
+    def guide():
+        a = numpyro.param("a", jnp.zeros(2))
+        numpyro.sample("x", dist.Bernoulli(logits=a[0]))
+        numpyro.sample("y", dist.Bernoulli(logits=a[1]))
+
+    def states(a, t):
+        x, y = np.array(list(itertools.product([0.0, 1.0], repeat=2))).T
+        log_q = bernoulli(a[0], x) + bernoulli(a[1], y)
+        log_p = bernoulli(0.3, x) + bernoulli(-0.5, y)
+        return log_q, (log_p + f(x, y, t) - 1.1 * x - log_q)[:, None]
+
+    a = np.array([0.4, -0.6])
+    return Program(model, guide, a, states, {"x": ((), [[sigmoid(a[0])]]), "y": ((), [[sigmoid(a[1])]])})
+
+
+# ---- plates ---------------------------------------------------------------------------------------------------------
+
+
+def plated(subsample=None):
+    """A bit for each datum, all terms inside: a bound for each."""
+    size, n = (2, 2) if subsample is None else (4, subsample)
+    data = np.array([0.2, 0.9]) if subsample is None else np.full(4, 0.7)
+
+    def model():
+        with numpyro.plate("data", size, subsample_size=n) as i:
+            z = numpyro.sample("z", dist.Bernoulli(logits=0.3))
+            numpyro.factor("f", f(z, jnp.asarray(data)[i], numpyro.param("t", T)))
+
+    def guide():
+        a = numpyro.param("a", jnp.zeros(2))
+        with numpyro.plate("data", size, subsample_size=n):
+            numpyro.sample("z", dist.Bernoulli(logits=a))
+
+    def states(a, t):
+        z = np.array(list(itertools.product([0.0, 1.0], repeat=2)))
+        each = bernoulli(a, z)
+        return each.sum(1), bernoulli(0.3, z) + f(z, data[:2], t) - each
+
+    a = np.array([0.5, -0.4])
+    return Program(model, guide, a, states, {"z": ((2,), [[p] for p in sigmoid(a)])})
+
+
+def nested():
+    """Bits in an inner plate, whose outer plate is common to all terms; the inner one is not."""
+
+    def model():
+        with numpyro.plate("outer", 2, dim=-1):
+            numpyro.factor("g", jnp.array([0.3, -0.6]))
+            with numpyro.plate("inner", 2, dim=-2):
+                z = numpyro.sample("z", dist.Bernoulli(logits=0.3))
+                numpyro.factor("f", f(z, jnp.array([[0.1, 0.5], [0.9, 0.3]]), numpyro.param("t", T)))
+
+    def guide():
+        a = numpyro.param("a", jnp.zeros(4)).reshape(2, 2)
+        with numpyro.plate("outer", 2, dim=-1), numpyro.plate("inner", 2, dim=-2):
+            numpyro.sample("z", dist.Bernoulli(logits=a))
+
+    def states(a, t):
+        z = np.array(list(itertools.product([0.0, 1.0], repeat=4))).reshape(-1, 2, 2)
+        each = bernoulli(a.reshape(2, 2), z)
+        w = bernoulli(0.3, z) + f(z, jnp.array([[0.1, 0.5], [0.9, 0.3]]), t) - each
+        return each.sum((1, 2)), w.sum(1) + jnp.array([0.3, -0.6])
+
+    a = np.array([0.5, -0.4, 0.2, 0.8])
+    return Program(model, guide, a, states, {"z": ((2, 2), [[p] for p in sigmoid(a)])})
+
+
+PROGRAMS = {
+    "single": single(), "chain": chain(), "pair": pair(), "plate": plated(), "subsampled": plated(2), "nested": nested()
+}  # fmt: skip
+
+
+def tables_of(program, estimators, k):
+    """Every cell of the noise of each site in K particles, and their probabilities."""
+    labels, axes = {}, []
+    for site, (_, elements) in program.sites.items():
+        antithetic = estimators.get(site, estimators.get("*")) == DisARM()
+        labels[site] = "u" if antithetic else "value"
+        for p in elements * k:
+            axes.append(cells(*p, *(1 - np.asarray(p))) if antithetic else (np.arange(2.0), np.array([1 - p[0], p[0]])))
+    found, weights = grid(*axes)
+    tables, start = {}, 0
+    for site, (shape, elements) in program.sites.items():
+        stop = start + k * len(elements)
+        tables[site], start = {labels[site]: columns(found[start:stop], k, *shape)}, stop
+    return tables, weights
+
+
+def check(name, estimators, k, objective, noise=None, atol=1e-11):
+    program = PROGRAMS[name]
+    tables, weights = noise or tables_of(program, estimators, k)
+    guide = with_estimators(program.guide, estimators)
+    params = {"a": jnp.asarray(program.a), "t": jnp.asarray(T)}
+    elbo, kept = InjectedJax(num_particles=k, objective=objective), moved(guide)
+    loss, gradient = jax_gradients(elbo, program.model, guide, params, tables, **kept)
+
+    def exact(p):
+        log_q, log_w = program.states(p["a"], p["t"])
+        return -bound(log_q, log_w, k, objective.alpha)
+
+    scale = 2.0 if name == "subsampled" else 1.0
+    value, slope = jax.value_and_grad(exact)(params)
+    np.testing.assert_allclose(weights @ loss, scale * value, atol=atol)
+    wanted = scale * np.concatenate([np.ravel(slope[k]) for k in sorted(slope)])
+    np.testing.assert_allclose(weights @ gradient, wanted, atol=atol)
+
+
+def moved(guide):
+    """What the hook declares, away from its start, where much of it is zero."""
+    trace = numpyro.handlers.trace(numpyro.handlers.seed(guide, 0)).get_trace()
+    kept = {k: s["value"] for k, s in trace.items() if "$" in k}
+    return {k: v if isinstance(v, dict) else v + 0.3 * jnp.cos(1.0 + jnp.arange(v.size)).reshape(v.shape)
+            for k, v in kept.items()}  # fmt: skip
+
+
+IW = ImportanceWeighted()
+CELLS = [
+    ("single", {"z": DisARM()}, 3, Renyi(0.5)),
+    ("single", {"z": Enumerate()}, 3, Renyi(-1.0)),
+    ("single", {"z": Reinforce(Constant(0.7))}, 5, Renyi(2.0)),
+    ("chain", {"x": DisARM(), "y": DisARM()}, 2, IW),
+    ("chain", {"x": Enumerate(), "y": DisARM()}, 2, Renyi(0.5)),
+    ("pair", {"*": DisARM()}, 2, IW),
+    ("pair", {"x": DisARM(), "y": Enumerate()}, 2, Renyi(0.5)),
+    ("pair", {"x": Enumerate(), "y": Reinforce(LeaveOneOut())}, 3, IW),
+    ("plate", {"z": DisARM()}, 2, IW),
+    ("plate", {"z": Enumerate()}, 3, Renyi(0.5)),
+    ("subsampled", {"z": DisARM()}, 2, Renyi(0.5)),
+    ("nested", {"z": Enumerate()}, 2, Renyi(0.5)),
+]
+
+
+@pytest.mark.parametrize(("name", "estimators", "k", "objective"), CELLS, ids=str)
+def test_any_estimator_under_any_bound(name, estimators, k, objective):
+    check(name, estimators, k, objective)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "objective"),
+    [(REBAR(0.8, scale=0.7), IW), (RELAXWithModel(1.2, hidden=2), Renyi(0.5))],
+    ids=str,
+)
+def test_relaxed_values_under_a_bound(estimator, objective):
+    nodes = [legendre(11, 1 - sigmoid(-0.7)), legendre(11)] * 2
+    (u1, v1, u2, v2), weights = grid(*nodes)
+    noise = {"z": {"u": np.stack([u1, u2], -1), "v": np.stack([v1, v2], -1)}}, weights
+    check("single", {"z": estimator}, 2, objective, noise, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", [Enumerate(), UnorderedSet(3), StochasticTriple()], ids=repr)
+def test_a_particle_without_weight(estimator):
+    """Values of probability zero among drawn ones and alternatives: nothing is −∞ less −∞."""
+    a = jnp.array([0.3, -0.2, 0.5])
+    log_p = jnp.array([-1.0, 0.4, -jnp.inf])
+
+    def model():
+        z = numpyro.sample("z", dist.Categorical(logits=jnp.zeros(3)))
+        numpyro.factor("f", log_p[z])
+
+    def guide():
+        numpyro.sample("z", dist.Categorical(logits=numpyro.param("a", a)))
+
+    elbo = InjectedJax({"z": estimator}, num_particles=3, objective=ImportanceWeighted())
+    half, u = 0.5 * np.ones((1, 3)), 0.1 + 0.8 * np.eye(3)[[2, 0, 1]]
+    noise = {"value": np.array([[2, 0, 1]]), "u": u[None], "which": half, "side": half}
+    _, found = jax_gradients(elbo, model, guide, {"a": a}, {"z": noise})
+    assert np.isfinite(found).all()
+    if estimator == StochasticTriple():
+        return
+    z = np.array([2, 0, 1])
+
+    def surrogate(a):
+        log_w = jnp.log(1 / 3) + log_p - jax.nn.log_softmax(a)
+        weights = jnp.exp(log_w[z] - jax.nn.logsumexp(log_w[z]))
+        total = jnp.sum(jax.lax.stop_gradient(weights) * -jax.nn.log_softmax(a)[z])
+        for k in range(3):  # every value of one particle, those of the others held
+            there = jnp.stack([jax.nn.logsumexp(log_w[jnp.asarray(z).at[k].set(v)]) for v in range(3)])
+            total += jnp.sum(jax.lax.stop_gradient(there) * jax.nn.softmax(a))
+        return -total
+
+    np.testing.assert_allclose(found[0], jax.grad(surrogate)(a), atol=1e-12)
