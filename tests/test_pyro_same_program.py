@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -310,6 +311,19 @@ def test_sequences_of_other_lengths_are_planned_by_the_same_rule():
     def guide(n):
         walk(n, pyro.param("l", torch.tensor(0.2)))
 
+    one = DisARM()
+    for lengths in ((3, 5), (5, 3)):  # a key may name a site that only longer ones have
+        elbo, found = EstimatorELBO({"z4": one}), {}
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for n in lengths:
+                elbo.loss_and_grads(model, guide, n)
+                found[n] = chosen(elbo)
+        assert found[5]["z4"] == one and one not in found[3].values()
+        waits = [str(w.message) for w in said if "waits for a call that has 'z4'" in str(w.message)]
+        assert len(waits) == (lengths[0] == 3)
+    with pytest.raises(EstimatorError, match="'y4' matches no latent site"):
+        EstimatorELBO({"y4": one}).loss_and_grads(model, guide, 3)
     used = EstimatorELBO()
     for n in (1, 5, 2, 5, 1):
         used.loss_and_grads(model, guide, n)

@@ -702,6 +702,9 @@ def test_values_are_concrete_without_jit(estimator, particles):
     assert "jnp.where or jax.lax.cond; or run under `with jax.disable_jit():`" in remedy
     traced = value(jnp.where, random.key(0), jax.jit)
     with jax.disable_jit():
+        averaging = EstimatorELBO({"z": estimator}, average_model=True)
+        with pytest.raises(EstimatorError, match=r"average_model=True\) under jax.disable_jit\(\)"):
+            averaging.loss(random.key(0), {"m": 0.1, "l": 0.2}, model, guide, jnp.where)
         concrete = value(python, random.key(0))
     np.testing.assert_allclose(*map(np.hstack, map(jax.tree.leaves, (traced, concrete))), rtol=1e-5)
 

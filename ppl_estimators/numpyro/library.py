@@ -15,7 +15,7 @@ from numpyro.handlers import substitute
 
 from ..core import averaging
 from ..core.credit import Graph
-from ..core.errors import site_error
+from ..core.errors import EstimatorError, site_error
 from ..core.estimator import Estimator, Noise
 from ..core.keep import Kept
 from ..core.ops import Ops
@@ -81,6 +81,12 @@ class NumPyroLibrary:
             if estimator.value.moves or estimator.relaxations(plan.sites[name]).count:
                 raise without_derivative(name, type(estimator).__name__, operation)
         if self.settings.average_model:
+            if not found.followed:
+                raise EstimatorError(
+                    "EstimatorELBO(average_model=True) under jax.disable_jit(): values are plain numbers there, on "
+                    "which a program may decide what it does, so that other values may have other costs. Leave "
+                    "average_model=False there, or jax.disable_jit() out."
+                )
             averaging.check(plan)
         return plan
 
