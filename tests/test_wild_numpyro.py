@@ -743,3 +743,13 @@ def test_an_operation_without_a_derivative_is_named_before_jax_fails(through):
     assert loss(model, guide, {"m": 0.2}, estimators=remedy, num_particles=2).shape == ()
     model, guide = simulated(lambda t: through(jax.lax.stop_gradient(t)))
     assert loss(model, guide, {"m": 0.2}).shape == ()
+
+
+def test_a_loop_has_a_derivative_in_forward_mode():
+    elbo, (model, guide) = EstimatorELBO(), simulated(by_loop)
+    unrolled, _ = simulated(lambda t: t + 0.5 * jnp.ceil(2 * (3.0 - t)))  # as often as it takes to pass 3
+
+    def slope(model: Any) -> Any:
+        return jax.jacfwd(lambda m: elbo.loss(random.key(0), {"m": m}, model, guide))(0.2)
+
+    np.testing.assert_allclose(slope(model), slope(unrolled), rtol=1e-5)

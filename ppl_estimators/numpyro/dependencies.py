@@ -26,6 +26,9 @@ _NOTHING: frozenset[Any] = frozenset()
 
 Deps = frozenset[Any]
 
+#: the one operation that has a derivative in forward mode only
+LOOP = "while loop"
+
 
 class Found(NamedTuple):
     """``of``: the pytree that the program returns, each array replaced by the names of the sites it depends on.
@@ -62,6 +65,11 @@ def without_derivative(site: str, estimator: str, operation: str) -> EstimatorEr
         "Use Reinforce(LeaveOneOut()) with several particles here, or give the function a derivative with "
         "jax.custom_jvp or jax.custom_vjp.",
     )
+
+
+def forward(params: Any) -> bool:
+    """Are these differentiated in forward mode, as far as can be seen from here (not from inside a `jax.jit`)?"""
+    return any(isinstance(x, ad.JVPTracer) for x in jax.tree.leaves(params))
 
 
 def differentiable(fn: Callable[[], Any]) -> bool:
@@ -234,7 +242,7 @@ class _Slopes(_Walk):
 
     def looped(self, body: Jaxpr, carry: list[Deps]) -> list[Deps]:
         own = body.invars[len(body.invars) - len(carry) :]  # a carry that never changes is no loop
-        stuck = [frozenset((site, "while loop") for site, _ in c) for c in carry]
+        stuck = [frozenset((site, LOOP) for site, _ in c) for c in carry]
         return [c if a is b else s for a, b, c, s in zip(own, body.outvars, carry, stuck, strict=True)]
 
 

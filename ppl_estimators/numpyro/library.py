@@ -22,7 +22,7 @@ from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings, check_keys, make_plan
 from ..core.site import Site, Term
 from ..core.step import Joined, Run, Values
-from .dependencies import without_derivative
+from .dependencies import LOOP, forward, without_derivative
 from .distributions import another, log_q, score_norm
 from .keep import declare, state_name
 from .ops import OPS
@@ -76,9 +76,11 @@ class NumPyroLibrary:
         sites = found.sites
         graph = Graph(found.ancestors, {n: s.plates for n, s in sites.items()}, {n: s.order for n, s in sites.items()})
         plan = make_plan(list(found.sites.values()), found.terms, graph, self.settings, branches=not found.followed)
+        going_forward = forward(self.params)
         for name, operation in found.stuck.items():
             estimator = plan.estimators[name]
-            if estimator.value.moves or estimator.relaxations(plan.sites[name]).count:
+            moves = estimator.value.moves and not (going_forward and operation == LOOP)
+            if moves or estimator.relaxations(plan.sites[name]).count:
                 raise without_derivative(name, type(estimator).__name__, operation)
         if self.settings.average_model:
             if not found.followed:

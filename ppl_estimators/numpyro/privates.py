@@ -44,6 +44,7 @@ PRIVATES: dict[str, tuple[str, Callable[[], Any]]] = {
     "Literal": ("a constant inside it", lambda: jax.extend.core.Literal),
     "checkpoint_name": ("marks a value by name in the traced program", lambda: jax.ad_checkpoint.checkpoint_name),
     "primitive_jvps": ("which primitives have a derivative", lambda: ad.primitive_jvps),
+    "JVPTracer": ("a value that is differentiated in forward mode", lambda: ad.JVPTracer),
     # ---- NumPyro ------------------------------------------------------------------------------------------------
     "_scan_current_index": (
         "in a site's infer: it is inside a scan, at this step",
