@@ -39,6 +39,7 @@ from ppl_estimators import (
     MovingAverage,
     MuProp,
     OptimalConstant,
+    PastSteps,
     RaoGumbel,
     Reinforce,
     ReinMax,
@@ -85,7 +86,7 @@ class Contestant:
 BERNOULLI = (
     Contestant(Reinforce(), SCORE),
     Contestant(Reinforce(MovingAverage()), SCORE),
-    Contestant(Reinforce(OptimalConstant(0.99)), SCORE),
+    Contestant(Reinforce(OptimalConstant(PastSteps(0.99))), SCORE),
     Contestant(Reinforce(MovingAverage() + Learned()), SCORE),
     Contestant(NVIL(), SCORE),
     Contestant(Reinforce(LeaveOneOut()), SCORE, particles=2),

@@ -70,7 +70,7 @@ RERUN_NAMES = {
 CURVES = {
     "Reinforce()": INK,
     "Reinforce(MovingAverage())": ORANGE,
-    "Reinforce(OptimalConstant(0.99))": OLIVE,
+    "Reinforce(OptimalConstant(PastSteps(0.99)))": OLIVE,
     "RELAX()": PINK,
     "REBAR()": VERMILLION,
     "Reinforce(LeaveOneOut()), 2 particles": SKY,

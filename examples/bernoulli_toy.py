@@ -58,6 +58,7 @@ from ppl_estimators import (
     LeaveOneOut,
     MovingAverage,
     OptimalConstant,
+    PastSteps,
     Reinforce,
 )
 
@@ -93,7 +94,7 @@ def _disarm(p: Any, t: float) -> Any:
 METHODS = [
     Method("Reinforce()", Reinforce(), 1, GREY, _reinforce),
     Method("Reinforce(MovingAverage())", Reinforce(MovingAverage()), 1, ORANGE),
-    Method("Reinforce(OptimalConstant(0.99))", Reinforce(OptimalConstant(0.99)), 1, YELLOW),
+    Method("Reinforce(OptimalConstant(PastSteps(0.99)))", Reinforce(OptimalConstant(PastSteps(0.99))), 1, YELLOW),
     Method("RELAX()", RELAX(), 1, PINK),
     Method("REBAR()", REBAR(), 3, RED),
     Method("Reinforce(LeaveOneOut())", Reinforce(LeaveOneOut()), 2, SKY, _leave_one_out),

@@ -7,6 +7,7 @@ This module holds the specs and imports neither torch nor jax. The ELBOs are in 
 from .citations import citation
 from .core.errors import EstimatorError, EstimatorWarning
 from .core.objectives import EvidenceLowerBound, ImportanceWeighted, Renyi
+from .core.regression import OtherParticles, PastSteps
 from .estimators.antithetic import Antithetic
 from .estimators.arm import ARM
 from .estimators.arms import ARMS
@@ -98,6 +99,8 @@ __all__ = [
     "MovingAverage",
     "MuProp",
     "OptimalConstant",
+    "OtherParticles",
+    "PastSteps",
     "Pathwise",
     "RELAXWithModel",
     "RaoGumbel",

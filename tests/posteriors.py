@@ -25,6 +25,7 @@ from ppl_estimators import (
     LeaveOneOut,
     MovingAverage,
     OptimalConstant,
+    PastSteps,
     Pathwise,
     Reinforce,
     RELAXWithModel,
@@ -245,7 +246,9 @@ CASES: dict[str, tuple[Any, float, list[Mix]]] = {
             Mix("sticking_the_landing", {"m": StickingTheLanding()}, particles=1),
             Mix("leave_one_out", {"m": LOO}),
             Mix("nvil", {"m": NVIL}),
-            Mix("control_variate", {"m": ControlVariate(square, mean_square, decay=0.9, baseline=MovingAverage())}),
+            Mix(
+                "control_variate", {"m": ControlVariate(square, mean_square, PastSteps(0.9), baseline=MovingAverage())}
+            ),
         ],
     ),
     "mixture": (

@@ -29,6 +29,7 @@ from ppl_estimators import (
     LeaveOneOut,
     MovingAverage,
     OptimalConstant,
+    PastSteps,
     Pathwise,
     Reinforce,
     RELAXWithModel,
@@ -159,7 +160,8 @@ def test_things_that_are_no_estimators(lib):
 
 
 @pytest.mark.parametrize(
-    "estimator", [Reinforce(MovingAverage()), Reinforce(Learned()), Reinforce(OptimalConstant(0.9)), RELAX(), REBAR()]
+    "estimator",
+    [Reinforce(MovingAverage()), Reinforce(Learned()), Reinforce(OptimalConstant(PastSteps(0.9))), RELAX(), REBAR()],
 )
 def test_numpyro_state_without_the_hook_shows_the_fix(estimator):
     model, guide = program(Jax, DISTRIBUTIONS["OneHot"])

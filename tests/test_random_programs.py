@@ -48,7 +48,7 @@ FOUND = {
         (Latent("z0", estimator="Average((Average((MuProp(), Reinforce())), RELAX(hidden=3)))"),)
     ),
     "wide tails in a composition": Program(
-        (Latent("z0", estimator="Repeat(2, ImportanceSampled(Reinforce(OptimalConstant(0.8))))"),)
+        (Latent("z0", estimator="Repeat(2, ImportanceSampled(Reinforce(OptimalConstant(PastSteps(0.8)))))"),)
     ),
     "a composition at a count": Program(
         (Latent("z0", "binomial", estimator="Average((SumAroundMode(8), SumAroundMode(8)))"),)

@@ -14,7 +14,7 @@ import torch
 from numpyro.infer import SVI
 from numpyro.optim import SGD
 
-from ppl_estimators import Learned, MovingAverage, OptimalConstant, Reinforce
+from ppl_estimators import Learned, MovingAverage, OptimalConstant, PastSteps, Reinforce
 from ppl_estimators import numpyro as ours_numpyro
 from ppl_estimators import pyro as ours_pyro
 from ppl_estimators.core.site import Plate, Site
@@ -22,7 +22,7 @@ from ppl_estimators.estimators.baselines.base import Baseline
 from ppl_estimators.numpyro.ops import OPS
 
 N, COST = 8, 3.0
-REMEMBER = pytest.mark.parametrize("baseline", [MovingAverage(), OptimalConstant(0.9)], ids=repr)
+REMEMBER = pytest.mark.parametrize("baseline", [MovingAverage(), OptimalConstant(PastSteps(0.9))], ids=repr)
 
 
 def minibatch(size: int) -> Site:

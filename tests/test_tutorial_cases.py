@@ -209,7 +209,7 @@ def test_order_of_the_estimators_on_the_toy() -> None:
         end = checkpoints("numpyro", m, seeds=10, steps=1000, every=1000, n=1)[-1]
         left[m.label] = bernoulli_toy.excess(end.logits[1], 0.49).mean()
     assert left["Enumerate()"] < left["DisARM()"] < left["Reinforce(LeaveOneOut())"] < 0.1
-    assert left["Reinforce(OptimalConstant(0.99))"] < left["Reinforce(MovingAverage())"] < 0.2
+    assert left["Reinforce(OptimalConstant(PastSteps(0.99)))"] < left["Reinforce(MovingAverage())"] < 0.2
     assert left["RELAX()"] < 0.6 < left["Reinforce()"]
 
 

@@ -36,6 +36,7 @@ from ppl_estimators import (
     LeaveOneOut,
     MovingAverage,
     OptimalConstant,
+    PastSteps,
     Reinforce,
     RELAXWithModel,
     StickingTheLanding,
@@ -46,7 +47,7 @@ DATA = jnp.array([-0.9, 2.3, 0.4, 1.8, -0.2, 2.9])
 NVIL = Reinforce(MovingAverage() + Learned(hidden=4))
 KEEPING = [
     Reinforce(MovingAverage()),
-    Reinforce(OptimalConstant(0.9)),
+    Reinforce(OptimalConstant(PastSteps(0.9))),
     Reinforce(Learned(hidden=4)),
     NVIL,
     RELAX(hidden=4),
@@ -574,7 +575,7 @@ def test_globs_and_exact_names_in_one_mapping() -> None:
 
 def test_a_function_with_a_known_mean_beside_a_wrapped_guide() -> None:
     """`ControlVariate` and its state under `SVI.run`."""
-    spec = ControlVariate(lambda z: 1.0 * z, lambda q: q.mean, decay=0.9, baseline=MovingAverage())
+    spec = ControlVariate(lambda z: 1.0 * z, lambda q: q.mean, PastSteps(0.9), baseline=MovingAverage())
     result = make_svi({"z": spec}).run(jax.random.key(0), 50, DATA, progress_bar=False)
     assert np.isfinite(np.asarray(result.losses)).all()
     assert set(result.state.mutable_state) == {"z$state"}

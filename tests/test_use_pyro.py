@@ -30,6 +30,7 @@ from ppl_estimators import (
     LeaveOneOut,
     MovingAverage,
     OptimalConstant,
+    PastSteps,
     Reinforce,
     RELAXWithModel,
     StickingTheLanding,
@@ -40,7 +41,7 @@ DATA = torch.tensor([-0.9, 2.3, 0.4, 1.8, -0.2, 2.9])
 NVIL = Reinforce(MovingAverage() + Learned(hidden=4))
 KEEPING = [
     Reinforce(MovingAverage()),
-    Reinforce(OptimalConstant(0.9)),
+    Reinforce(OptimalConstant(PastSteps(0.9))),
     Reinforce(Learned(hidden=4)),
     NVIL,
     RELAX(hidden=4),
@@ -759,7 +760,7 @@ def test_globs_and_exact_names_in_one_mapping() -> None:
 
 
 def test_a_function_with_a_known_mean_keeps_its_moments() -> None:
-    spec = ControlVariate(lambda z: 1.0 * z, lambda q: q.mean, decay=0.9, baseline=MovingAverage())
+    spec = ControlVariate(lambda z: 1.0 * z, lambda q: q.mean, PastSteps(0.9), baseline=MovingAverage())
     svi = make_svi({"z": spec})
     for _ in range(20):
         assert np.isfinite(svi.step(DATA))

@@ -12,7 +12,7 @@ from ..core.errors import site_error
 from ..core.estimator import Measure
 from ..core.keep import Keeps, Kept
 from ..core.ops import Array, Ops
-from ..core.regression import FEWEST, fitted, no_past
+from ..core.regression import FEWEST, MOMENTS, OtherParticles, Source, fitted
 from ..core.site import Costs, Draw, Local, Site
 from .baselines.base import Baseline, WithBaseline
 
@@ -30,12 +30,13 @@ class ControlVariate(WithBaseline):
     differentiable in the parameters of the library's distribution object that it is given. Its gradient is added
     back: subtracting a *centred* h alone would be biased, because E[(h − E h) ∇ log q] = ∇ E[h].
 
-    ``coefficient``: a number; or None for the regression coefficient of f on h, estimated without the draw it is
-    applied to: from the other particles (five in all, three at a discrete site: a slope through fewer draws has tails
-    without a variance), or, with ``decay``, from past steps. ``baseline`` applies to what is left over.
+    ``coefficient``: a number; or where the regression coefficient of f on h comes from, never from the draw it is
+    applied to: ``OtherParticles()`` (five in all, three at a discrete site: a slope through fewer draws has tails
+    without a variance), or ``PastSteps(0.99)``. ``baseline`` applies to what is left over.
 
-    >>> ControlVariate(abs, abs, decay=0.99).decay
-    0.99
+    >>> from ppl_estimators import PastSteps
+    >>> ControlVariate(abs, abs, PastSteps(0.9)).coefficient
+    PastSteps(0.9)
 
     Reference: Paisley, Blei & Jordan (2012), "Variational Bayesian Inference with Stochastic Search",
     arXiv:1206.6430.
@@ -43,22 +44,18 @@ class ControlVariate(WithBaseline):
 
     h: Callable[[Any], Any]
     mean: Callable[[Any], Any]
-    coefficient: float | None = None
-    decay: float | None = field(default=None, kw_only=True)
+    coefficient: float | Source = field(default=OtherParticles())
     baseline: Baseline | None = field(default=None, kw_only=True)
 
     own_measures: ClassVar[frozenset[Measure]] = frozenset({Measure.LOG_Q, Measure.FUNCTIONS})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.coefficient is not None and not math.isfinite(self.coefficient):
+        if not isinstance(self.coefficient, Source) and not math.isfinite(self.coefficient):
             raise ValueError(
-                f"ControlVariate(coefficient=...) needs a finite number or None, got {self.coefficient!r}."
+                "ControlVariate(coefficient=...) takes a finite number, OtherParticles() or PastSteps(0.99), got "
+                f"{self.coefficient!r}."
             )
-        if self.decay is not None and not 0 <= self.decay < 1:
-            raise ValueError(f"ControlVariate(decay=...) needs 0 <= decay < 1 or None, got {self.decay!r}.")
-        if self.coefficient is not None and self.decay is not None:
-            raise ValueError("ControlVariate takes a fixed coefficient or a decay to estimate it with, not both.")
 
     def check(self, site: Site, particles: int) -> None:
         check_score(site)
@@ -75,8 +72,8 @@ class ControlVariate(WithBaseline):
                 site.name,
                 f"ControlVariate estimates its coefficient from the other particles, got num_particles={particles}"
                 + ("" if particles < 3 else ", and a slope through so few continuous draws has no variance"),
-                f"Pass num_particles={fewest} or more, a fixed coefficient, or decay=0.99 to estimate it from past "
-                "steps.",
+                f"Pass num_particles={fewest} or more, a fixed coefficient, or coefficient=PastSteps(0.99) to estimate "
+                "it from past steps.",
             )
         super().check(site, particles)
         if self.baseline is not None and self._each_its_own and len(self.baseline.parts) > 1:
@@ -84,7 +81,7 @@ class ControlVariate(WithBaseline):
                 site.name,
                 f"ControlVariate takes its coefficient from the other particles, and {self.baseline!r} mixes them with "
                 "the past",
-                "Use LeaveOneOut() alone, or decay=0.99 for the coefficient.",
+                "Use LeaveOneOut() alone, or coefficient=PastSteps(0.99).",
             )
 
     @property
@@ -95,14 +92,14 @@ class ControlVariate(WithBaseline):
     @property
     def _fitted(self) -> bool:
         """Is the coefficient taken from the other particles?"""
-        return self.coefficient is None and self.decay is None
+        return isinstance(self.coefficient, Source) and self.coefficient.from_particles
 
     @property
     def compares(self) -> bool:  # type: ignore[override]
         return self._fitted or super().compares
 
     def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
-        past = Keeps(state=no_past() if self.decay is not None else {})
+        past = self.coefficient.keeps(MOMENTS) if isinstance(self.coefficient, Source) else Keeps()
         return past | super().keeps(site, given)
 
     def measured(self, value: Array, distribution: Any) -> dict[str, Array]:
@@ -114,10 +111,11 @@ class ControlVariate(WithBaseline):
         h = ops.stop_gradient(_plates(ops, site, "h", draw.extra["h"]))
         mean = _plates(ops, site, "mean", draw.extra["mean"])
         log_q = site.to_plates(ops, site.log_q)
-        if self.coefficient is not None:
-            a, state = self.coefficient + ops.zeros_like(f), dict[str, Array]()
+        state: Mapping[str, Array] = {}
+        if isinstance(self.coefficient, Source):
+            a, state = fitted(ops, f, h, kept.state, self.coefficient)
         else:
-            a, state = fitted(ops, f, h, kept.state, self.decay)
+            a = self.coefficient + ops.zeros_like(f)
         rest, auxiliary = f - a * h, None
         if self.baseline is not None and self._each_its_own:
             # a_k holds every other draw: the baseline of draw k takes a_k too, never a_j, which has seen draw k
@@ -125,7 +123,7 @@ class ControlVariate(WithBaseline):
             rest = f - self.baseline.predict(ops, site, f, kept) - a * (h - self.baseline.predict(ops, site, h, kept))
         elif self.baseline is not None:
             b = self.baseline.evaluate(ops, site, rest, kept)
-            rest, auxiliary, state = rest - b.value, b.auxiliary, state | dict(b.state)
+            rest, auxiliary, state = rest - b.value, b.auxiliary, {**state, **b.state}
         return Local(ops.stop_gradient(rest) * log_q + ops.stop_gradient(a) * mean, auxiliary, state)
 
 

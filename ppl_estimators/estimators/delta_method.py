@@ -11,7 +11,7 @@ from ..core.estimator import Measure, Noise, Relaxations
 from ..core.families import NORMAL
 from ..core.keep import Keeps, Kept
 from ..core.ops import Array, Ops
-from ..core.regression import FEWEST, fitted, no_past
+from ..core.regression import FEWEST, MOMENTS, OtherParticles, Source, check_source, fitted
 from ..core.site import Costs, Draw, Local, Site
 from .baselines.base import Baseline, WithBaseline
 
@@ -32,18 +32,19 @@ class DeltaMethod(WithBaseline):
     m is μ as a constant, in both places. g is the slope there, and h_i the secant curvature to m + sσ for random signs
     s, which is the second derivative of a quadratic without mixed terms, and needs no second differentiation. The
     coefficient a is estimated (a = 1 can raise the variance): from the other particles (five in all: a slope through
-    fewer draws has tails without a variance), or with ``decay`` from past steps. Where the model is differentiable
+    fewer draws has tails without a variance), or with ``PastSteps(0.99)`` from those. Where the model is differentiable
     Pathwise() is simpler and usually better; this is for sites whose pathwise gradient is not to be had, such as one
     with hard decisions downstream.
 
-    >>> DeltaMethod(decay=0.99)
-    DeltaMethod(decay=0.99)
+    >>> from ppl_estimators import PastSteps
+    >>> DeltaMethod(PastSteps(0.9))
+    DeltaMethod(PastSteps(0.9))
 
     Reference: Paisley, Blei & Jordan (2012), "Variational Bayesian Inference with Stochastic Search",
     arXiv:1206.6430.
     """
 
-    decay: float | None = field(default=None, kw_only=True)
+    moments: Source = field(default=OtherParticles())
     baseline: Baseline | None = field(default=None, kw_only=True)
 
     families: ClassVar[tuple[str, ...] | None] = (NORMAL,)
@@ -51,8 +52,7 @@ class DeltaMethod(WithBaseline):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.decay is not None and not 0 <= self.decay < 1:
-            raise ValueError(f"DeltaMethod(decay=...) needs 0 <= decay < 1 or None, got {self.decay!r}.")
+        check_source(self, "moments", self.moments)
         if self.baseline is not None and self.baseline.from_particles:
             raise ValueError(
                 f"DeltaMethod(baseline=...) takes a baseline of the past, got {self.baseline!r}: what the expansion "
@@ -60,22 +60,21 @@ class DeltaMethod(WithBaseline):
             )
 
     def check(self, site: Site, particles: int) -> None:
-        if self.decay is None and particles < 1 + FEWEST:
+        if self.moments.from_particles and particles < 1 + FEWEST:
             raise site_error(
                 site.name,
                 f"DeltaMethod estimates its coefficient from the other particles, got num_particles={particles}, and a "
                 "slope through so few draws has no variance",
-                f"Pass num_particles={1 + FEWEST} or more, or decay=0.99 to estimate it from past steps.",
+                f"Pass num_particles={1 + FEWEST} or more, or DeltaMethod(PastSteps(0.99)) to use past steps.",
             )
         super().check(site, particles)
 
     @property
     def compares(self) -> bool:  # type: ignore[override]
-        return self.decay is None or super().compares
+        return self.moments.from_particles or super().compares
 
     def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
-        past = Keeps(state=no_past() if self.decay is not None else {})
-        return past | super().keeps(site, given)
+        return self.moments.keeps(MOMENTS) | super().keeps(site, given)
 
     def relaxations(self, site: Site) -> Relaxations:
         return Relaxations(2, "redrawn")
@@ -101,6 +100,6 @@ class DeltaMethod(WithBaseline):
         c = at_mean + site.sum_elements(ops, slope * (z - m) + 0.5 * curvature * (z - m) ** 2)
         mean = at_mean + site.sum_elements(ops, slope * (loc - m) + 0.5 * curvature * (scale**2 + (loc - m) ** 2))
         f = ops.stop_gradient(costs.value)
-        a, past = fitted(ops, f, c, kept.state, self.decay)
+        a, past = fitted(ops, f, c, kept.state, self.moments)
         rest, auxiliary, state = self.subtract(ops, site, f - a * c, kept)
         return Local(rest * site.to_plates(ops, site.log_q) + a * mean, auxiliary, {**state, **past})

@@ -27,6 +27,7 @@ from ppl_estimators import (
     LeaveOneOut,
     MovingAverage,
     OptimalConstant,
+    PastSteps,
     Pathwise,
     Reinforce,
     Repeat,
@@ -221,10 +222,13 @@ def test_what_cannot_be_composed_is_refused():
         (Antithetic(Reinforce(LeaveOneOut())), r"site 'b': Reinforce\(LeaveOneOut\(\)\) takes the mirrored draw"),
         (Antithetic(Repeat(2, Reinforce(LeaveOneOut()))), r"site 'b': Repeat\(.* takes the mirrored draw"),
         (Average((DisARM(), ControlVariate(abs, abs, 0.5))), r"it cannot with ControlVariate"),
-        (ImportanceSampled(Reinforce(OptimalConstant(0.9))), r"site 'b': ImportanceSampled has no score norm"),
-        (Repeat(2, Repeat(2, Reinforce(OptimalConstant(0.9)))), r"site 'b': Repeat has no score norm"),
+        (
+            ImportanceSampled(Reinforce(OptimalConstant(PastSteps(0.9)))),
+            r"site 'b': ImportanceSampled has no score norm",
+        ),
+        (Repeat(2, Repeat(2, Reinforce(OptimalConstant(PastSteps(0.9))))), r"site 'b': Repeat has no score norm"),
         (Repeat(2, Pathwise()), "site 'b': Repeat evaluates several draws"),
-        (Average((DisARM(), Reinforce(OptimalConstant(0.9)))), "site 'b': Average has no score norm"),
+        (Average((DisARM(), Reinforce(OptimalConstant(PastSteps(0.9))))), "site 'b': Average has no score norm"),
         (Average((DisARM(), Reinforce(LeaveOneOut()))), "site 'b': LeaveOneOut needs at least two particles"),
     ):
         with pytest.raises(EstimatorError, match=message):

@@ -21,6 +21,7 @@ from ppl_estimators import (
     Given,
     Learned,
     LeaveOneOut,
+    PastSteps,
     Stein,
 )
 from ppl_estimators.core.keep import Kept
@@ -140,7 +141,7 @@ def test_the_mean_of_the_expansion_counts_once():
     values = np.array([[x[i], x[j]] for i, j, *_ in axes])
     signs = np.array([s for _, _, *s in axes])
     weights = np.array([w[i] * w[j] for i, j, *_ in axes]) / (2 * np.pi) / 4
-    estimator = DeltaMethod(decay=0.9)
+    estimator = DeltaMethod(PastSteps(0.9))
     moments = {"weight": 1.0, "f": 0.0, "h": 0.0, "fh": 0.8, "hh": 1.0}
     state = {"z$state": {k: jnp.asarray(v) for k, v in moments.items()}}
     found = jax_gradients(

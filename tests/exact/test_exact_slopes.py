@@ -12,7 +12,7 @@ import numpyro.distributions as dist
 import pytest
 from injected import FromTableJax, InjectedJax, jax_gradients
 
-from ppl_estimators import NVIL, DeltaMethod, DoubleControlVariate, LeaveOneOut, MuProp, Reinforce, Stein
+from ppl_estimators import NVIL, DeltaMethod, DoubleControlVariate, LeaveOneOut, MuProp, PastSteps, Reinforce, Stein
 from ppl_estimators.numpyro import OneHotCategorical, with_estimators
 
 pytestmark = [
@@ -269,14 +269,14 @@ def past(f, h, fh, hh):
 def test_delta_method_is_unbiased_and_quieter():
     exact, plain = of_gaussian(Reinforce())
     for a in (0.0, 0.8, 1.7):  # coefficients that the past may have left
-        mean, _ = of_gaussian(DeltaMethod(decay=0.9), **past(0.0, 0.0, a, 1.0))
+        mean, _ = of_gaussian(DeltaMethod(PastSteps(0.9)), **past(0.0, 0.0, a, 1.0))
         np.testing.assert_allclose(mean, exact, atol=1e-10)
-    quiet = of_gaussian(DeltaMethod(decay=0.9), **past(0.0, 0.0, 0.8, 1.0))[1]
+    quiet = of_gaussian(DeltaMethod(PastSteps(0.9)), **past(0.0, 0.0, 0.8, 1.0))[1]
     assert (quiet < 0.3 * plain).all()
 
 
 def test_delta_method_leaves_nothing_of_a_quadratic():
-    mean, variance = of_gaussian(DeltaMethod(decay=0.9), quadratic=True, **past(0.0, 0.0, 1.0, 1.0))
+    mean, variance = of_gaussian(DeltaMethod(PastSteps(0.9)), quadratic=True, **past(0.0, 0.0, 1.0, 1.0))
     mu, sigma = 0.3, np.exp(-0.2)
     np.testing.assert_allclose(mean, [mu - 1.0, sigma**2], atol=1e-10)
     np.testing.assert_allclose(variance, 0.0, atol=1e-10)

@@ -28,6 +28,7 @@ from ppl_estimators import (
     Learned,
     MovingAverage,
     OptimalConstant,
+    PastSteps,
     Pathwise,
     RaoGumbel,
     Reinforce,
@@ -100,9 +101,9 @@ MIXES = {
     "a network for a normal": {"z": DisARM(), "y": DisARM(), "w": LAX(hidden=4)},
     "score below": {"z": StraightThrough(), "y": Reinforce(Constant(-2.0))},
     "score": {"z": Reinforce(), "y": Reinforce(Constant(-3.0))},
-    "past": {"z": Reinforce(MovingAverage(0.7)), "y": Reinforce(OptimalConstant(0.9))},
+    "past": {"z": Reinforce(MovingAverage(0.7)), "y": Reinforce(OptimalConstant(PastSteps(0.9)))},
     "nvil": {"z": Reinforce(MovingAverage() + Learned(hidden=4)), "y": DisARM()},
-    "score of a normal": {"z": DisARM(), "y": Enumerate(), "w": Reinforce(OptimalConstant(0.5))},
+    "score of a normal": {"z": DisARM(), "y": Enumerate(), "w": Reinforce(OptimalConstant(PastSteps(0.5)))},
     "antithetic": {"z": DisARM(), "y": DisARM(), "w": Pathwise()},
     "enumerated": {"z": Enumerate(), "y": Enumerate(), "w": StickingTheLanding()},
     "relaxed": {"z": REBAR(0.6), "y": RELAX(0.8, hidden=4)},
@@ -112,7 +113,7 @@ MIXES = {
     },
     "control": {
         "z": ControlVariate(lambda b: 2.0 * b, lambda d: 2.0 * d.mean, 0.7),
-        "y": ControlVariate(lambda b: b + 0.1, lambda d: d.mean + 0.1, decay=0.8, baseline=MovingAverage()),
+        "y": ControlVariate(lambda b: b + 0.1, lambda d: d.mean + 0.1, PastSteps(0.8), baseline=MovingAverage()),
     },
 }
 

@@ -48,6 +48,7 @@ from ppl_estimators import (
     LeaveOneOut,
     MovingAverage,
     OptimalConstant,
+    PastSteps,
     Reinforce,
     RELAXWithModel,
     Renyi,
@@ -260,7 +261,7 @@ def test_moving_average_is_of_the_past(particles: int) -> None:
     np.testing.assert_allclose(gradients, expected, atol=1e-10)
 
 
-@pytest.mark.parametrize("baseline", [MovingAverage(0.8), OptimalConstant(0.8)], ids=repr)
+@pytest.mark.parametrize("baseline", [MovingAverage(0.8), OptimalConstant(PastSteps(0.8))], ids=repr)
 def test_average_of_minibatches_of_any_size(baseline: Any) -> None:
     """B9: a smaller last minibatch, other numbers of particles: one average all the same."""
 
@@ -287,7 +288,7 @@ def test_average_of_minibatches_of_any_size(baseline: Any) -> None:
 
 @pytest.mark.parametrize(
     "baseline",
-    [MovingAverage(0.5), OptimalConstant(0.5)],
+    [MovingAverage(0.5), OptimalConstant(PastSteps(0.5))],
     ids=repr,
 )
 def test_unbiased_with_state_of_five_steps(baseline: Any) -> None:
@@ -298,7 +299,7 @@ def test_unbiased_with_state_of_five_steps(baseline: Any) -> None:
 
 def test_unbiased_with_a_coefficient_of_five_steps() -> None:
     """Law 7 with a coefficient estimated from the past."""
-    spec = ControlVariate(lambda z: 2.0 * z, lambda d: 2.0 * d.mean, decay=0.5)
+    spec = ControlVariate(lambda z: 2.0 * z, lambda d: 2.0 * d.mean, PastSteps(0.5))
     assert_unbiased(*six_steps(spec))
 
 
@@ -448,8 +449,8 @@ def test_minibatches_are_drawn_uniformly(where: str) -> None:
 
 KEEPERS = [
     Reinforce(MovingAverage(0.8)),
-    Reinforce(OptimalConstant(0.8)),
-    ControlVariate(lambda z: 2.0 * z, lambda d: 2.0 * d.mean, decay=0.8),
+    Reinforce(OptimalConstant(PastSteps(0.8))),
+    ControlVariate(lambda z: 2.0 * z, lambda d: 2.0 * d.mean, PastSteps(0.8)),
     RELAX(hidden=4),
 ]
 

@@ -47,6 +47,7 @@ from ppl_estimators import (
     LeaveOneOut,
     MovingAverage,
     OptimalConstant,
+    PastSteps,
     Reinforce,
     RELAXWithModel,
     Renyi,
@@ -371,7 +372,7 @@ def test_pyro_baseline_dictionary_is_a_moving_average() -> None:
     np.testing.assert_allclose(gradients["a"], expected, atol=1e-10)
 
 
-@pytest.mark.parametrize("baseline", [MovingAverage(0.8), OptimalConstant(0.8)], ids=repr)
+@pytest.mark.parametrize("baseline", [MovingAverage(0.8), OptimalConstant(PastSteps(0.8))], ids=repr)
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_average_of_minibatches_of_any_size(baseline: Any, vectorize: bool) -> None:
     """B9: a smaller last minibatch, other numbers of particles: one average all the same."""
@@ -394,7 +395,7 @@ def test_average_of_minibatches_of_any_size(baseline: Any, vectorize: bool) -> N
         assert np.isfinite(losses).all() and np.isfinite(gradients["a"]).all()
 
 
-@pytest.mark.parametrize("baseline", [MovingAverage(0.5), OptimalConstant(0.5)], ids=repr)
+@pytest.mark.parametrize("baseline", [MovingAverage(0.5), OptimalConstant(PastSteps(0.5))], ids=repr)
 def test_unbiased_with_state(baseline: Any) -> None:
     """Hundreds of particles a step, their state carried from one to the next."""
     mix = kept("state", {"*": Reinforce(baseline)})
@@ -403,7 +404,7 @@ def test_unbiased_with_state(baseline: Any) -> None:
 
 def test_unbiased_with_a_coefficient_of_the_past() -> None:
     """Law 7 with a coefficient estimated from the past."""
-    spec = ControlVariate(lambda z: 2.0 * z, lambda d: 2.0 * d.mean, decay=0.5)
+    spec = ControlVariate(lambda z: 2.0 * z, lambda d: 2.0 * d.mean, PastSteps(0.5))
     assert_unbiased(*stateful(kept("state", {"*": spec})))
 
 
@@ -519,8 +520,8 @@ def test_particles_see_the_same_minibatch(where: str, vectorize: bool) -> None:
 
 KEEPERS = [
     Reinforce(MovingAverage(0.8)),
-    Reinforce(OptimalConstant(0.8)),
-    ControlVariate(lambda z: 2.0 * z, lambda d: 2.0 * d.mean, decay=0.8),
+    Reinforce(OptimalConstant(PastSteps(0.8))),
+    ControlVariate(lambda z: 2.0 * z, lambda d: 2.0 * d.mean, PastSteps(0.8)),
     RELAX(hidden=4),
 ]
 

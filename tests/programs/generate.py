@@ -19,7 +19,7 @@ Random = np.random.Generator
 STATES = 4_000
 
 BASELINES = (
-    "", "Constant(-1.5)", "LeaveOneOut()", "MovingAverage(0.8)", "OptimalConstant()", "OptimalConstant(0.8)",
+    "", "Constant(-1.5)", "LeaveOneOut()", "MovingAverage(0.8)", "OptimalConstant()", "OptimalConstant(PastSteps(0.8))",
     "Learned(hidden=3)", "MovingAverage(0.8) + Learned(hidden=3)", "LeaveOneOut() + Learned(hidden=3)",
 )  # fmt: skip
 ANY = (
@@ -27,7 +27,7 @@ ANY = (
 )  # fmt: skip
 WITH_MEAN = (  # of families with a mean that is a number
     "ControlVariate(double, double_mean, 0.7)", "ControlVariate(double, double_mean)",
-    "ControlVariate(double, double_mean, decay=0.8)",
+    "ControlVariate(double, double_mean, PastSteps(0.8))",
     "ControlVariate(double, double_mean, -0.4, baseline=MovingAverage(0.8))",
 )  # fmt: skip
 DISCRETE = (
@@ -44,7 +44,7 @@ CATEGORICAL = (
 )  # fmt: skip
 COUNTS = ("StochasticTriple()", "SumAroundMode(2)", "SumAroundMode(8)", "MeasureValued()")
 NORMAL = ("Pathwise()", "Pathwise()", "StickingTheLanding()", "ImplicitPathwise()", "LAX(hidden=3)", "DeltaMethod()",
-          "DeltaMethod(decay=0.8)")  # fmt: skip
+          "DeltaMethod(PastSteps(0.8))")  # fmt: skip
 #: what an unbiased estimator needs that no site here has
 ELSEWHERE = {"GeneralizedPathwise": "gamma sites", "RejectionPathwise": "gamma sites"}
 FAMILIES = {"bernoulli": 0.5, "categorical": 0.11, "onehot": 0.13, "binomial": 0.06, "poisson": 0.04, "normal": 0.16}

@@ -9,6 +9,7 @@ from ...core.errors import site_error
 from ...core.estimator import Control
 from ...core.keep import Kept
 from ...core.ops import Array, Ops
+from ...core.particles import of_the_others
 from ...core.site import Site
 from .base import Baseline
 
@@ -28,8 +29,8 @@ class LeaveOneOut(Baseline):
     broad guides. Near the optimum they need not be: for a nearly decided bit the best constant is the cost of the
     *unlikely* value, and the other particles show that of the likely one. A bit that is on with probability 0.3, and
     then costs nothing, has 6.4 times the variance with two particles of leave-one-out that it has with no baseline; at
-    0.1 it is 82 times. DisARM(), Enumerate() and OptimalConstant(decay) do not have this weakness, and `recommend`
-    measures it.
+    0.1 it is 82 times. DisARM(), Enumerate() and OptimalConstant(PastSteps()) do not have this weakness, and
+    `recommend` measures it.
 
     >>> LeaveOneOut()
     LeaveOneOut()
@@ -51,7 +52,4 @@ class LeaveOneOut(Baseline):
             )
 
     def predict(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Array:
-        k = cost.shape[0]
-        if k < 2:  # a site that a dynamic guide visited in one particle only
-            return ops.zeros_like(cost)
-        return (ops.sum(cost, axis=0, keepdims=True) - cost) / (k - 1)
+        return of_the_others(ops, cost)
