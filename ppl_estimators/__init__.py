@@ -18,6 +18,7 @@ from .estimators.baselines.learned import Given, Learned
 from .estimators.baselines.leave_one_out import LeaveOneOut
 from .estimators.baselines.moving_average import MovingAverage
 from .estimators.baselines.optimal_constant import OptimalConstant
+from .estimators.baselines.vimco import VIMCO
 from .estimators.bit_flip import BitFlip
 from .estimators.combine import Combine
 from .estimators.control_variate import ControlVariate
@@ -27,6 +28,7 @@ from .estimators.disarm import DisARM
 from .estimators.disarm_stick_breaking import DisARMStickBreaking
 from .estimators.disarm_tree import DisARMTree
 from .estimators.double_control_variate import DoubleControlVariate
+from .estimators.doubly_reparameterized import DoublyReparameterized
 from .estimators.enumerate import Enumerate
 from .estimators.gapped_straight_through import GappedStraightThrough
 from .estimators.generalized_pathwise import GeneralizedPathwise
@@ -69,6 +71,7 @@ __all__ = [
     "REBAR",
     "RELAX",
     "UGC",
+    "VIMCO",
     "Antithetic",
     "Average",
     "BitFlip",
@@ -81,6 +84,7 @@ __all__ = [
     "DisARMStickBreaking",
     "DisARMTree",
     "DoubleControlVariate",
+    "DoublyReparameterized",
     "Enumerate",
     "EstimatorError",
     "EstimatorWarning",

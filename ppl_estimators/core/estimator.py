@@ -36,7 +36,8 @@ class Value(Enum):
     PLAIN = "plain"
     #: the library's own reparameterised draw: -log q in full
     LIBRARY = "library"
-    #: the same: -log q through the value only, every parameter of the guide held fixed
+    #: the same: -log q through the value only, every parameter of the guide held fixed; a bound of several particles
+    #: puts what this leaves out into the weights of the value's path
     STICKING = "sticking"
     #: a differentiable draw of the estimator's own: -log q in full
     OWN = "own"
@@ -109,10 +110,18 @@ class Control(Enum):
     """What holds the variance of a score function down."""
 
     NOTHING = "nothing"
-    #: the mean of the other particles' costs and nothing else: an objective of several particles has its own in place
+    #: the mean of the other particles' costs and nothing else: for an objective of several particles, the objective of
+    #: the others
     OTHERS = "others"
+    #: the same, but for such an objective it is that of all, with the geometric mean of the others in its own place
+    GEOMETRIC = "geometric"
     #: anything else
     OWN = "own"
+
+    @property
+    def of_others(self) -> bool:
+        """Is it a mean of other particles and nothing else?"""
+        return self in (Control.OTHERS, Control.GEOMETRIC)
 
 
 OWN_VALUE: Mapping[str, Noise] = {"value": Noise("value")}

@@ -18,6 +18,7 @@ from .estimator import Control, Estimator, Value
 from .families import ONEHOT
 from .keep import Kept
 from .ops import Array, Ops
+from .particles import of_the_others
 from .site import Costs, Draw, Local, Plate, Site, Term, sum_to
 from .spec import Spec
 
@@ -67,9 +68,10 @@ class Objective(Spec):
         so by itself. ``terms`` are those at the drawn values."""
         raise NotImplementedError
 
-    def combine(self, ops: Ops, collected: Array, scale: float) -> tuple[Array, Locally]:
+    def combine(self, ops: Ops, collected: Array, scale: float, held: Array | None = None) -> tuple[Array, Locally]:
         """The objective (a scalar whose gradient is the explicit part), and what makes costs and a surrogate of what
-        the particles say of a site."""
+        the particles say of a site. ``held`` is the same with the values held fixed of sites that leave out the score
+        part of -log q, if there are any and the objective ``keeps_score``."""
         raise NotImplementedError
 
 
@@ -92,7 +94,7 @@ class EvidenceLowerBound(Objective):
     ) -> Elsewhere:
         return lambda terms, sites, credited, beside=frozenset(): dict(credited(terms))
 
-    def combine(self, ops: Ops, collected: Array, scale: float) -> tuple[Array, Locally]:
+    def combine(self, ops: Ops, collected: Array, scale: float, held: Array | None = None) -> tuple[Array, Locally]:
         return ops.mean(collected), lambda estimator, *found: estimator.local(ops, *found)
 
 
@@ -112,13 +114,13 @@ class MultiSample(Objective):
             raise site_error(
                 site.name, f"{name} is a bound of several particles, got num_particles={particles}", "Pass 2 or more."
             )
-        if estimator.value is Value.STICKING:
+        if estimator.value is Value.STICKING and site.time:
             raise site_error(
                 site.name,
-                f"{estimator!r} leaves out what has mean zero for the ELBO, and has not for {name}",
+                f"{estimator!r} under {name} needs a run in which the values stand still, and in a scan they can't",
                 "Use Pathwise().",
             )
-        if estimator.compares and estimator.control is not Control.OTHERS:
+        if estimator.compares and not estimator.control.of_others:
             raise site_error(
                 site.name,
                 f"{estimator!r} compares particles with one another, and under {name} the cost of each holds the draws "
@@ -192,14 +194,20 @@ class MultiSample(Objective):
             found[s.name] = ops.where(count * scale > 0.5, ops.full_like(value, -math.inf), value)
         return found
 
-    def combine(self, ops: Ops, collected: Array, scale: float) -> tuple[Array, Locally]:
+    def combine(self, ops: Ops, collected: Array, scale: float, held: Array | None = None) -> tuple[Array, Locally]:
+        """The path of values whose -log q is not differentiated in its parameters weighs α w̃ + (1 − α) w̃² and all else
+        w̃: the score part that is left out is the expectation of w̃ under the guide, differentiated, and has a path of
+        its own, ∂w̃ = (1 − α) w̃ (1 − w̃) ∂ log w."""
         k, order = collected.shape[0], 1 - self.alpha
         scaled = order * collected
         log_total = ops.logsumexp(scaled, axis=0)
         bound = (log_total - math.log(k)) / order
         weight = ops.stop_gradient(ops.exp(scaled - log_total))
+        path = weight if held is None else weight * (self.alpha + order * weight)
         # of a particle without weight (a draw that the model has no probability for) nothing counts
-        explicit = ops.sum(weight * ops.where(weight > 0, collected, ops.zeros_like(collected)))
+        explicit = ops.sum(path * ops.where(weight > 0, collected, ops.zeros_like(collected)))
+        if held is not None:
+            explicit = explicit + ops.sum((weight - path) * ops.where(weight > 0, held, ops.zeros_like(held)))
         value = ops.sum(bound)
         combined = scale * (ops.stop_gradient(value - explicit) + explicit)
         return combined, partial(self._local, ops, self.others(ops, collected), scale)
@@ -223,8 +231,12 @@ class MultiSample(Objective):
         k, order = others.shape[0], 1 - self.alpha
         others = ops.reshape(others, (k, *(1,) * (log_w.value.ndim - others.ndim), *others.shape[1:]))
         costs = Costs(ops.stop_gradient(self.costs(ops, log_w.value, others, scale)))
-        if estimator.control is Control.OTHERS and not estimator.value.moves:
-            return Local(costs.value * site.log_q)
+        if estimator.control.of_others and not estimator.value.moves:
+            signal = costs.value
+            if estimator.control is Control.GEOMETRIC:
+                mean = of_the_others(ops, log_w.value)
+                signal = ops.stop_gradient(signal - self.costs(ops, mean, others, scale))
+            return Local(signal * site.log_q)
         if log_w.alternatives is not None:
             there = ops.stop_gradient(self.costs(ops, log_w.alternatives, others, scale))
             costs = replace(costs, alternatives=there)

@@ -242,6 +242,8 @@ def make_plan(
     if bare:
         warn(_bare(bare))
     groups = _groups(views, chosen, graph, branches)
+    if objective.keeps_score:
+        _check_sticking(chosen, graph)
     facts = tuple(replace(t, value=None) for t in terms)
     return Plan(chosen, views, facts, graph, groups, particles, branches, objective.keeps_score)
 
@@ -292,6 +294,28 @@ def _together(shares: Mapping[str, bool], graph: Graph) -> list[frozenset[str]]:
     """Sites that can take other values at the same time: those that share, by depth; each of the others alone."""
     together = graph.levels([n for n, yes in shares.items() if yes])
     return [*together, *(frozenset([n]) for n, yes in shares.items() if not yes)]
+
+
+def _check_sticking(chosen: Mapping[str, Estimator], graph: Graph) -> None:
+    """The path of such a value has a weight of its own, from its site's parameters on: nothing that moves may come in
+    from above with another, and no score function below would see it."""
+    for name in (n for n, e in chosen.items() if e.value is Value.STICKING):
+        for up in graph.ancestors[name]:
+            if chosen[up].value.moves and chosen[up].value is not Value.STICKING:
+                raise site_error(
+                    name,
+                    f"{chosen[name]!r} under a bound weighs the path of its value, and site '{up}' "
+                    f"above it has {chosen[up]!r}, whose path weighs otherwise",
+                    f"Use {chosen[name]!r} at both, or Pathwise() at both.",
+                )
+        for down in graph.descendants(frozenset([name])):
+            if not chosen[down].value.whole or chosen[down].value is Value.HARD:
+                raise site_error(
+                    name,
+                    f"{chosen[name]!r} under a bound of several particles needs values below it that carry their "
+                    f"gradient, and site '{down}' has {chosen[down]!r}",
+                    "Use Pathwise() here.",
+                )
 
 
 def _check_relaxable(name: str, views: Mapping[str, Site], chosen: Mapping[str, Estimator], graph: Graph) -> None:

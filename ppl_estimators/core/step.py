@@ -242,7 +242,7 @@ class Step:
             }
             for name, site in run.sites.items()
         }
-        return {"objective": self._collected(explicit), "sites": found}, run
+        return {"objective": self._collected(explicit), "held": self._held(run), "sites": found}, run
 
     def run(self, source: Any) -> Run:
         """The particle itself: its values and its cost terms."""
@@ -354,6 +354,25 @@ class Step:
                     t = replace(t, value=library.ops.stop_gradient(t.value))
             explicit.append(t)
         return explicit
+
+    def _held(self, run: Run) -> Array | None:
+        """What the objective needs of the particle where values whose -log q is differentiated through them only stand
+        still, and only where it wants to know."""
+        library, plan, first = self.library, run.plan, run.traces.guide
+        if not (plan.sticking and self.settings.objective.keeps_score):
+            return None
+        down = plan.graph.descendants(plan.sticking) - plan.sticking
+
+        def draw(msg: Message) -> Array:
+            name = msg["name"]
+            if name in down:
+                return self._drawn_again(run, msg)
+            return library.again(msg, first[name], constants=name in plan.sticking)
+
+        terms = library.terms(library.run(draw, run.source), plan, plan.soft)
+        fixed = [t.side == "guide" and t.site in plan.sticking for t in terms]
+        stop = library.ops.stop_gradient
+        return self._collected([replace(t, value=stop(t.value)) if f else t for f, t in zip(fixed, terms, strict=True)])
 
     # ---- other values -------------------------------------------------------------------------------------------
 
@@ -518,7 +537,7 @@ class Step:
 
     def assemble(self, joined: Joined) -> tuple[Array, dict[str, dict[str, Array]]]:
         """The loss and the new states, from what all particles found."""
-        value, local = self._combined(joined.arrays["objective"])
+        value, local = self._combined(joined.arrays["objective"], joined.arrays["held"])
         evaluated, kept = {}, {}
         for name, facts in joined.sites.items():
             found = joined.arrays["sites"][name]
@@ -531,9 +550,9 @@ class Step:
         """What the objective needs of one particle; a program without sites has nothing to say."""
         return self.settings.objective.collect(self.library.ops, terms) if terms else self.library.zero()
 
-    def _combined(self, collected: Array) -> tuple[Array, Locally]:
+    def _combined(self, collected: Array, held: Array | None = None) -> tuple[Array, Locally]:
         objective, terms = self.settings.objective, self.library.plan().terms
-        return objective.combine(self.library.ops, collected, objective.scale(terms) if terms else 1.0)
+        return objective.combine(self.library.ops, collected, objective.scale(terms) if terms else 1.0, held)
 
 
 def _alternative(ops: Ops, estimator: Estimator, site: Site, draw: Draw, index: Any, most: int) -> Array:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from .errors import EstimatorError, site_error
-from .estimator import Control, Estimator
+from .estimator import Estimator
 from .ops import Array, Ops
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def run_again(library: Library, run: Run) -> list[str]:
     plan = run.plan
     names = {n for group in plan.groups for n in group.sites} | plan.sticking
     if plan.particles > library.settings.particles:
-        names |= {n for n, e in plan.estimators.items() if e.control is Control.OTHERS}
+        names |= {n for n, e in plan.estimators.items() if e.control.of_others}
     return [n for n in plan.estimators if n in names]
 
 

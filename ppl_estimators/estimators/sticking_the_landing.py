@@ -24,8 +24,9 @@ class StickingTheLanding(LibraryDraw):
     The dropped part, ∇_λ log q_λ(z) at fixed z, has mean zero but not variance zero. At the exact posterior the
     estimator's variance is zero. Prefer it when the guide can come close to the posterior; early in training it can
     be noisier than Pathwise. Every parameter of the guide is held fixed inside log q, also those through which this
-    site moves the parameters of later sites. Refused for the importance-weighted bounds and at a support that moves
-    with the parameters, where dropping the score part is biased.
+    site moves the parameters of later sites. Under a bound of several particles the dropped part has another mean, and
+    comes back as a weight of the path: it is DoublyReparameterized() there. Refused at a support that moves with the
+    parameters, where dropping the score part is biased.
 
     >>> StickingTheLanding()
     StickingTheLanding()

@@ -545,12 +545,16 @@ class PyroLibrary:
             sites[name] = self._facts(run.sites[name])
             estimators[name], kept[name] = run.plan.estimators[name], run.kept[name]
             joined[name] = self._joined([a for a, _ in here])
-        objective = [a["objective"] for a in arrays]
+        collected = {label: self._collected([a.get(label) for a in arrays], total) for label in ("objective", "held")}
+        return Joined({**collected, "sites": joined, "runs": runs}, sites, estimators, kept, total)
+
+    def _collected(self, rows: Sequence[Array | None], total: int) -> Array | None:
+        """What the objective has of each particle, particles first."""
+        if rows[0] is None:
+            return None
         if self.vectorized:
-            collected = objective[0] if objective[0].ndim else objective[0][None] / total
-        else:
-            collected = torch.stack(objective) if len(objective) > 1 else objective[0][None]
-        return Joined({"objective": collected, "sites": joined, "runs": runs}, sites, estimators, kept, total)
+            return rows[0] if rows[0].ndim else rows[0][None] / total
+        return self._joined(rows)
 
     def _first(self, one: Callable[[Any], tuple[dict[str, Any], Run]]) -> tuple[dict[str, Any], Run]:
         """The first particle, drawn once the structure of the program is known as far as its choices need."""

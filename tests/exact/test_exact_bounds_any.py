@@ -17,6 +17,7 @@ from injected import InjectedJax, cells, columns, grid, jax_gradients, legendre
 
 from ppl_estimators import (
     REBAR,
+    VIMCO,
     Constant,
     DisARM,
     Enumerate,
@@ -249,6 +250,7 @@ CELLS = [
     ("pair", {"*": DisARM()}, 2, IW),
     ("pair", {"x": DisARM(), "y": Enumerate()}, 2, Renyi(0.5)),
     ("pair", {"x": Enumerate(), "y": Reinforce(LeaveOneOut())}, 3, IW),
+    ("pair", {"x": Reinforce(VIMCO()), "y": Reinforce(VIMCO("arithmetic"))}, 3, Renyi(0.5)),
     ("plate", {"z": DisARM()}, 2, IW),
     ("plate", {"z": Enumerate()}, 3, Renyi(0.5)),
     ("subsampled", {"z": DisARM()}, 2, Renyi(0.5)),

@@ -17,9 +17,11 @@ from ppl_estimators import (
     LAX,
     REBAR,
     RELAX,
+    VIMCO,
     Constant,
     ControlVariate,
     DisARM,
+    DoublyReparameterized,
     Enumerate,
     GappedStraightThrough,
     GumbelSoftmax,
@@ -123,8 +125,12 @@ BOUNDS = {
     "enumerated below": Renyi(-0.5),
     "relaxed model": ImportanceWeighted(),
     "past": Renyi(2.0),
+    "twice": Renyi(0.5),
 }
-MIXES |= {"enumerated below": {"z": DisARM(), "y": Enumerate(), "w": Pathwise()}}
+MIXES |= {
+    "enumerated below": {"z": DisARM(), "y": Enumerate(), "w": Pathwise()},
+    "twice": {"z": Reinforce(VIMCO()), "w": DoublyReparameterized(), "y": GumbelSoftmax(0.7)},
+}
 
 
 def noise(rng, particles=1):
@@ -137,10 +143,11 @@ def noise(rng, particles=1):
     return table
 
 
+ALONE = [m for m in MIXES if m != "twice"]  # of one particle
 AVERAGED = ("antithetic", "enumerated", "below a counterfactual", "a network for a normal")
 
 
-@pytest.mark.parametrize(("mix", "average"), [*((m, False) for m in MIXES), *((m, True) for m in AVERAGED)])
+@pytest.mark.parametrize(("mix", "average"), [*((m, False) for m in ALONE), *((m, True) for m in AVERAGED)])
 def test_twins_agree_for_three_steps_of_state(mix, average):
     """Loss, gradients of model, guide and estimator parameters, and running state, at 1e-10."""
     agree(mix, average_model=average)
