@@ -25,8 +25,8 @@ from pyro.distributions.distribution import COERCIONS
 from pyro.nn import PyroModule, PyroSample
 from torch.overrides import _get_current_function_mode
 
-from ppl_estimators.pyro import EstimatorELBO
-from ppl_estimators.pyro.dependencies import Provenance
+from ppl_estimators.pyro import EstimatorELBO, dependencies
+from ppl_estimators.pyro.dependencies import Provenance, reachable
 from ppl_estimators.pyro.run import execute
 
 Guide = Callable[[], object]
@@ -326,6 +326,48 @@ class Program:
 def test_what_a_program_holds_from_before() -> None:
     for _ in range(2):  # the store is empty at first
         assert depends_on(Program().guide) == {"z": set(), "w": set(), "u": set(), "v": set(), "t": set()}
+
+
+def test_what_a_program_holds_is_known_after_some_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is looked for any more then; and a tensor that is new depends on nothing all the same, unless it was made
+    from what was drawn by a way that nobody sees."""
+    walks = []
+
+    def counted(*roots: Any, **kinds: Any) -> list[Any]:
+        walks.append(roots)
+        return reachable(*roots, **kinds)
+
+    held = {"offset": torch.tensor(0.5), "z": torch.tensor(0.0)}
+
+    def guide() -> None:
+        a, z = start()
+        if way is not None:
+            held["z"] = way(z)
+        draw("w", a + (z if way is None else held["z"]))
+        draw("u", a + held["offset"])
+
+    def found(elbo: EstimatorELBO) -> tuple[dict[str, set[str]], int]:
+        del walks[:]
+        with monkeypatch.context() as patch:
+            patch.setattr(dependencies, "reachable", counted)
+            elbo.loss_and_grads(guide, guide)
+        plan = elbo.memory.last
+        assert plan is not None
+        return {n: set(plan.depends_on["guide", n]) - {n} for n in "uw"}, len(walks)
+
+    right = {"u": set(), "w": {"z"}}
+    way: Callable[[torch.Tensor], torch.Tensor] | None = None
+    elbo = EstimatorELBO(num_particles=2)
+    counts = [found(elbo) for _ in range(6)]
+    assert [f for f, _ in counts] == [right] * 6
+    assert counts[-1][1] == 2 < counts[0][1]  # the arguments, for each particle
+    held["offset"] = torch.tensor(0.7)
+    assert [found(elbo)[0] for _ in range(3)] == [right] * 3
+    assert len(elbo.memory.plans) == 1
+    for seen in (ONCE_TRACED, torch.clone, ONCE_TRACED):  # at first with an ELBO that knows what the program holds
+        way = seen
+        assert [found(elbo)[0] for _ in range(6)] == [right] * 6
+        elbo = EstimatorELBO(num_particles=2)
 
 
 def test_equal_steps_have_equal_dependencies() -> None:

@@ -12,7 +12,6 @@ its own step on. Everything else (event dimensions, batch dimensions without a p
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 from .ops import Array, Ops
@@ -144,12 +143,7 @@ def _products(ops: Ops, arrays: list[Array], counts: tuple[frozenset[int], ...],
     stacked = ops.stack(arrays)
     # XLA takes the product of a known matrix with stacked arrays apart and repeats it in each use: what it compiles
     # would grow with the square of the number of sites.
-    matrix = ops.opaque(ops.like(_zero_one(counts, n), stacked))
+    matrix = ops.memberships(counts, n, stacked)
     product = ops.matmul(matrix, ops.reshape(stacked, (len(arrays), -1)))
     product = ops.reshape(product, (n, *stacked.shape[1:]))
     return [(i, product[i]) for i in sorted(frozenset().union(*counts))]
-
-
-@lru_cache(maxsize=64)
-def _zero_one(counts: tuple[frozenset[int], ...], n: int) -> list[list[float]]:
-    return [[float(i in members) for members in counts] for i in range(n)]

@@ -51,8 +51,8 @@ class Ops(Protocol):
     def like(self, x: Array, template: Array) -> Array:
         """``x`` (array or number) in the dtype and on the device of ``template``."""
 
-    def opaque(self, x: Array) -> Array:
-        """``x``, as a value that a compiler does not know."""
+    def memberships(self, sets: tuple[frozenset[int], ...], n: int, like: Array) -> Array:
+        """``[n, len(sets)]``, 1 where a set has the number of the row; as values that a compiler does not know."""
 
     def indices(self, n: int, like: Array) -> Array:
         """``[0, ..., n - 1]`` as integers, on the device of ``like``."""

@@ -47,7 +47,8 @@ class JaxOps:
     def like(self, x: Array, template: Array) -> Array:
         return jnp.asarray(x, dtype=template.dtype)
 
-    opaque = staticmethod(jax.lax.optimization_barrier)
+    def memberships(self, sets: tuple[frozenset[int], ...], n: int, like: Array) -> Array:
+        return jax.lax.optimization_barrier(self.like([[i in s for s in sets] for i in range(n)], like))
 
     def indices(self, n: int, like: Array) -> Array:
         return jnp.arange(n)

@@ -83,15 +83,18 @@ class _Written(NamedTuple):
 class Provenance(TorchFunctionMode):
     """Follows latent values through torch operations; use as a context manager around guide and model."""
 
-    def __init__(self) -> None:
+    def __init__(self, holdings: Holdings | None = None) -> None:
         super().__init__()
+        self._holdings = Holdings() if holdings is None else holdings
         self.order: list[str] = []
         self.control: Sites = 0  # behind Python control flow
         # by id, which lives as long as its tensor; with the version that was looked at
         self._of: dict[int, tuple[weakref.ref[torch.Tensor], Sites, int]] = {}
         self._written: dict[int, _Written] = {}
         self._marked = False  # something that depends on a site was written
-        self._roots: tuple[Any, ...] = ()
+        self._program: tuple[Any, ...] = ()
+        self._arguments: tuple[Any, ...] = ()
+        self.unknown = False  # did a tensor turn up whose origin is not known?
         self.stored: set[str] = set()  # names in the parameter store when the first site was drawn
         self._aside = 0
         self._popped = False
@@ -121,13 +124,15 @@ class Provenance(TorchFunctionMode):
             result = func(*args)
         if deps:
             deps = self._special(getattr(func, "__name__", ""), args, kwargs or {}, deps)
-        if isinstance(result, torch.Tensor):
+        if type(result) is torch.Tensor or isinstance(result, torch.Tensor):
             if not (args and result is args[0]):
                 if type(func) is _ACCESSOR and func == _GET_GRAD:
                     deps |= self.of(result)  # whatever was differentiated
                 self._record(result, deps)
             else:
                 self._returned(result, deps)
+        elif type(func) is _ACCESSOR and func.__name__ == "__get__":
+            pass  # a question such as `requires_grad`
         elif result is None:
             name = getattr(func, "__name__", "")
             if func == _SET_DATA:  # other memory, which nobody wrote to
@@ -177,6 +182,7 @@ class Provenance(TorchFunctionMode):
             version = -1
         if entry is None or entry[0]() is not x:
             deps = self.drawn  # nothing, before the first draw
+            self.unknown |= deps != 0
             self._of[id(x)] = (weakref.ref(x), deps, version)
         else:
             deps = entry[1]
@@ -249,37 +255,67 @@ class Provenance(TorchFunctionMode):
     def _construct(self, cls: Any, args: Any, kwargs: Any) -> Any:
         """Pyro asks here before it makes a distribution. Those of the libraries are made unobserved, which saves
         following their validation: all that they hold depends on what they were given."""
-        if self._aside or COERCIONS[-1] != self._construct or not cls.__module__.startswith(_LIBRARIES):
+        if self._aside or COERCIONS[-1] != self._construct or not _of_a_library(cls):
             return None
         self.leave()
         try:
-            given, clear = holds(*args, *kwargs.values())  # before it computes what they hold lazily
-            deps = self._behind(given) if clear else self.drawn
+            deps, clear = self.inside((*args, *kwargs.values()))
             made = type.__call__(cls, *args, **kwargs)
-            self._adopt(tensors(made), given, deps)
+            self._adopt(made.__dict__.values(), deps if clear else self.drawn)
         finally:
             self.resume()
         return made
 
-    def _adopt(self, held: list[torch.Tensor], known: list[torch.Tensor], deps: Sites) -> None:
-        before = set(map(id, known))
-        for x in held:
-            if id(x) not in before:
-                self._record(x, deps)
+    def inside(self, things: Iterable[Any]) -> tuple[Sites, bool]:
+        """The sites behind all that things hold; is this all that they can compute from?"""
+        deps, objects = 0, []
+        for thing in things:
+            kind = type(thing)
+            if kind is torch.Tensor:
+                deps |= self.of(thing)
+            elif kind not in _ATOMS:
+                objects.append(thing)
+        if not objects:
+            return deps, True
+        held, clear = holds(*objects)
+        return deps | self._behind(held), clear
+
+    def _adopt(self, things: Iterable[Any], deps: Sites, through: Any = (Distribution, Transform)) -> None:
+        """What things hold that was not there before depends on ``deps``."""
+        objects: list[Any] = []
+        for thing in things:
+            kind = type(thing)
+            if kind is torch.Tensor or kind is torch.nn.Parameter:
+                entry = self._of.get(id(thing))
+                if entry is None or entry[0]() is not thing:
+                    self._record(thing, deps)
+            elif kind not in _ATOMS:
+                objects.append(thing)
+        if objects:
+            found: list[torch.Tensor] = []
+            _gather(objects, through, found, set())
+            for x in found:
+                entry = self._of.get(id(x))
+                if entry is None or entry[0]() is not x:
+                    self._record(x, deps)
 
     # ---- what the adapter tells and asks ----------------------------------------------------------------------------
 
-    def begin(self, *roots: Any) -> None:
-        """Model, guide and their arguments, which lead to the tensors that a program holds from before."""
-        self._roots = roots
+    def begin(self, program: tuple[Any, ...], arguments: tuple[Any, ...]) -> None:
+        """Model and guide, and what they are called with: these lead to the tensors that exist before the run."""
+        self._program, self._arguments = program, arguments
 
     def before_draw(self) -> None:
         """A site is about to be drawn. Whatever exists before the first depends on nothing."""
         if not self.order:
             stored = dict(pyro.get_param_store().named_parameters())
             self.stored = set(stored)
-            for x in (*stored.values(), *reachable(*self._roots)):
+            for x in (*stored.values(), *reachable(*self._arguments), *self._holdings.of(*self._program)):
                 self._record(x, 0)
+
+    def stale(self) -> bool:
+        """Did a tensor turn up that may have existed before, and nobody looked?"""
+        return self.unknown and self._holdings.unsettled()
 
     def parameter(self, name: str, value: torch.Tensor) -> None:
         """A parameter that the store did not hold starts where it starts, whatever was drawn before."""
@@ -292,15 +328,15 @@ class Provenance(TorchFunctionMode):
     def leave(self) -> None:
         """Until `resume`, operations are the adapter's own."""
         self._aside += 1
-        if self._aside == 1:
-            self._popped = _get_current_function_mode() is self  # else a mode of the user's is above
-            if self._popped:
-                super().__exit__(None, None, None)
+        if self._aside == 1 and _get_current_function_mode() is self:  # else a mode of the user's is above
+            self._popped = True
+            TorchFunctionMode.__exit__(self, None, None, None)
 
     def resume(self) -> None:
         self._aside -= 1
         if self._popped and not self._aside:
-            super().__enter__()
+            self._popped = False
+            TorchFunctionMode.__enter__(self)
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -325,18 +361,29 @@ class Provenance(TorchFunctionMode):
         """The sites behind tensors, and behind the control flow so far."""
         return self._behind(held) | self.control
 
-    def drawn_at(self, name: str, fn: Any, value: torch.Tensor, held: list[torch.Tensor], deps: Sites) -> None:
+    def distribution(self, fn: Any) -> tuple[Sites, bool]:
+        """The sites behind a distribution, and behind the control flow so far; is this all that it computes from?"""
+        deps, clear = self.inside(_parts(fn))
+        return deps | self.control, clear
+
+    def drawn_at(self, name: str, fn: Any, value: torch.Tensor, deps: Sites) -> None:
         """``value`` was drawn at site ``name`` from ``fn``, which held tensors that depend on ``deps``."""
         here = deps | 1 << len(self.order)
         self.order.append(name)
-        now = tensors(fn)
-        if len(now) > len(held):  # computed lazily: from its parameters, or (in a transform's cache) from the value
-            self._adopt(now, held, here)
-            self._adopt(tensors(fn, through=(Distribution,)), held, deps)
+        held = (
+            fn.__dict__.values() if _of_a_library(type(fn)) else (fn,)
+        )  # now with what it computed lazily: from its parameters,
+        self._adopt(held, deps, (Distribution,))
+        self._adopt(held, here)  # or, in a transform's cache, from the value
         self._record(value, here)
 
     def names(self, deps: Sites) -> frozenset[str]:
         return frozenset(name for i, name in enumerate(self.order) if deps >> i & 1)
+
+
+def _parts(fn: Any) -> Iterable[Any]:
+    """What a distribution is looked into by: attributes, if it is one of the libraries' and these are all."""
+    return fn.__dict__.values() if _of_a_library(type(fn)) else (fn,)
 
 
 def _memory(x: torch.Tensor) -> tuple[torch.UntypedStorage | None, int]:
@@ -370,6 +417,9 @@ def _gather(things: Iterable[Any], through: Any, found: list[torch.Tensor], seen
     clear = True
     for thing in things:
         kind = type(thing)
+        if kind is torch.Tensor:
+            found.append(thing)
+            continue
         if kind in _ATOMS:
             continue
         sort = _sort(kind)
@@ -381,8 +431,7 @@ def _gather(things: Iterable[Any], through: Any, found: list[torch.Tensor], seen
             if id(thing) in seen:  # a transform and its inverse hold each other
                 continue
             seen.add(id(thing))
-            clear &= kind.__module__.startswith(_LIBRARIES)
-            clear &= _gather(vars(thing).values(), through, found, seen)
+            clear &= _gather(thing.__dict__.values(), through, found, seen) and _of_a_library(kind)
         elif sort is Mapping:
             clear &= _gather(thing.values(), through, found, seen)
         elif sort is torch.nn.Module or (sort is Transform and isinstance(thing, torch.nn.Module)):
@@ -413,6 +462,9 @@ def _sorted(kind: type) -> Any:
 
 
 _sort: Callable[[type], Any] = functools.lru_cache(maxsize=1024)(_sorted)
+_of_a_library: Callable[[type], bool] = functools.lru_cache(maxsize=1024)(
+    lambda kind: kind.__module__.startswith(_LIBRARIES)
+)
 
 
 def _module(thing: Any) -> str:
@@ -422,6 +474,32 @@ def _module(thing: Any) -> str:
 
 
 # ---- what a program holds from before ------------------------------------------------------------------------------
+
+
+class Holdings:
+    """The tensors that a program holds from before a run. To find them takes a walk through all that it can lead to, at
+    each run: until two walks have found the same, if no tensor turned up that they had not found."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._settled = self._restless = False
+
+    def of(self, *program: Any) -> list[torch.Tensor]:
+        """Tensors of which it is known that they exist."""
+        if self._settled:
+            return [x for ref in self._known.values() if (x := ref()) is not None]
+        found = reachable(*program)
+        if not self._restless:
+            now = {id(x): weakref.ref(x) for x in found}
+            self._settled = now == self._known
+            self._known = now
+        return found
+
+    def unsettled(self) -> bool:
+        """A tensor turned up that is not known: from now on each run is preceded by a walk. Was this one not?"""
+        missed, self._settled, self._restless = self._settled, False, True
+        return missed
+
 
 _OBJECTS = 2000  # looked into at each run, and tensors of one container; what lies beyond counts as unknown
 _ELEMENTS = 200  # of a container of anything else than tensors

@@ -13,7 +13,6 @@ import pyro
 import torch
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.guide import GuideMessenger
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from pyro.util import check_model_guide_match, check_site_shape
@@ -31,7 +30,7 @@ from ..core.step import Joined, Run, Values
 from ..core.verify import cost_of, equal, look, not_the_same, run_again
 from .baseline import from_baseline
 from .buffers import Buffers
-from .dependencies import Provenance, StopParameters, as_written
+from .dependencies import Holdings, Provenance, StopParameters, as_written
 from .distributions import Law, another, log_q, named, natural_parameters, score_norm
 from .keep import Keeper, read_state
 from .ops import OPS
@@ -52,9 +51,10 @@ class Recent(OrderedDict[Hashable, Any]):
         self.size = size
 
     def recall(self, key: Hashable) -> Any:
-        if key not in self:
+        try:
+            self.move_to_end(key)
+        except KeyError:
             return None
-        self.move_to_end(key)
         return self[key]
 
     def store(self, key: Hashable, value: Any) -> None:
@@ -73,12 +73,20 @@ class Memory:
     expected: Recent = field(default_factory=lambda: Recent(64))
     buffers: Buffers = field(default_factory=Buffers)
     generators: Generators = field(default_factory=Generators)
+    holdings: Recent = field(default_factory=lambda: Recent(64))
     seen: set[str] = field(default_factory=set)  # latent sites of all structures
     verified: Recent = field(default_factory=lambda: Recent(256))
     distrusted: set[Hashable] = field(default_factory=set)  # programs whose dependencies were found incomplete
     broadcasts: Recent = field(default_factory=lambda: Recent(256))
     narrow: set[Hashable] = field(default_factory=set)  # programs that do not broadcast
     last: Plan | None = None
+
+    def holdings_of(self, program: Hashable) -> Holdings:
+        """What is known of the tensors that a program holds."""
+        known: Holdings | None = self.holdings.recall(program)
+        if known is None:
+            self.holdings.store(program, known := Holdings())
+        return known
 
 
 class _Unplanned(Exception):
@@ -138,6 +146,8 @@ class PyroLibrary:
 
     def _planned(self, traces: Traces) -> Plan:
         """The plan for the structure of a run that was followed."""
+        if self._follow.stale() and not self._follow.control and not self._pinned:
+            raise _Unplanned
         latents, behind, follow = traces.latents(), self._behind(traces), self._follow
         signature = (
             self.settings,
@@ -251,21 +261,18 @@ class PyroLibrary:
         if first:  # further runs will want to know what this one drew, if there are any
             expected = self._plan
             self._recorded = expected is None or expected.reruns or expected.branches or self._pinned
-        streamed = self._recorded or not first
         with ExitStack() as stack:
             stack.enter_context(as_written())
             if first:
-                self._follow = Provenance()
+                self._follow = Provenance(self.memory.holdings_of(self.call[1:3]))
                 stack.enter_context(self._follow)
             else:
                 stack.enter_context(self._once_more(source))
                 if constants and torch.is_grad_enabled():
                     stack.enter_context(StopParameters())
-            if streamed:
-                model, guide = _Streamed(source, "model")(model), _Streamed(source, "guide")(guide)
             return execute(
-                model, guide, args, kwargs, draw=draw,
-                subsamples=self.subsamples, provenance=self._follow if first else None, observes=self.observes,
+                model, guide, args, kwargs, draw=draw, subsamples=self.subsamples, observes=self.observes,
+                provenance=self._follow if first else None, stream=source if self._recorded or not first else None,
             )  # fmt: skip
 
     @contextmanager
@@ -289,8 +296,7 @@ class PyroLibrary:
 
         with as_written(), self._once_more(source), StopParameters():
             return execute(
-                None, _Streamed(source, "guide")(self.guide), self.args, self.kwargs, draw=replay,
-                subsamples=self.subsamples,
+                None, self.guide, self.args, self.kwargs, draw=replay, subsamples=self.subsamples, stream=source,
             )  # fmt: skip
 
     def arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -639,20 +645,6 @@ class PyroLibrary:
         if len(rows) == 1:
             return first.unsqueeze(axis)
         return torch.stack(list(rows), axis)
-
-
-class _Streamed(Messenger):
-    """Keeps the generators where the particle's stream says, around every site of one side."""
-
-    def __init__(self, stream: Stream, side: str):
-        super().__init__()
-        self.stream, self.side = stream, side
-
-    def _pyro_sample(self, msg: Message) -> None:
-        self.stream.before((self.side, msg["name"]))
-
-    def _pyro_post_sample(self, msg: Message) -> None:
-        self.stream.after((self.side, msg["name"]))
 
 
 def _one_by_one(

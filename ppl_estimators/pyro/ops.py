@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,9 +17,15 @@ class TorchOps:
 
     sigmoid = staticmethod(torch.sigmoid)
     softplus = staticmethod(torch.nn.functional.softplus)
+    # torch's own are the standard's, and quicker than through its layer
+    where = staticmethod(torch.where)
+    clip = staticmethod(torch.clamp)
+    isfinite = staticmethod(torch.isfinite)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(standard, name)
+        operation = getattr(standard, name)
+        setattr(self, name, operation)  # and is not asked here again
+        return operation
 
     def stop_gradient(self, x: Array) -> Array:
         return x.detach() if x.requires_grad else x
@@ -51,8 +58,8 @@ class TorchOps:
     def like(self, x: Any, template: Array) -> Array:
         return torch.as_tensor(x, dtype=template.dtype, device=template.device)
 
-    def opaque(self, x: Array) -> Array:
-        return x
+    def memberships(self, sets: tuple[frozenset[int], ...], n: int, like: Array) -> Array:
+        return _memberships(sets, n, like.dtype, like.device)
 
     def indices(self, n: int, like: Array) -> Array:
         return torch.arange(n, device=like.device)
@@ -63,6 +70,12 @@ class TorchOps:
             y = fn(x)
             (slope,) = torch.autograd.grad(y, x, cotangent, create_graph=True)
         return slope
+
+
+@lru_cache(maxsize=64)
+def _memberships(sets: tuple[frozenset[int], ...], n: int, dtype: torch.dtype, device: torch.device) -> Array:
+    with torch.inference_mode(False):  # to be of use outside too
+        return torch.tensor([[i in s for s in sets] for i in range(n)], dtype=dtype, device=device)
 
 
 OPS = TorchOps()

@@ -17,8 +17,9 @@ from pyro.poutine.util import site_is_subsample
 from ..core import families
 from ..core.errors import EstimatorError, site_error
 from ..core.site import Plate, Site, Term
-from .dependencies import Provenance, Sites, holds
+from .dependencies import Provenance, Sites
 from .distributions import constant, describe, family, is_masked, log_q, relaxed_log_prob, unwrapped
+from .randomness import Stream
 
 Array = torch.Tensor
 Message = dict[str, Any]
@@ -62,10 +63,11 @@ class _Conduct(Messenger):
         record: dict[str, Message],
         subsamples: dict[str, Array],
         provenance: Provenance | None,
+        stream: Stream | None,
     ):
         super().__init__()
         self.side, self.draw, self.record = side, draw, record
-        self.subsamples, self.provenance = subsamples, provenance
+        self.subsamples, self.provenance, self.stream = subsamples, provenance, stream
         self.parameters: dict[str, Message] = {}
         self.marked: list[str] = []  # sites that ask to be enumerated
 
@@ -90,6 +92,8 @@ class _Conduct(Messenger):
             )
 
     def _pyro_sample(self, msg: Message) -> None:
+        if self.stream is not None:
+            self.stream.before((self.side, msg["name"]))
         if site_is_subsample(msg):
             if msg["value"] is None and msg["name"] in self.subsamples:
                 msg["value"], msg["done"] = self.subsamples[msg["name"]], True
@@ -107,8 +111,7 @@ class _Conduct(Messenger):
     def _followed(self, msg: Message, follow: Provenance, latent: bool) -> None:
         follow.leave()
         try:
-            held, clear = holds(msg["fn"])  # before the draw, which caches tensors inside the distribution
-            deps = follow.behind(held)
+            deps, clear = follow.distribution(msg["fn"])  # before the draw, which caches tensors inside of it
             if latent:
                 follow.before_draw()
                 before = follow.drawn
@@ -118,7 +121,7 @@ class _Conduct(Messenger):
                 if msg["name"] not in follow.order:  # the model only replays
                     if not clear:
                         deps |= follow.behind((msg["value"],))
-                    follow.drawn_at(msg["name"], msg["fn"], msg["value"], held, deps)
+                    follow.drawn_at(msg["name"], msg["fn"], msg["value"], deps)
             if not clear:
                 deps |= self._observed_log_prob(msg, follow)
             msg["behind"] = deps | follow.behind((msg["value"], msg["scale"], msg["mask"]))
@@ -146,19 +149,21 @@ class _Conduct(Messenger):
             follow.resume()
 
     def _pyro_post_sample(self, msg: Message) -> None:
+        name = msg["name"]
         if site_is_subsample(msg):
-            self.subsamples.setdefault(msg["name"], msg["value"])
+            self.subsamples.setdefault(name, msg["value"])
             if self.provenance is not None:
                 self.provenance.adopt(msg["value"])
-            return
-        name = msg["name"]
-        if name in self.record:
+        elif name in self.record:
             raise ProgramError(f"site '{name}': the name is used twice. Give every sample site a name of its own.")
-        if name in self.parameters:
+        elif name in self.parameters:
             raise _clash(name, self.side)
-        if self.side == "guide":
-            _check_factor(msg)
-        self.record[name] = msg.copy()
+        else:
+            if self.side == "guide":
+                _check_factor(msg)
+            self.record[name] = msg.copy()
+        if self.stream is not None and not msg["is_observed"]:  # nothing was drawn there
+            self.stream.after((self.side, name))
 
 
 def _clash(name: str, side: str) -> ProgramError:
@@ -203,16 +208,18 @@ def execute(
     draw: Draw,
     subsamples: dict[str, Array],
     provenance: Provenance | None = None,
+    stream: Stream | None = None,
     observes: bool = False,
 ) -> Traces:
     """Run the guide, then the model on the guide's values (unless ``model`` is None).
 
-    ``observes``: the guide is a `GuideMessenger`, which runs the model; its observed sites are the model's.
+    ``stream``: keeps the generators, at every site, where they were in the particle's first run. ``observes``: the
+    guide is a `GuideMessenger`, which runs the model; its observed sites are the model's.
     """
     traces = Traces(subsamples=subsamples)
     if provenance is not None:
-        provenance.begin(guide, model, args, kwargs)
-    with _Conduct("guide", draw, traces.guide, subsamples, provenance):
+        provenance.begin((guide, model), (args, kwargs))
+    with _Conduct("guide", draw, traces.guide, subsamples, provenance, stream):
         guide(*args, **kwargs)
     if observes:
         for name in [n for n, m in traces.guide.items() if m["is_observed"]]:
@@ -226,7 +233,7 @@ def execute(
         return drawn["value"]
 
     if model is not None:
-        with _Conduct("model", replay, traces.model, subsamples, provenance):
+        with _Conduct("model", replay, traces.model, subsamples, provenance, stream):
             model(*args, **kwargs)
         if provenance is not None and subsamples:
             _check_minibatches(traces)
