@@ -30,6 +30,7 @@ from .estimators.disarm_tree import DisARMTree
 from .estimators.double_control_variate import DoubleControlVariate
 from .estimators.doubly_reparameterized import DoublyReparameterized
 from .estimators.enumerate import Enumerate
+from .estimators.evolution_strategy import EvolutionStrategy
 from .estimators.gapped_straight_through import GappedStraightThrough
 from .estimators.generalized_pathwise import GeneralizedPathwise
 from .estimators.gumbel_softmax import GumbelSoftmax
@@ -89,6 +90,7 @@ __all__ = [
     "EstimatorError",
     "EstimatorWarning",
     "EvidenceLowerBound",
+    "EvolutionStrategy",
     "GappedStraightThrough",
     "GeneralizedPathwise",
     "Given",

@@ -303,6 +303,7 @@ ENTRIES = (
     Entry(our.DoublyReparameterized(), Kind.continuous, "1", beside="guide twice, under a bound the model too"),
     Entry(our.ImplicitPathwise(), Kind.continuous, "1", sites="with a cdf"),
     Entry(our.LAX(), Kind.continuous, "1"),
+    Entry(our.EvolutionStrategy(), Kind.continuous, "2"),
     Entry(our.DeltaMethod(), Kind.continuous, "3"),
     Entry(our.RejectionPathwise(), Kind.continuous, "1"),
     Entry(our.GeneralizedPathwise(), Kind.continuous, "1"),

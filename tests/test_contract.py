@@ -41,6 +41,7 @@ from ppl_estimators import (
     DoublyReparameterized,
     Enumerate,
     EstimatorError,
+    EvolutionStrategy,
     GappedStraightThrough,
     GeneralizedPathwise,
     GumbelSoftmax,
@@ -167,6 +168,8 @@ ROWS = {
     GeneralizedPathwise(): ({"Gamma"}, 1, 1, set()),
     RejectionPathwise(): ({"Gamma"}, 1, 1, set()),
     LAX(baseline=None): ({"Normal"}, 1, 1, {"networks"}),
+    EvolutionStrategy(): ({"Normal"}, 2, 1, {"state"}),
+    EvolutionStrategy(baseline=None): ({"Normal"}, 2, 1, set()),
 }
 
 

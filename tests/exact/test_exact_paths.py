@@ -34,6 +34,7 @@ from ppl_estimators import (
     REBAR,
     Constant,
     EstimatorError,
+    EvolutionStrategy,
     GappedStraightThrough,
     GeneralizedPathwise,
     GumbelSoftmax,
@@ -677,6 +678,30 @@ def test_lax_is_unbiased_for_every_location_scale_family_and_whatever_network(fa
     mean, variance = weights @ gradient, weights @ (gradient - weights @ gradient) ** 2
     np.testing.assert_allclose(mean, exact, atol=1e-10)
     assert np.all(variance > 1e-3)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gumbel"])
+def test_a_mirrored_pair_is_unbiased_for_every_symmetric_family(family):
+    e, weights = standard_grid(family)
+    start, z = jnp.array([0.4, 0.8]), jnp.asarray(0.4 + 0.8 * e)
+
+    def f(z):
+        return jax.nn.sigmoid(-1.7 * z) + 0.3
+
+    def surrogate(parameters, z):
+        site = location_scale(family, FAMILIES[family][0](*parameters), z)
+        estimator, draw = EvolutionStrategy(baseline=None), Draw(z[None])
+        other = estimator.alternative(JAX_OPS, site, draw, 0)
+        return estimator.local(JAX_OPS, site, draw, Costs(f(z)[None], f(other)[None]), Kept()).surrogate.sum()
+
+    def plain(parameters, z):
+        return f(z) * FAMILIES[family][0](*parameters).log_prob(z)
+
+    found, alone = (np.asarray(jax.vmap(jax.grad(g), (None, 0))(start, z)) for g in (surrogate, plain))
+    exact = jax.grad(lambda p: jnp.asarray(weights) @ f(p[0] + p[1] * e))(start)
+    mean, variance = weights @ found, weights @ (found - weights @ found) ** 2
+    np.testing.assert_allclose(mean, exact, atol=1e-10)
+    assert (variance < weights @ (alone - mean) ** 2).all()
 
 
 def test_lax_with_the_cost_itself_as_its_network_is_pathwise():
