@@ -34,6 +34,7 @@ from ppl_estimators import (
     EvidenceLowerBound,
     Given,
     ImportanceWeighted,
+    KLAnnealed,
     Learned,
     LeaveOneOut,
     MovingAverage,
@@ -83,6 +84,7 @@ SPECS = [
     RELAXWithModel(0.2),
     EvidenceLowerBound(),
     ImportanceWeighted(),
+    KLAnnealed(0.3),
     Renyi(0.5),
 ]
 

@@ -8,7 +8,7 @@ drawn; for the ELBO, a sum, it is the downstream cost R_i(v). So any estimator s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Protocol
@@ -16,11 +16,14 @@ from typing import ClassVar, Protocol
 from .errors import EstimatorError, site_error
 from .estimator import Control, Estimator, Value
 from .families import ONEHOT
-from .keep import Kept
+from .keep import Initial, Keeps, Kept
 from .ops import Array, Ops
 from .particles import of_the_others
 from .site import Costs, Draw, Local, Plate, Site, Term, sum_to
 from .spec import Spec
+
+#: what state of the objective is kept under, as that of a site is under its name
+NAME = "$objective"
 
 #: the downstream costs of some sites, from cost terms
 Credited = Callable[[Sequence[Term]], Mapping[str, Array]]
@@ -50,6 +53,18 @@ class Objective(Spec):
     def check(self, site: Site, estimator: Estimator, particles: int) -> None:
         """Raise `EstimatorError` where objective and estimator do not go together."""
 
+    def keeps(self) -> Keeps:
+        """State between the steps, if any."""
+        return Keeps()
+
+    def after(self, past: Mapping[str, Array]) -> dict[str, Array]:
+        """What it keeps after a step."""
+        return dict(past)
+
+    def weighed(self, terms: Sequence[Term], latent: Container[str], past: Mapping[str, Array]) -> Sequence[Term]:
+        """The cost terms as they count; ``latent`` holds the latent sites of the guide."""
+        return terms
+
     def collect(self, ops: Ops, terms: Sequence[Term]) -> Array:
         raise NotImplementedError
 
@@ -75,13 +90,8 @@ class Objective(Spec):
         raise NotImplementedError
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class EvidenceLowerBound(Objective):
-    """E_q[log p(x, z) − log q(z)], averaged over particles. The default.
-
-    >>> EvidenceLowerBound()
-    EvidenceLowerBound()
-    """
+class Additive(Objective):
+    """The sum of the cost terms, averaged over particles."""
 
     def collect(self, ops: Ops, terms: Sequence[Term]) -> Array:
         return total(ops, terms)
@@ -96,6 +106,50 @@ class EvidenceLowerBound(Objective):
 
     def combine(self, ops: Ops, collected: Array, scale: float, held: Array | None = None) -> tuple[Array, Locally]:
         return ops.mean(collected), lambda estimator, *found: estimator.local(ops, *found)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EvidenceLowerBound(Additive):
+    """E_q[log p(x, z) − log q(z)], averaged over particles. The default.
+
+    >>> EvidenceLowerBound()
+    EvidenceLowerBound()
+    """
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class KLAnnealed(Additive):
+    """The ELBO with a weight on its KL part: E_q[log p(x | z) + β (log p(z) − log q(z))].
+
+    ``weight`` is β, a number or a function of the number of steps taken (0 at the first). It multiplies log p and −log
+    q of every latent site of the guide; observed sites and factors count in full. At β < 1 the loss is no bound.
+
+    The number of steps is state. In Pyro it is kept in the parameter store, as ``"$objective$state.steps"``. In NumPyro
+    the guide has to declare it, so that `SVI` carries it along: ``with_estimators(guide, objective=objective)``.
+    Evaluating the loss alone counts no step.
+
+    >>> KLAnnealed(0.5)
+    KLAnnealed(0.5)
+
+    Reference: Bowman et al. (2016), "Generating Sentences from a Continuous Space", arXiv:1511.06349; Higgins et al.
+    (2017), "beta-VAE" [higgins2017beta].
+    """
+
+    weight: float | Callable[[Array], Array]
+
+    def __post_init__(self) -> None:
+        if not callable(self.weight) and not 0 <= self.weight < math.inf:
+            raise ValueError(f"KLAnnealed(weight) needs a number of 0 or more, or a function, got {self.weight!r}.")
+
+    def keeps(self) -> Keeps:
+        return Keeps(state={"steps": Initial()} if callable(self.weight) else {})
+
+    def after(self, past: Mapping[str, Array]) -> dict[str, Array]:
+        return {k: n + 1 for k, n in past.items()}
+
+    def weighed(self, terms: Sequence[Term], latent: Container[str], past: Mapping[str, Array]) -> Sequence[Term]:
+        beta = self.weight(past["steps"]) if callable(self.weight) else self.weight
+        return [replace(t, value=beta * t.value) if t.site in latent else t for t in terms]
 
 
 class MultiSample(Objective):

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-from . import averaging, relaxation, verify
+from . import averaging, objectives, relaxation, verify
 from .assembly import Evaluated, assemble
 from .averaging import Average
 from .credit import Graph, downstream_costs
 from .errors import site_error
 from .estimator import Estimator, Measure, Noise
 from .families import DISCRETE
-from .keep import Kept
+from .keep import Keeps, Kept
 from .objectives import Elsewhere, Locally
 from .ops import Array, Ops
 from .plan import Group, Plan, Settings
@@ -116,6 +116,9 @@ class Library(verify.Library, Protocol):
     def keep(self, site: Site, estimator: Estimator, given: Values, like: Array) -> Kept:
         """Declare what the estimator keeps; its present values."""
 
+    def past(self, declared: Keeps) -> Values:
+        """The present state of the objective."""
+
     def log_q(self, msg: Message, value: Array) -> Array: ...
 
     def score_norm(self, site: Site, msg: Message, value: Array) -> Array: ...
@@ -176,6 +179,7 @@ class Run:
     terms: list[Term] = field(default_factory=list)
     kept: dict[str, Kept] = field(default_factory=dict)
     averages: list[Average] = field(default_factory=list)
+    past: Values = field(default_factory=dict)  # what the objective keeps
 
 
 @dataclass(frozen=True)
@@ -194,12 +198,18 @@ class Step:
     def drawn(self, source: Any) -> tuple[dict[str, Any], Run]:
         """One particle's objective, and nothing else of it."""
         run = self.run(source)
-        return {"objective": self._collected(run.terms), "sites": {}}, run
+        return {"objective": self._collected(self._weighed(run, run.terms)), "sites": {}}, run
 
     def loss(self) -> tuple[Array, dict[str, dict[str, Array]], Joined]:
         """The loss, whose gradient is the estimate; the new state of every site that keeps some; all particles."""
         joined = self.library.particles(self.particle)
-        return *self.assemble(joined), joined
+        loss, states = self.assemble(joined)
+        objective = self.settings.objective
+        if declared := objective.keeps():
+            past = self.library.past(declared)
+            states[objectives.NAME] = objective.after(past)
+            joined = joined._replace(kept={**joined.kept, objectives.NAME: Kept(state=past)})
+        return loss, states, joined
 
     def check(self) -> verify.Checked:
         """One particle, and all that can be asked of its program. Raises `EstimatorError`."""
@@ -259,7 +269,12 @@ class Step:
                 run.draws[name] = Draw(library.ops.stop_gradient(site.value))
         run.terms = library.terms(run.traces, run.plan, run.plan.soft, first=True)
         library.check(run)
+        if declared := self.settings.objective.keeps():
+            run.past = library.past(declared)
         return run
+
+    def _weighed(self, run: Run, terms: Sequence[Term]) -> Sequence[Term]:
+        return self.settings.objective.weighed(terms, run.plan.estimators, run.past)
 
     def _draw(self, run: Run, msg: Message) -> Array:
         name, estimator = msg["name"], self.library.estimator(run.plan, msg)
@@ -324,20 +339,21 @@ class Step:
             return {}
         with self.library.differentiating(False):
             credited = partial(self._downstream, run.plan.graph, sites)
-            return dict(self.settings.objective.drawn(self.library.ops, run.terms, sites, credited))
+            terms = self._weighed(run, run.terms)
+            return dict(self.settings.objective.drawn(self.library.ops, terms, sites, credited))
 
     def _elsewhere(self, run: Run, sites: Sequence[Site], alone: frozenset[str] = frozenset()) -> Elsewhere:
         """The same, where some sites take other values, each element of those in ``alone`` by itself."""
         objective, plan = self.settings.objective, run.plan
         with self.library.differentiating(False):
             credited = partial(self._downstream, plan.graph, sites)
-            return objective.elsewhere(self.library.ops, run.terms, sites, alone, credited)
+            return objective.elsewhere(self.library.ops, self._weighed(run, run.terms), sites, alone, credited)
 
     def _downstream(self, graph: Graph, sites: Sequence[Site], terms: Sequence[Term]) -> dict[str, Array]:
         found = downstream_costs(self.library.ops, graph, terms, sites)
         return {s.name: self.library.zero(s) if found[s.name] is None else found[s.name] for s in sites}
 
-    def _explicit(self, run: Run) -> list[Term]:
+    def _explicit(self, run: Run) -> Sequence[Term]:
         """The terms whose own gradient counts: -log q of a score site has mean zero and is held fixed."""
         library, plan = self.library, run.plan
         fixed: dict[str, Array] = {}
@@ -353,7 +369,7 @@ class Step:
                 if not plan.estimators[t.site].value.moves:
                     t = replace(t, value=library.ops.stop_gradient(t.value))
             explicit.append(t)
-        return explicit
+        return self._weighed(run, explicit)
 
     def _held(self, run: Run) -> Array | None:
         """What the objective needs of the particle where values whose -log q is differentiated through them only stand
@@ -372,14 +388,15 @@ class Step:
         terms = library.terms(library.run(draw, run.source), plan, plan.soft)
         fixed = [t.side == "guide" and t.site in plan.sticking for t in terms]
         stop = library.ops.stop_gradient
-        return self._collected([replace(t, value=stop(t.value)) if f else t for f, t in zip(fixed, terms, strict=True)])
+        held = [replace(t, value=stop(t.value)) if f else t for f, t in zip(fixed, terms, strict=True)]
+        return self._collected(self._weighed(run, held))
 
     # ---- other values -------------------------------------------------------------------------------------------
 
     def _again(
         self, run: Run, group: Group, values: Values, *, constants: bool, temperature: Array | None = None,
         uniforms: Values | None = None, wide: Any = None,
-    ) -> list[Term]:  # fmt: skip
+    ) -> Sequence[Term]:  # fmt: skip
         """Cost terms downstream of the group when its sites take other values. What is not downstream keeps its
         value; what is, is drawn again from the same noise; where the values are relaxed, the discrete sites downstream
         do what the group says."""
@@ -409,7 +426,7 @@ class Step:
 
         traces = library.run(draw, run.source, constants=constants, wide=wide)
         relaxed = plan.soft | (soft | {n for n in members if plan.relaxable(n)} if group.relaxations else frozenset())
-        return library.terms(traces, plan, relaxed, only=members)
+        return self._weighed(run, library.terms(traces, plan, relaxed, only=members))
 
     def _drawn_again(self, run: Run, msg: Message, wide: Any = None) -> Array:
         """What a site below others takes when these have changed, from the noise that it had."""
@@ -484,7 +501,7 @@ class Step:
                 return value
 
             traces = library.run(decide, run.source, constants=True)
-            terms = library.terms(traces, plan, plan.soft, only=frozenset(values))
+            terms = self._weighed(run, library.terms(traces, plan, plan.soft, only=frozenset(values)))
             return elsewhere(terms, members, partial(self._downstream, plan.graph, members))
 
         costs = library.mapped(one, {"number": number, "below": below})

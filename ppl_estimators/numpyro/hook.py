@@ -10,7 +10,9 @@ from numpyro.primitives import Messenger
 
 from ..core.errors import EstimatorError
 from ..core.estimator import Estimator
+from ..core.families import OTHER
 from ..core.keep import Hooked, Keeps
+from ..core.objectives import NAME, EvidenceLowerBound, Objective
 from ..core.plan import check_mapping, match
 from ..core.site import Site
 from .distributions import describe
@@ -23,9 +25,9 @@ _WHERE = "with_estimators"
 class WithEstimators:
     """A guide that names its estimators and declares what they keep. Attributes of the guide remain reachable."""
 
-    def __init__(self, guide: Callable[..., Any], estimators: Mapping[str, Estimator]):
+    def __init__(self, guide: Callable[..., Any], estimators: Mapping[str, Estimator], objective: Objective):
         self.guide = guide
-        self.estimators = estimators
+        self.estimators, self.objective = estimators, objective
         self.__name__ = getattr(guide, "__name__", type(guide).__name__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -35,10 +37,11 @@ class WithEstimators:
             if isinstance(site.requested, Estimator):
                 given = site.requested.given(args, kwargs)
                 declare(site, _kept(site, given), given)
+        declare(Site(NAME, "", OTHER, (), (), frozenset()), self.objective.keeps(), {})
         return result
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("guide", "estimators") or name.startswith("__"):
+        if name in ("guide", "estimators", "objective") or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.guide, name)
 
@@ -56,7 +59,10 @@ def _kept(site: Site, given: Mapping[str, Any]) -> Keeps:
 
 
 def with_estimators(
-    guide: Callable[..., Any], estimators: Mapping[str, Estimator] | Estimator | None = None
+    guide: Callable[..., Any],
+    estimators: Mapping[str, Estimator] | Estimator | None = None,
+    *,
+    objective: Objective | None = None,
 ) -> WithEstimators:
     """Choose an estimator per site of ``guide``, and declare whatever it keeps.
 
@@ -66,11 +72,13 @@ def with_estimators(
     Networks and temperatures become `numpyro.param` sites, running averages `numpyro.mutable` sites, named
     ``"<site>$..."``: ``SVI.init`` finds them, ``SVI.run`` trains, carries and returns them.
 
+    ``objective``: one that counts the steps, of which the state is declared too; the ELBO takes it besides.
+
     The ELBO raises `EstimatorError` for a key that matches none of the guide's latent sites.
 
     >>> guide = with_estimators(guide, {"z_*": Reinforce(MovingAverage()), "w": Pathwise()})  # doctest: +SKIP
     """
-    return WithEstimators(guide, check_mapping(estimators, _WHERE))
+    return WithEstimators(guide, check_mapping(estimators, _WHERE), objective or EvidenceLowerBound())
 
 
 class _Requests(Messenger):

@@ -17,7 +17,8 @@ from ..core import averaging
 from ..core.credit import Graph
 from ..core.errors import EstimatorError, site_error
 from ..core.estimator import Estimator, Noise
-from ..core.keep import Kept
+from ..core.keep import Keeps, Kept
+from ..core.objectives import NAME
 from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings, check_keys, make_plan
 from ..core.site import Site, Term
@@ -213,6 +214,17 @@ class NumPyroLibrary:
             )
         with substitute(data=self.params):
             return declare(site, declared, given)
+
+    def past(self, declared: Keeps) -> Values:
+        name = state_name(NAME)
+        if name not in self.params:
+            objective = self.settings.objective
+            raise EstimatorError(
+                f"{objective!r} counts the steps, and the guide does not declare what counts them. Wrap the guide: "
+                f"guide = with_estimators(guide, objective={objective!r})."
+            )
+        found: Values = self.params[name]
+        return found
 
     def log_q(self, msg: Message, value: Array) -> Array:
         return log_q(msg["fn"], value)

@@ -11,6 +11,7 @@ from pyro.poutine.util import site_is_subsample
 
 from ..core.estimator import Estimator
 from ..core.keep import Hooked
+from ..core.objectives import EvidenceLowerBound, Objective
 from ..core.plan import check_mapping, match
 from .keep import Keeper
 
@@ -20,10 +21,10 @@ _WHERE = "with_estimators"
 class WithEstimators(torch.nn.Module):
     """A guide that names its estimators and holds what they keep. Attributes of the guide remain reachable."""
 
-    def __init__(self, guide: Callable[..., Any], estimators: Mapping[str, Estimator]):
+    def __init__(self, guide: Callable[..., Any], estimators: Mapping[str, Estimator], objective: Objective):
         super().__init__()
         self.guide = guide
-        self.estimators = estimators
+        self.estimators, self.objective = estimators, objective
         self.keeper = Keeper()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -43,7 +44,10 @@ class WithEstimators(torch.nn.Module):
 
 
 def with_estimators(
-    guide: Callable[..., Any], estimators: Mapping[str, Estimator] | Estimator | None = None
+    guide: Callable[..., Any],
+    estimators: Mapping[str, Estimator] | Estimator | None = None,
+    *,
+    objective: Objective | None = None,
 ) -> WithEstimators:
     """Choose an estimator per site of ``guide``, and hold whatever it keeps.
 
@@ -54,11 +58,13 @@ def with_estimators(
     store; running averages are kept in the store, and in ``state_dict()``. `SVI` finds them without the hook too; an
     `ELBOModule` with a plain torch optimiser needs it.
 
+    ``objective``: as in NumPyro, where the guide has to declare what an objective keeps.
+
     The ELBO raises `EstimatorError` for a key that matches none of the guide's latent sites.
 
     >>> guide = with_estimators(guide, {"z_*": Reinforce(MovingAverage()), "w": Pathwise()})  # doctest: +SKIP
     """
-    return WithEstimators(guide, check_mapping(estimators, _WHERE))
+    return WithEstimators(guide, check_mapping(estimators, _WHERE), objective or EvidenceLowerBound())
 
 
 class _Requests(Messenger):

@@ -23,6 +23,7 @@ from ..core.credit import Graph
 from ..core.errors import EstimatorError, site_error, warn
 from ..core.estimator import Estimator, Noise
 from ..core.keep import Keeps, Kept
+from ..core.objectives import NAME
 from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings, check_keys, make_plan, requested
 from ..core.site import Plate, Site, Term
@@ -418,6 +419,9 @@ class PyroLibrary:
                 f"{estimator!r} has parameters to train, and outside SVI only the guide can hand them to an optimiser",
                 f'Wrap the guide: guide = with_estimators(guide, {{"{site.name}": {estimator!r}}}).',
             )
+
+    def past(self, declared: Keeps) -> Values:
+        return {k: read_state(NAME, k, v, self._like).detach().clone() for k, v in declared.state.items()}
 
     def log_q(self, msg: Message, value: Array) -> Array:
         return msg["log_q"] if value is msg["value"] and "log_q" in msg else log_q(msg["fn"], value)
