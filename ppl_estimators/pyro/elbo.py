@@ -17,6 +17,7 @@ from ..core.estimator import Estimator
 from ..core.objectives import Objective
 from ..core.step import Run, Step
 from ..policy import AUTOMATIC
+from .compiled import Compiler, Result
 from .keep import Keeper, update_state
 from .library import Memory, PyroLibrary, traced
 from .randomness import Randomness
@@ -51,6 +52,9 @@ class EstimatorELBO(Configured, ELBO):
     that the estimators evaluate (pairs of DisARM, sets of UnorderedSet, ...), each by its weight. It costs a backward
     pass through every evaluation, and holds their activations.
 
+    ``compile``: note what a step does, tensor by tensor, and do the next ones from the notes; True, or a backend of
+    `torch.compile` such as "inductor". See the page "Compiled steps".
+
     Raises `EstimatorError` (site, fact, reason, fix) for a choice that cannot work.
 
     >>> from ppl_estimators import DisARM
@@ -71,6 +75,7 @@ class EstimatorELBO(Configured, ELBO):
         max_parallel: int = 16,
         average_model: bool = False,
         verify: bool = True,
+        compile: bool | str = False,
         **kwargs: Any,
     ):
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles, **kwargs)
@@ -79,6 +84,7 @@ class EstimatorELBO(Configured, ELBO):
         self.keeper = Keeper()
         self.verify = verify
         self.memory = Memory()
+        self.compiler = Compiler(self.memory, compile if isinstance(compile, str) else None) if compile else None
 
     # ---- Pyro's interface ---------------------------------------------------------------------------------------
 
@@ -89,16 +95,27 @@ class EstimatorELBO(Configured, ELBO):
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Array:
         """−ELBO as a tensor whose gradient is the estimate."""
-        return self._differentiable(model, guide, args, kwargs, standalone=True)[0]
+        return self._result(model, guide, args, kwargs, standalone=True).differentiable()
 
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """−ELBO as a float; adds the gradient estimate to the parameters' ``.grad``."""
-        loss, runs = self._differentiable(model, guide, args, kwargs, standalone=False)
-        torch_backward(loss, retain_graph=self.retain_graph)
-        value = loss.item()
+        result = self._result(model, guide, args, kwargs, standalone=False)
+        result.backward(self.retain_graph)
+        value = result.loss.item()
         if not math.isfinite(value):
-            _report(runs)
+            _report(self._again(result, model, guide, args, kwargs) if result.runs is None else result.runs)
         return value
+
+    def _result(self, model: Any, guide: Any, args: Any, kwargs: Any, *, standalone: bool) -> Result:
+        def evaluate(args: Any, kwargs: Any) -> tuple[Array, Sequence[Run]]:
+            return self._differentiable(model, guide, args, kwargs, standalone=standalone)
+
+        if self.compiler is not None:
+            found = self.compiler.step(evaluate, self.settings, model, guide, args, kwargs)
+            if found is not None:
+                return found
+        loss, runs = evaluate(args, kwargs)
+        return Result(loss, runs=runs, known=False)
 
     def _differentiable(
         self, model: Any, guide: Any, args: Any, kwargs: Any, *, standalone: bool

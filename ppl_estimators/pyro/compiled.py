@@ -1,0 +1,270 @@
+"""Compiled steps: what a step did is noted, and done again without Python, Pyro or autograd.
+
+The first step of a program, for the shapes of its arguments, runs as ever; the second is noted (`tape.py`); the third
+runs both ways under the same random numbers, and the two must agree. After that the tape runs, as long as all that the
+program reads beside its arguments is what it was (`guards.py`), and is compared again from time to time. A program that
+cannot be noted runs as ever, and says why once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer.util import torch_backward
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.trace_messenger import TraceMessenger
+from torch.utils._pytree import tree_flatten, tree_map
+
+from ..core.errors import EstimatorWarning
+from .guards import Guard
+from .library import Memory, Recent
+from .tape import Program, Recorded, Tape, compiled
+
+Array = torch.Tensor
+#: the loss of one uncompiled step with these arguments, and its runs
+Evaluate = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Array, Sequence[Any]]]
+
+_PROGRAMS = 16  # with their kinds of arguments, kept by one ELBO
+_CHANGES = 8  # so often may what a program reads change before its steps run uncompiled
+_TRIES = 3
+
+
+@dataclass
+class Result:
+    """The loss of a step and its gradient, or an uncompiled ``loss`` that still leads to its parameters."""
+
+    loss: Array
+    leaves: Sequence[Array] = ()
+    gradients: Sequence[Array] = ()
+    runs: Sequence[Any] | None = None
+    known: bool = True
+    start: Any = None  # of the generators, if it ran compiled
+
+    def differentiable(self) -> Array:
+        if not self.known:
+            return self.loss
+        found: Array = _Known.apply(self.loss, self.gradients, *self.leaves)
+        return found
+
+    def backward(self, retain_graph: bool | None) -> None:
+        hooked = any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self.leaves)
+        if hooked or not self.known:
+            torch_backward(self.differentiable(), retain_graph=retain_graph)
+            return
+        with torch.no_grad():
+            for p, gradient in zip(self.leaves, self.gradients, strict=True):
+                if p.grad is None:
+                    p.grad = gradient
+                else:
+                    p.grad += gradient
+
+
+class _Known(torch.autograd.Function):
+    """A loss whose gradient is known."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Array, gradients: Sequence[Array], *leaves: Array) -> Array:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *slope: Array) -> Any:
+        return None, None, *(g * slope[0] for g in ctx.gradients)
+
+
+@dataclass
+class _Steps:
+    """Of one program and one kind of arguments."""
+
+    roots: Any  # whose identity is part of the key
+    ran: bool = False
+    refused: bool = False
+    changes: int = 0
+    tries: int = 0
+    uses: int = 0
+    next_check: int = 0
+    noted: _Noted | None = None
+
+
+@dataclass
+class _Noted:
+    program: Program
+    guard: Guard
+    leaves: Sequence[Array]
+    stored: Sequence[tuple[str, Array, Any]]  # parameters of the store, and their constraints
+    facts: Sequence[tuple[Array, int, bool, Any]]  # tensors from outside: where their data are, and so on
+
+    def changed(self) -> str | None:
+        """Something that the program reads and that is another now, in words."""
+        for x, address, differentiable, fact in self.facts:
+            if (x.data_ptr() != address or x.requires_grad is not differentiable) and _fact(x) != fact:
+                return "the type, shape or device of a tensor"
+        store = pyro.get_param_store()
+        for name, parameter, constraint in self.stored:
+            if store._params.get(name) is not parameter or store._constraints.get(name) is not constraint:
+                return f"parameter '{name}'"
+        return self.guard.changed()
+
+
+class Compiler:
+    """Runs the steps of one ELBO; ``backend`` is that of `torch.compile`, or None for plain Python."""
+
+    def __init__(self, memory: Memory, backend: str | None):
+        self.memory, self.backend = memory, backend
+        self._known = Recent(_PROGRAMS)
+
+    def step(
+        self, evaluate: Evaluate, settings: Hashable, model: Any, guide: Any, args: Any, kwargs: Any
+    ) -> Result | None:
+        """A step; None if it is to run uncompiled."""
+        if any(type(m) is not TraceMessenger or not m.param_only for m in _PYRO_STACK):
+            return None  # handlers may change anything
+        arguments, structure = tree_flatten((args, kwargs))
+        roots = (model, guide, *arguments)
+        known = (*map(_identity, (model, guide)), structure, *map(_fact, arguments))
+        key = (settings, known, torch.get_default_dtype(), torch.is_autocast_enabled("cpu"))
+        steps: _Steps | None = self._known.recall(key)
+        if steps is None:
+            self._known.store(key, steps := _Steps(roots))
+        if steps.refused:
+            return None
+        if steps.noted is not None:
+            changed = steps.noted.changed()
+            if changed is None:
+                return self._run(steps, steps.noted, evaluate, args, kwargs)
+            steps.changes, steps.noted, steps.ran = steps.changes + 1, None, False
+            if steps.changes > _CHANGES:
+                _refuse(steps, f"{changed} changes between steps, and the program reads it. Pass it as an argument, "
+                        "a number as a tensor: svi.step(x, torch.tensor(weight))")  # fmt: skip
+                return None
+        if not steps.ran:
+            steps.ran = True
+            return None
+        return self._note(steps, evaluate, args, kwargs)
+
+    def _note(self, steps: _Steps, evaluate: Evaluate, args: Any, kwargs: Any) -> Result:
+        """A real step, noted."""
+        store, roots = pyro.get_param_store(), steps.roots
+        guard, before = Guard(*roots), dict(store._params)
+        with TraceMessenger(param_only=True) as captured:
+            tape, result = self._taped(evaluate, args, kwargs)
+        names = list(captured.trace.nodes)
+        if tape.unsteady or before.keys() != store._params.keys():
+            steps.tries += 1
+            if steps.tries < _TRIES:
+                return result
+            tape.refuse("another structure at every step")
+        changed = guard.settled()
+        if changed is not None:
+            tape.refuse(f"changes {changed} when it runs")
+        origin = {*map(id, before.values()), *guard.tensors}
+        for value, where in tape.outside.items():
+            if id(tape.tensors[value]) not in origin:
+                tape.refuse(f"reads a tensor that neither its arguments nor what it names lead to{where}")
+        if _PYRO_STACK and not before.keys() >= set(names):
+            tape.refuse("has parameters that are not in the store (module_local_params); pass ELBOModule, not SVI")
+        if not result.known:
+            tape.refuse("has no parameter to train")
+        if tape.reason is not None:
+            _refuse(steps, f"the program {tape.reason}")
+            return result
+        program = compiled(tape, [result.loss, *result.gradients], [None, *result.leaves], self.memory.generators)
+        stored = [(n, before[n], store._constraints[n]) for n in names if n in before]
+        outside = [tape.tensors[v] for v in tape.outside]
+        facts = [(x, x.data_ptr(), x.requires_grad, _fact(x)) for x in outside]
+        steps.noted, steps.uses, steps.next_check = _Noted(program, guard, result.leaves, stored, facts), 0, 0
+        return result
+
+    def _taped(self, evaluate: Evaluate, args: Any, kwargs: Any) -> tuple[Tape, Result]:
+        """A real step, and its tape."""
+        memory = self.memory
+        args, kwargs = tree_map(_renamed, (args, kwargs))
+        tape = Tape([x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)])
+        generators, memory.generators = memory.generators, Recorded(memory.generators, tape)
+        try:
+            with tape:
+                loss, runs = evaluate(args, kwargs)
+                leaves = [x for v in tape.outside if (x := tape.tensors[v]).requires_grad]
+                if not loss.requires_grad or not all(x.is_leaf for x in leaves):
+                    return tape, Result(loss, runs=runs, known=False)
+                found = torch.autograd.grad(loss, leaves, allow_unused=True)
+                loss = loss.detach()
+        finally:
+            memory.generators = generators
+        reached = [(x, g) for x, g in zip(leaves, found, strict=True) if g is not None]
+        return tape, Result(loss, [x for x, _ in reached], [g for _, g in reached], runs)
+
+    def _run(self, steps: _Steps, noted: _Noted, evaluate: Evaluate, args: Any, kwargs: Any) -> Result:
+        generators, program = self.memory.generators, noted.program
+        check, start = steps.uses == steps.next_check, generators.state()
+        before = [x.clone() for x in program.written] if check else []
+        if _PYRO_STACK:
+            for name, *_ in noted.stored:
+                pyro.param(name)  # for `SVI`, which asks what there is to train
+        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+        with torch.no_grad():
+            loss, *gradients = program.run(*tensors, *program.constants)
+        steps.uses += 1
+        result = Result(loss, noted.leaves, gradients, start=start)
+        if not check:
+            return result
+        steps.next_check = max(10, 10 * steps.next_check)
+        found = [*_ordered(result), *(x.clone() for x in program.written), *_flat(generators.state())]
+        with torch.no_grad():
+            for x, value in zip(program.written, before, strict=True):
+                x.copy_(value)
+        generators.restore(start)
+        tape, result = self._taped(evaluate, args, kwargs)
+        again = [*_ordered(result), *program.written, *_flat(generators.state())]
+        same = len(found) == len(again) and all(map(_close, found, again))
+        if not tape.unsteady and not same:
+            _refuse(steps, "what it noted of a step is not what a later step does: the program reads something that "
+                    "changes (an iterator, a clock, a file), and whose change cannot be seen")  # fmt: skip
+        return result
+
+
+def _refuse(steps: _Steps, why: str) -> None:
+    steps.refused, steps.noted = True, None
+    warnings.warn(
+        f"EstimatorELBO(compile=...): {why}. Its steps run uncompiled: right, and slower.",
+        EstimatorWarning,
+        stacklevel=2,
+    )
+
+
+def _renamed(x: Any) -> Any:
+    """An argument under a name of its own: the program may know the same tensor by other ways."""
+    return x.detach() if isinstance(x, torch.Tensor) else x
+
+
+def _identity(program: Any) -> Hashable:
+    """Methods are made anew whenever they are asked for."""
+    return id(getattr(program, "__func__", program)), id(getattr(program, "__self__", None))
+
+
+def _fact(x: Any) -> Hashable:
+    """What a step is noted for."""
+    if isinstance(x, torch.Tensor):
+        return x.shape, x.stride(), x.dtype, x.device, x.requires_grad, type(x)
+    return type(x), x if x is None or isinstance(x, (bool, int, float, complex, str, bytes)) else id(x)
+
+
+def _ordered(result: Result) -> list[Array]:
+    by_leaf = dict(zip(map(id, result.leaves), result.gradients, strict=True))
+    return [result.loss.detach(), *(by_leaf[k] for k in sorted(by_leaf))]
+
+
+def _flat(state: Any) -> list[Array]:
+    return [state[0], *state[1]]
+
+
+def _close(a: Array, b: Array) -> bool:
+    if a.shape != b.shape or not a.is_floating_point():
+        return torch.equal(a, b)
+    unit = b.abs().amax() if b.numel() else 1.0
+    return torch.allclose(a, b, rtol=1e-4, atol=float(1e-5 * unit + 1e-6), equal_nan=True)
