@@ -18,7 +18,7 @@ import torch
 from pyro.infer.util import torch_backward
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from ..core.errors import EstimatorWarning
 from .guards import Guard
@@ -58,10 +58,12 @@ class Result:
             return
         with torch.no_grad():
             for p, gradient in zip(self.leaves, self.gradients, strict=True):
-                if p.grad is None:
+                if p.grad is not None:
+                    p.grad += gradient
+                elif p.stride() == gradient.stride():
                     p.grad = gradient
                 else:
-                    p.grad += gradient
+                    p.grad = torch.empty_like(p).copy_(gradient)
 
 
 class _Known(torch.autograd.Function):
@@ -124,19 +126,17 @@ class Compiler:
         """A step; None if it is to run uncompiled."""
         if any(type(m) is not TraceMessenger or not m.param_only for m in _PYRO_STACK):
             return None  # handlers may change anything
-        arguments, structure = tree_flatten((args, kwargs))
-        roots = (model, guide, *arguments)
-        known = (*map(_identity, (model, guide)), structure, *map(_fact, arguments))
-        key = (settings, known, torch.get_default_dtype(), torch.is_autocast_enabled("cpu"))
-        steps: _Steps | None = self._known.recall(key)
+        facts: list[Hashable] = [settings, *map(_identity, (model, guide)), torch.get_default_dtype()]
+        tensors = _flat((args, kwargs), facts)
+        steps: _Steps | None = self._known.recall(key := tuple(facts))
         if steps is None:
-            self._known.store(key, steps := _Steps(roots))
+            self._known.store(key, steps := _Steps((model, guide, args, kwargs)))
         if steps.refused:
             return None
         if steps.noted is not None:
             changed = steps.noted.changed()
             if changed is None:
-                return self._run(steps, steps.noted, evaluate, args, kwargs)
+                return self._run(steps, steps.noted, evaluate, args, kwargs, tensors)
             steps.changes, steps.noted, steps.ran = steps.changes + 1, None, False
             if steps.changes > _CHANGES:
                 _refuse(steps, f"{changed} changes between steps, and the program reads it. Pass it as an argument, "
@@ -173,7 +173,7 @@ class Compiler:
         if tape.reason is not None:
             _refuse(steps, f"the program {tape.reason}")
             return result
-        program = compiled(tape, [result.loss, *result.gradients], [None, *result.leaves], self.memory.generators)
+        program = compiled(tape, [result.loss, *result.gradients], self.memory.generators)
         stored = [(n, before[n], store._constraints[n]) for n in names if n in before]
         outside = [tape.tensors[v] for v in tape.outside]
         facts = [(x, x.data_ptr(), x.requires_grad, _fact(x)) for x in outside]
@@ -184,7 +184,7 @@ class Compiler:
         """A real step, and its tape."""
         memory = self.memory
         args, kwargs = tree_map(_renamed, (args, kwargs))
-        tape = Tape([x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)])
+        tape = Tape(_flat((args, kwargs), []))
         generators, memory.generators = memory.generators, Recorded(memory.generators, tape)
         try:
             with tape:
@@ -199,14 +199,15 @@ class Compiler:
         reached = [(x, g) for x, g in zip(leaves, found, strict=True) if g is not None]
         return tape, Result(loss, [x for x, _ in reached], [g for _, g in reached], runs)
 
-    def _run(self, steps: _Steps, noted: _Noted, evaluate: Evaluate, args: Any, kwargs: Any) -> Result:
+    def _run(
+        self, steps: _Steps, noted: _Noted, evaluate: Evaluate, args: Any, kwargs: Any, tensors: Sequence[Array]
+    ) -> Result:
         generators, program = self.memory.generators, noted.program
         check, start = steps.uses == steps.next_check, generators.state()
         before = [x.clone() for x in program.written] if check else []
         if _PYRO_STACK:
             for name, *_ in noted.stored:
                 pyro.param(name)  # for `SVI`, which asks what there is to train
-        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
         with torch.no_grad():
             loss, *gradients = program.run(*tensors, *program.constants)
         steps.uses += 1
@@ -214,13 +215,13 @@ class Compiler:
         if not check:
             return result
         steps.next_check = max(10, 10 * steps.next_check)
-        found = [*_ordered(result), *(x.clone() for x in program.written), *_flat(generators.state())]
+        found = [*_ordered(result), *(x.clone() for x in program.written), *_held(generators.state())]
         with torch.no_grad():
             for x, value in zip(program.written, before, strict=True):
                 x.copy_(value)
         generators.restore(start)
         tape, result = self._taped(evaluate, args, kwargs)
-        again = [*_ordered(result), *program.written, *_flat(generators.state())]
+        again = [*_ordered(result), *program.written, *_held(generators.state())]
         same = len(found) == len(again) and all(map(_close, found, again))
         if not tape.unsteady and not same:
             _refuse(steps, "what it noted of a step is not what a later step does: the program reads something that "
@@ -247,11 +248,24 @@ def _identity(program: Any) -> Hashable:
     return id(getattr(program, "__func__", program)), id(getattr(program, "__self__", None))
 
 
-def _fact(x: Any) -> Hashable:
-    """What a step is noted for."""
+def _flat(x: Any, facts: list[Hashable]) -> list[Array]:
+    """The tensors of arguments, in order; ``facts``, to which it adds, are what a step is noted for."""
     if isinstance(x, torch.Tensor):
-        return x.shape, x.stride(), x.dtype, x.device, x.requires_grad, type(x)
-    return type(x), x if x is None or isinstance(x, (bool, int, float, complex, str, bytes)) else id(x)
+        facts.append(_fact(x))
+        return [x]
+    if isinstance(x, (tuple, list)):
+        facts.append((type(x), len(x)))
+        return [t for i in x for t in _flat(i, facts)]
+    if isinstance(x, dict):
+        facts.append((type(x), tuple(x)))
+        return [t for i in x.values() for t in _flat(i, facts)]
+    known = x is None or isinstance(x, (bool, int, float, complex, str, bytes))
+    facts.append((type(x), x if known else id(x)))
+    return []
+
+
+def _fact(x: Array) -> Hashable:
+    return x.shape, x.stride(), x.dtype, x.device, x.requires_grad, type(x)
 
 
 def _ordered(result: Result) -> list[Array]:
@@ -259,7 +273,7 @@ def _ordered(result: Result) -> list[Array]:
     return [result.loss.detach(), *(by_leaf[k] for k in sorted(by_leaf))]
 
 
-def _flat(state: Any) -> list[Array]:
+def _held(state: Any) -> list[Array]:
     return [state[0], *state[1]]
 
 

@@ -13,7 +13,7 @@ import linecache
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,8 +24,6 @@ from .randomness import Generators, State
 
 Array = torch.Tensor
 _ATEN: Any = torch.ops.aten
-# The same tensor under another name, once nothing needs a gradient.
-_ALIASES = frozenset((_ATEN.detach.default, _ATEN.alias.default, _ATEN.lift_fresh.default))
 _FRESH = _ATEN.lift_fresh.default  # what torch.tensor(...) made of numbers
 # They look at shapes and types only, and their result is the same at every step.
 _LIKE = frozenset("zeros_like ones_like full_like new_zeros new_ones new_full scalar_tensor".split())
@@ -276,22 +274,23 @@ class Program:
     written: list[Array] = field(default_factory=list)  # tensors from outside that it changes
 
 
-def compiled(tape: Tape, results: Sequence[Array], likes: Sequence[Array | None], generators: Generators) -> Program:
-    """What computes ``results`` again, each in memory of its own, laid out as its ``like``."""
+def compiled(tape: Tape, results: Sequence[Array], generators: Generators) -> Program:
+    """What computes ``results`` again, each in memory of its own."""
     wanted = [tape._numbers[id(x)] for x in results]
     operations, same, clock = _merged(tape)
     wanted = [same.get(v, v) for v in wanted]
     needed = _needed(tape, operations, wanted, clock)
-    return _Writer(tape, generators).program(needed, wanted, likes, clock)
+    return _Writer(tape, generators).program(needed, wanted, clock)
 
 
 def _merged(tape: Tape) -> tuple[list[Operation], dict[Value, Value], int]:
     """Operations without names for the same thing, results that are always the same, and what is computed twice."""
-    same: dict[Any, Any] = {}
+    same: dict[Value, Value] = {}
     clocks: dict[int, int] = {}
-    known: dict[Any, Operation] = {}
+    known: dict[Any, Any] = {}
     kept: list[Operation] = []
-    memory, written = tape.memory, tape.written
+    tidy = _Arithmetic(tape)
+    roots: dict[Value, Value] = {}  # whose memory a value sees
 
     def renamed(x: Any) -> Any:
         if type(x) is Value:
@@ -299,29 +298,105 @@ def _merged(tape: Tape) -> tuple[list[Operation], dict[Value, Value], int]:
         return [renamed(i) for i in x] if type(x) is list else x
 
     for op in tape.operations:
-        free = not any(memory[v] in written for v in (*op.given, *op.found))
-        if op.func in _ALIASES and op.found:
-            if op.func is _FRESH and not free:
-                op = Operation(_ATEN.clone.default, op.args, {}, op.given, op.outs, op.found, op.writes, None, None)
-            else:
-                same[op.found[0]] = renamed(op.args[0])
-                continue
+        free = not any(tape.memory[v] in tape.written for v in (*op.given, *op.found))
+        if op.func is _FRESH and not free:
+            op = replace(op, func=_ATEN.clone.default)
         if free and op.found and tape.fixed.issuperset(op.found):
             if all(tape.tensors[v].numel() <= _ELEMENTS for v in op.found):
                 continue  # kept as it is
         args, kwargs = tuple(map(renamed, op.args)), {k: renamed(v) for k, v in op.kwargs.items()}
-        given = tuple(same.get(v, v) for v in op.given)
         before = None if op.before is None else clocks.get(op.before, op.before)
-        op = Operation(op.func, args, kwargs, given, op.outs, op.found, op.writes, before, op.after)
+        op = replace(op, args=args, kwargs=kwargs, given=tuple(same.get(v, v) for v in op.given), before=before)
+        if len(op.found) == 1 and not op.writes:
+            (out,) = op.found
+            root = next((v for v in op.given if tape.memory[v] == tape.memory[out]), None)
+            if root is not None:
+                root = roots[out] = roots.get(root, root)
+                known.setdefault((root, *_layout(tape.tensors[root])), root)
+                place = known.setdefault((root, *_layout(tape.tensors[out])), out)
+                if place is not out:  # the same memory, seen in the same way
+                    same[out] = place
+                    continue
+            if free:
+                op = tidy(op)
+                if op.func is None:
+                    same[out] = op.given[0]
+                    continue
         if free and not op.writes:
-            first = known.setdefault((op.func, repr(args), repr(kwargs), before), op)
+            first = known.setdefault((op.func, repr(op.args), repr(op.kwargs), before), op)
             if first is not op:
                 same.update(zip(op.found, first.found, strict=True))
-                if op.after is not None and first.after is not None:
+                if op.after is not None:
                     clocks[op.after] = first.after
                 continue
         kept.append(op)
     return kept, same, clocks.get(tape.clock, tape.clock)
+
+
+def _layout(x: Array) -> Any:
+    return x.shape, x.stride(), x.storage_offset(), x.dtype
+
+
+class _Arithmetic:
+    """Simpler operations with the same result, to the last bit: for what a program and its derivative are full of."""
+
+    def __init__(self, tape: Tape):
+        self.tape = tape
+        self._negative: dict[Value, Value] = {}
+        self._slices: dict[Value, tuple[Any, dict[int, Value]]] = {}  # zero but for these slices
+
+    def __call__(self, op: Operation) -> Operation:
+        """``op``, or another for it; without a function if the result is the first that it is given."""
+        tensors, (out,) = self.tape.tensors, op.found
+        if op.func is _ATEN.neg.default:
+            (x,) = op.args
+            if x in self._negative:
+                return self._is(op, self._negative[x])
+            self._negative[out] = x
+        elif op.func in (_ATEN.mul.Tensor, _ATEN.div.Tensor, _ATEN.sub.Tensor) and not op.kwargs:
+            a, b = op.args
+            neutral = 0 if op.func is _ATEN.sub.Tensor else 1
+            for x, other in ((a, b), (b, a)) if op.func is _ATEN.mul.Tensor else ((a, b),):
+                if type(x) is Value and self._everywhere(other, neutral) and _alike(tensors[x], tensors[out]):
+                    return self._is(op, x)
+        elif op.func is _ATEN.add.Tensor and not op.kwargs:
+            a, b = op.args
+            if b in self._negative:
+                b = self._negative[b]
+                return replace(op, func=_ATEN.sub.Tensor, args=(a, b), given=(a, b))
+            if a in self._slices and b in self._slices:
+                return self._sum_of_slices(op, a, b)
+        elif op.func is _ATEN.select_backward.default:
+            gradient, size, dim, index = op.args
+            self._slices[out] = (tuple(size), dim % len(size)), {index % size[dim]: gradient}
+        return op
+
+    def _is(self, op: Operation, x: Value) -> Operation:
+        return replace(op, func=None, given=(x,))
+
+    def _everywhere(self, x: Any, number: int) -> bool:
+        if type(x) is not Value:
+            return isinstance(x, (int, float)) and x == number
+        tensor = self.tape.tensors[x]
+        fixed = x in self.tape.fixed and self.tape.memory[x] not in self.tape.written
+        return fixed and tensor.numel() <= _ELEMENTS and bool((tensor == number).all())
+
+    def _sum_of_slices(self, op: Operation, a: Value, b: Value) -> Operation:
+        """The derivatives of x[0], x[1], ... add up to that of x: they are stacked instead."""
+        (whole, some), (also, others) = self._slices[a], self._slices[b]
+        if whole != also or not some.keys().isdisjoint(others):
+            return op
+        (out,), (size, dim) = op.found, whole
+        together = some | others
+        self._slices[out] = whole, together
+        if len(together) < size[dim] or self.tape.tensors[out].numel() < len(together):
+            return op
+        parts = [together[i] for i in range(size[dim])]
+        return replace(op, func=_ATEN.stack.default, args=(parts, dim), given=tuple(parts))
+
+
+def _alike(x: Array, y: Array) -> bool:
+    return x.shape == y.shape and x.dtype == y.dtype and x.stride() == y.stride()
 
 
 def _needed(tape: Tape, operations: Sequence[Operation], wanted: Iterable[Value], clock: int) -> list[Operation]:
@@ -349,9 +424,7 @@ class _Writer:
         self.names: dict[str, Any] = {"save": generators.state, "restore": generators.restore}
         self._named: dict[Any, str] = {}
 
-    def program(
-        self, operations: Sequence[Operation], wanted: Sequence[Value], likes: Sequence[Array | None], clock: int
-    ) -> Program:
+    def program(self, operations: Sequence[Operation], wanted: Sequence[Value], clock: int) -> Program:
         tape, made = self.tape, {v for op in operations for v in op.found}
         used = dict.fromkeys(v for op in operations for v in op.given)
         given, inputs = set(tape.given), dict.fromkeys([*used, *wanted])
@@ -377,7 +450,7 @@ class _Writer:
                 lines.append(f"del {', '.join(map(repr, dying[i]))}")
         if now != clock:
             lines.append(f"restore(s{clock})")
-        lines.append(f"return [{', '.join(self._own(wanted, made, likes))}]")
+        lines.append(f"return [{', '.join(self._own(wanted, inputs, made))}]")
         parameters = ", ".join(map(repr, [*tape.given, *constants]))
         source = f"def run({parameters}):\n" + "".join(f"    {line}\n" for line in lines)
         exec(compile(source, "<compiled step>", "exec"), self.names)
@@ -406,22 +479,14 @@ class _Writer:
             self.names[self._named[key]] = x
         return self._named[key]
 
-    def _own(self, wanted: Sequence[Value], made: set[Value], likes: Sequence[Array | None]) -> Iterator[str]:
-        """The results, copied where their memory is somebody else's or is laid out otherwise."""
-        tape, taken = self.tape, {self.tape.memory[v] for v in range(len(self.tape.tensors)) if v not in made}
-        for v, like in zip(wanted, likes, strict=True):
+    def _own(self, wanted: Sequence[Value], inputs: Iterable[Value], made: set[Value]) -> Iterator[str]:
+        """The results, copied where their memory is somebody else's too."""
+        tape, taken = self.tape, {self.tape.memory[v] for v in inputs if v not in made}
+        for v in wanted:
             x, memory = tape.tensors[v], tape.memory[v]
-            strided = like is None or x.stride() == like.stride()
-            whole = x.untyped_storage().nbytes() == x.numel() * x.element_size()
-            if memory not in taken and strided and whole:
-                yield repr(v)
-            else:
-                yield f"{self._name(_copied_like)}({v!r}, {'None' if like is None else self._name(like)})"
+            whole = x.layout is not torch.strided or x.untyped_storage().nbytes() == x.numel() * x.element_size()
+            yield repr(v) if memory not in taken and whole else f"{v!r}.clone()"
             taken.add(memory)
-
-
-def _copied_like(x: Array, like: Array | None) -> Array:
-    return x.clone() if like is None else torch.empty_like(like).copy_(x)
 
 
 def _returns(operations: Sequence[Operation], clock: int) -> set[int]:
