@@ -329,6 +329,9 @@ def test_a_class_is_abstract_or_final():
 #: files that one library needs and the other has no use for
 ONLY_PYRO = {
     "baseline.py",  # Pyro's own words for a baseline
+    "compiled.py",  # NumPyro's steps are compiled by JAX; here operations are noted, and done again
+    "tape.py",  # the notes
+    "guards.py",  # are they still true?
     "buffers.py",  # torch modules hold what they count; in JAX that is mutable state, which the caller passes on
 }
 
@@ -347,6 +350,7 @@ ALONE = {
         "traced": "the table of shapes that Pyro's validation prints",
     },
     ("numpyro", "library.py"): {"NumPyroLibrary": "the twins' classes bear their library's name"},
+    ("pyro", "elbo.py"): {"JitEstimatorELBO": "NumPyro's steps are always compiled"},
     ("pyro", "ops.py"): {"TorchOps": "named after the arrays"},
     ("numpyro", "ops.py"): {"JaxOps": "named after the arrays"},
     ("pyro", "randomness.py"): {

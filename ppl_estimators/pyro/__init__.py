@@ -1,6 +1,6 @@
 """Gradient estimators for Pyro: `EstimatorELBO` and the guide hook `with_estimators`."""
 
-from .elbo import EstimatorELBO
+from .elbo import EstimatorELBO, JitEstimatorELBO
 from .hook import with_estimators
 
-__all__ = ["EstimatorELBO", "with_estimators"]
+__all__ = ["EstimatorELBO", "JitEstimatorELBO", "with_estimators"]

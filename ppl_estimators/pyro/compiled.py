@@ -9,7 +9,8 @@ cannot be noted runs as ever, and says why once.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ Evaluate = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Array, Sequence[Any
 
 _PROGRAMS = 16  # with their kinds of arguments, kept by one ELBO
 _CHANGES = 8  # so often may what a program reads change before its steps run uncompiled
+_UNKNOWN = 50  # steps with something new about their arguments, before that is said
 _TRIES = 3
 
 
@@ -119,6 +121,7 @@ class Compiler:
     def __init__(self, memory: Memory, backend: str | None):
         self.memory, self.backend = memory, backend
         self._known = Recent(_PROGRAMS)
+        self._unknown = 0  # steps since the last that ran from a tape, or nearly
 
     def step(
         self, evaluate: Evaluate, settings: Hashable, model: Any, guide: Any, args: Any, kwargs: Any
@@ -131,6 +134,10 @@ class Compiler:
         steps: _Steps | None = self._known.recall(key := tuple(facts))
         if steps is None:
             self._known.store(key, steps := _Steps((model, guide, args, kwargs)))
+            self._unknown += 1
+            if self._unknown == _UNKNOWN:
+                _warn(f"of the last {_UNKNOWN} steps no two had arguments of the same kind. Numbers are constants of a "
+                      "compiled step: pass them as tensors; other sizes need other tapes: pad batches")  # fmt: skip
         if steps.refused:
             return None
         if steps.noted is not None:
@@ -158,7 +165,7 @@ class Compiler:
             steps.tries += 1
             if steps.tries < _TRIES:
                 return result
-            tape.refuse("another structure at every step")
+            tape.refuse("has another structure at every step")
         changed = guard.settled()
         if changed is not None:
             tape.refuse(f"changes {changed} when it runs")
@@ -166,6 +173,8 @@ class Compiler:
         for value, where in tape.outside.items():
             if id(tape.tensors[value]) not in origin:
                 tape.refuse(f"reads a tensor that neither its arguments nor what it names lead to{where}")
+        if self.memory.generators.foreign or self.memory.generators.own:
+            tape.refuse("draws from a random generator that is not torch's own")
         if _PYRO_STACK and not before.keys() >= set(names):
             tape.refuse("has parameters that are not in the store (module_local_params); pass ELBOModule, not SVI")
         if not result.known:
@@ -173,7 +182,7 @@ class Compiler:
         if tape.reason is not None:
             _refuse(steps, f"the program {tape.reason}")
             return result
-        program = compiled(tape, [result.loss, *result.gradients], self.memory.generators)
+        program = compiled(tape, [result.loss, *result.gradients], self.memory.generators, self.backend)
         stored = [(n, before[n], store._constraints[n]) for n in names if n in before]
         outside = [tape.tensors[v] for v in tape.outside]
         facts = [(x, x.data_ptr(), x.requires_grad, _fact(x)) for x in outside]
@@ -192,7 +201,8 @@ class Compiler:
                 leaves = [x for v in tape.outside if (x := tape.tensors[v]).requires_grad]
                 if not loss.requires_grad or not all(x.is_leaf for x in leaves):
                     return tape, Result(loss, runs=runs, known=False)
-                found = torch.autograd.grad(loss, leaves, allow_unused=True)
+                with _unhooked(leaves):
+                    found = torch.autograd.grad(loss, leaves, allow_unused=True)
                 loss = loss.detach()
         finally:
             memory.generators = generators
@@ -201,15 +211,20 @@ class Compiler:
 
     def _run(
         self, steps: _Steps, noted: _Noted, evaluate: Evaluate, args: Any, kwargs: Any, tensors: Sequence[Array]
-    ) -> Result:
+    ) -> Result | None:
         generators, program = self.memory.generators, noted.program
+        self._unknown = 0
         check, start = steps.uses == steps.next_check, generators.state()
         before = [x.clone() for x in program.written] if check else []
         if _PYRO_STACK:
             for name, *_ in noted.stored:
                 pyro.param(name)  # for `SVI`, which asks what there is to train
-        with torch.no_grad():
-            loss, *gradients = program.run(*tensors, *program.constants)
+        try:
+            with torch.no_grad():
+                loss, *gradients = program.run(*tensors, *program.constants)
+        except Exception:  # a draw from nan, memory that is short: the step that runs as ever will say
+            generators.restore(start)
+            return None
         steps.uses += 1
         result = Result(loss, noted.leaves, gradients, start=start)
         if not check:
@@ -222,7 +237,8 @@ class Compiler:
         generators.restore(start)
         tape, result = self._taped(evaluate, args, kwargs)
         again = [*_ordered(result), *program.written, *_held(generators.state())]
-        same = len(found) == len(again) and all(map(_close, found, again))
+        with torch.no_grad():
+            same = len(found) == len(again) and all(map(_close, found, again))
         if not tape.unsteady and not same:
             _refuse(steps, "what it noted of a step is not what a later step does: the program reads something that "
                     "changes (an iterator, a clock, a file), and whose change cannot be seen")  # fmt: skip
@@ -231,11 +247,24 @@ class Compiler:
 
 def _refuse(steps: _Steps, why: str) -> None:
     steps.refused, steps.noted = True, None
-    warnings.warn(
-        f"EstimatorELBO(compile=...): {why}. Its steps run uncompiled: right, and slower.",
-        EstimatorWarning,
-        stacklevel=2,
-    )
+    _warn(f"{why}. Its steps run uncompiled: right, and slower")
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"EstimatorELBO(compile=...): {what}.", EstimatorWarning, stacklevel=2)
+
+
+@contextmanager
+def _unhooked(leaves: Sequence[Array]) -> Iterator[None]:
+    """Hooks run once, when the gradient arrives at the parameter."""
+    hooks = [(x, x._backward_hooks) for x in leaves if x._backward_hooks]
+    for x, _ in hooks:
+        x._backward_hooks = None
+    try:
+        yield
+    finally:
+        for x, hook in hooks:
+            x._backward_hooks = hook
 
 
 def _renamed(x: Any) -> Any:

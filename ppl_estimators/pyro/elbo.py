@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from pyro.infer import ELBO
-from pyro.infer.util import torch_backward
 from pyro.poutine.trace_struct import Trace
 
 from ..core.elbo import Configured
@@ -17,10 +16,11 @@ from ..core.estimator import Estimator
 from ..core.objectives import Objective
 from ..core.step import Run, Step
 from ..policy import AUTOMATIC
+from .buffers import Buffers
 from .compiled import Compiler, Result
 from .keep import Keeper, update_state
 from .library import Memory, PyroLibrary, traced
-from .randomness import Randomness
+from .randomness import Randomness, State
 
 Array = torch.Tensor
 
@@ -103,7 +103,7 @@ class EstimatorELBO(Configured, ELBO):
         result.backward(self.retain_graph)
         value = result.loss.item()
         if not math.isfinite(value):
-            _report(self._again(result, model, guide, args, kwargs) if result.runs is None else result.runs)
+            _report(self._explained(result.start, model, guide, args, kwargs) if result.runs is None else result.runs)
         return value
 
     def _result(self, model: Any, guide: Any, args: Any, kwargs: Any, *, standalone: bool) -> Result:
@@ -126,6 +126,18 @@ class EstimatorELBO(Configured, ELBO):
                 update_state(name, state)
             return loss, joined.arrays["runs"]
 
+    def _explained(self, start: State, model: Any, guide: Any, args: Any, kwargs: Any) -> Sequence[Run]:
+        """The runs of a compiled step, run as ever: what raises an error there raises it now."""
+        memory = self.memory
+        after = memory.generators.state()
+        memory.generators.restore(start)
+        try:
+            with torch.no_grad(), Buffers.lent(memory.buffers.held()):
+                runs: Sequence[Run] = self.step(model, guide, args, kwargs).loss()[2].arrays["runs"]
+        finally:
+            memory.generators.restore(after)
+        return runs
+
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
         """One trace of the model and one of the guide, values drawn by the chosen estimators."""
         step = self.step(model, guide, args, kwargs)
@@ -144,6 +156,11 @@ class EstimatorELBO(Configured, ELBO):
             verify=self.verify,
         )  # fmt: skip
         return Step(settings, library)  # type: ignore[arg-type]  # without what only compiled steps ask for
+
+
+def JitEstimatorELBO(*args: Any, compile: bool | str = True, **kwargs: Any) -> EstimatorELBO:
+    """`EstimatorELBO` with ``compile=True``, under the name that users of `JitTrace_ELBO` look for."""
+    return EstimatorELBO(*args, compile=compile, **kwargs)
 
 
 def _report(runs: Sequence[Run]) -> None:

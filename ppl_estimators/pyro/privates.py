@@ -26,6 +26,19 @@ PRIVATES: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "_schema": ("does an operation write in place?", lambda: torch.ops.aten.add_.Tensor._schema.is_mutable),
     "_pytree": ("maps over arguments of any structure", lambda: torch.utils._pytree.tree_map),
+    # ---- torch: compiled steps ------------------------------------------------------------------------------------
+    "_backward_hooks": ("a parameter's hooks, which run once", lambda: torch.zeros(())._backward_hooks),
+    "_post_accumulate_grad_hooks": ("likewise", lambda: torch.zeros(())._post_accumulate_grad_hooks),
+    "_C": (
+        "torch's own functions and methods by an operation's name",
+        lambda: (torch._C._VariableFunctions.add, torch._C.TensorBase.expand),
+    ),
+    "_VariableFunctions": ("holds them", lambda: torch._C._VariableFunctions),
+    "_op": ("calls any other operation", lambda: torch.ops.aten.slice.Tensor._op),
+    "_validate_sample": (
+        "checks values, and reads nothing else out of them",
+        lambda: torch.distributions.Distribution._validate_sample,
+    ),
     # ---- torch: modules -----------------------------------------------------------------------------------------
     "_buffers": ("what a module counts, restored before a re-run", lambda: torch.nn.Module()._buffers),
     "_parameters": ("a module's own parameters", lambda: torch.nn.Module()._parameters),

@@ -56,18 +56,18 @@ class Generators:
 
     def __init__(self) -> None:
         self.foreign = False
-        self._own: dict[Any, None] = {}
+        self.own: dict[Any, None] = {}
 
     def look(self, *roots: Any, everything: bool) -> None:
         """Find the generators that a program holds: at its first run, and then at every one if there were some."""
-        if everything or self._own:
+        if everything or self.own:
             held = reachable(*roots, kinds=tuple(_OWN))
-            self._own = dict.fromkeys(g for g in held if not isinstance(g, random.SystemRandom))
+            self.own = dict.fromkeys(g for g in held if not isinstance(g, random.SystemRandom))
 
     def state(self, *, everything: bool = False) -> State:
         devices = torch.cuda.default_generators if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
         foreign = (random.getstate(), np.random.get_state()) if self.foreign or everything else None
-        own = tuple((g, _ways(g)[0](g)) for g in self._own)
+        own = tuple((g, _ways(g)[0](g)) for g in self.own)
         return torch.default_generator.get_state(), tuple(g.get_state() for g in devices), foreign, own
 
     def restore(self, state: State) -> None:

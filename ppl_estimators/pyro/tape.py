@@ -1,5 +1,5 @@
-"""A step as a list of tensor operations: noted while it runs, its backward pass included, tidied, and run again as plain
-Python.
+"""A step as a list of tensor operations: noted while it runs, its backward pass included, tidied, and run again as
+plain Python.
 
 The step that is noted is a real one: nothing about it is symbolic, and what cannot be noted (a number read out of a
 tensor, a shape that depends on data) changes nothing about it. Random operations draw anew when they are run again. The
@@ -20,6 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import dependencies
 from .randomness import Generators, State
 
 Array = torch.Tensor
@@ -34,6 +35,7 @@ _EXITS = frozenset("numpy tolist __array__ data_ptr __dlpack__ __reduce_ex__".sp
 _CHECKS = ("torch.distributions.", "pyro.distributions.", "pyro.util", "pyro.poutine.scale_messenger")
 _CHECKING = frozenset(("__init__", "_validate_sample", "check_site_shape", "warn_if_nan", "warn_if_inf"))
 _OURS = __name__.partition(".")[0]
+_WRAPPERS = frozenset((__name__, dependencies.__name__))  # operations pass through their modes
 
 
 class Value(int):
@@ -160,10 +162,12 @@ class Tape(TorchDispatchMode):
             module = frame.f_globals.get("__name__", "")
             if module.startswith(_CHECKS) and frame.f_code.co_name in _CHECKING:
                 return
-            if module.startswith(f"{_OURS}.") and module != __name__:
+            if module in _WRAPPERS:
+                pass
+            elif module.startswith(f"{_OURS}."):
                 self.unsteady = True  # the step looked at something for the first time
                 return
-            if module.partition(".")[0] not in ("torch", "pyro") and module != __name__:
+            elif module.partition(".")[0] not in ("torch", "pyro"):
                 break
             frame = frame.f_back
         self._impossible("reads a number out of a tensor")
@@ -274,13 +278,13 @@ class Program:
     written: list[Array] = field(default_factory=list)  # tensors from outside that it changes
 
 
-def compiled(tape: Tape, results: Sequence[Array], generators: Generators) -> Program:
-    """What computes ``results`` again, each in memory of its own."""
+def compiled(tape: Tape, results: Sequence[Array], generators: Generators, backend: str | None) -> Program:
+    """What computes ``results`` again, each in memory of its own; ``backend`` of `torch.compile`, if it is to."""
     wanted = [tape._numbers[id(x)] for x in results]
     operations, same, clock = _merged(tape)
     wanted = [same.get(v, v) for v in wanted]
     needed = _needed(tape, operations, wanted, clock)
-    return _Writer(tape, generators).program(needed, wanted, clock)
+    return _Writer(tape, generators, backend).program(needed, wanted, clock)
 
 
 def _merged(tape: Tape) -> tuple[list[Operation], dict[Value, Value], int]:
@@ -419,8 +423,8 @@ def _needed(tape: Tape, operations: Sequence[Operation], wanted: Iterable[Value]
 class _Writer:
     """Writes operations as a Python function."""
 
-    def __init__(self, tape: Tape, generators: Generators):
-        self.tape = tape
+    def __init__(self, tape: Tape, generators: Generators, backend: str | None):
+        self.tape, self.backend = tape, backend
         self.names: dict[str, Any] = {"save": generators.state, "restore": generators.restore}
         self._named: dict[Any, str] = {}
 
@@ -456,10 +460,16 @@ class _Writer:
         exec(compile(source, "<compiled step>", "exec"), self.names)
         written = [v for v in inputs if v not in made and tape.memory[v] in tape.written]
         tensors = tape.tensors
-        return Program(self.names["run"], source, [tensors[v] for v in constants], [tensors[v] for v in written])
+        run = self.names["run"]
+        if self.backend is not None:
+            # the draws of torch
+            options: dict[str, Any] | None = {"fallback_random": True} if self.backend == "inductor" else None
+            run = torch.compile(run, backend=self.backend, dynamic=False, options=options)
+        return Program(run, source, [tensors[v] for v in constants], [tensors[v] for v in written])
 
     def _line(self, op: Operation) -> str:
-        call = f"{self._name(_binding(op.func))}({', '.join(self._arguments(op))})"
+        func = op.func if self.backend is not None else _binding(op.func)  # which compilers know
+        call = f"{self._name(func)}({', '.join(self._arguments(op))})"
         return f"{_pattern(op.outs, op.found)} = {call}" if op.found else call
 
     def _arguments(self, op: Operation) -> list[str]:

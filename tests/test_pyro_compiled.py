@@ -1,0 +1,457 @@
+"""Compiled steps in Pyro do what uncompiled ones do, to the last bit; what cannot be compiled says so."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI
+from pyro.infer.autoguide import AutoNormal
+from pyro.optim import SGD, Adam
+
+from ppl_estimators import (
+    REBAR,
+    RELAX,
+    DisARM,
+    EstimatorWarning,
+    ImportanceWeighted,
+    Learned,
+    LeaveOneOut,
+    MovingAverage,
+    MuProp,
+    Reinforce,
+    StickingTheLanding,
+)
+from ppl_estimators.pyro import EstimatorELBO, JitEstimatorELBO, with_estimators
+
+Program = Callable[..., Any]
+
+
+def data(seed: int, n: int = 6) -> torch.Tensor:
+    return torch.randn(n, 3, generator=torch.Generator().manual_seed(seed))
+
+
+class Deep(torch.nn.Module):
+    """Two layers of bits under a pathwise site; dropout and batch normalisation, a minibatch."""
+
+    def __init__(self, batch: int = 4) -> None:
+        super().__init__()
+        self.batch = batch
+        self.encoder = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.3))
+        self.down = torch.nn.Linear(4, 2)
+        self.decoder = torch.nn.Linear(4, 3)
+
+    def model(self, x: torch.Tensor) -> None:
+        pyro.module("deep", self)
+        scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x), subsample_size=self.batch) as i:
+            b = pyro.sample("b", dist.Bernoulli(logits=torch.full((2,), -0.4)).to_event(1))
+            a = pyro.sample(
+                "a", dist.Bernoulli(logits=b.sum(-1, keepdim=True) + w[..., None] - torch.ones(4)).to_event(1)
+            )
+            pyro.sample("x", dist.Normal(self.decoder(a), scale).to_event(1), obs=x[i])
+
+    def guide(self, x: torch.Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor(0.3))
+        pyro.sample("w", dist.Normal(loc, 0.5))
+        with pyro.plate("data", len(x), subsample_size=self.batch) as i:
+            h = self.encoder(x[i])
+            a = pyro.sample("a", dist.Bernoulli(logits=h).to_event(1))
+            pyro.sample("b", dist.Bernoulli(logits=self.down(a)).to_event(1))
+
+
+def train(
+    make: Callable[[], tuple[Program, Program]], elbo: EstimatorELBO, batches: list[Any], lr: float = 0.05
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses, and the parameters and buffers at the end."""
+    pyro.clear_param_store()
+    torch.manual_seed(1)
+    random.seed(1)
+    model, guide = make()
+    svi = SVI(model, guide, Adam({"lr": lr}), elbo)
+    losses = [svi.step(*(b if isinstance(b, tuple) else (b,))) for b in batches]
+    held = {n: p.detach().clone() for n, p in pyro.get_param_store().named_parameters()}
+    owner = getattr(model, "__self__", None)
+    if isinstance(owner, torch.nn.Module):
+        held |= {n: b.clone() for n, b in owner.named_buffers()}
+    return losses, held | {"random state": torch.get_rng_state()}
+
+
+def uses(elbo: EstimatorELBO) -> list[int]:
+    """How often each tape has run."""
+    return [s.uses for s in elbo.compiler._known.values() if s.noted is not None]
+
+
+def same(make: Callable[[], tuple[Program, Program]], batches: list[Any], *args: Any, **kwargs: Any) -> EstimatorELBO:
+    """Compiled and uncompiled: the same losses, parameters and random numbers; returns the compiled one."""
+    compiled = EstimatorELBO(*args, **kwargs, compile=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "site", EstimatorWarning)
+        plain = train(make, EstimatorELBO(*args, **kwargs), batches)
+        found = train(make, compiled, batches)
+    assert found[0] == plain[0]
+    assert found[1].keys() == plain[1].keys()
+    for name, value in plain[1].items():
+        assert torch.equal(found[1][name], value), name
+    return compiled
+
+
+def deep() -> tuple[Program, Program]:
+    net = Deep()
+    return net.model, net.guide
+
+
+SPECS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "auto": (None, {}),
+    "state": ({"[ab]": Reinforce(MovingAverage())}, {}),
+    "networks": ({"a": Reinforce(Learned()), "b": Reinforce(MovingAverage() + Learned())}, {}),
+    "particles": ({"[ab]": Reinforce(LeaveOneOut())}, {"num_particles": 3}),
+    "vectorised": ({"[ab]": DisARM()}, {"num_particles": 2, "vectorize_particles": True, "max_plate_nesting": 1}),
+    "side by side": ({"[ab]": DisARM()}, {"vectorize_particles": True, "max_plate_nesting": 1}),
+    "pairs": ({"[ab]": DisARM(), "w": StickingTheLanding()}, {}),
+    "relaxed": ({"[ab]": REBAR()}, {}),
+    "control": ({"a": RELAX(), "b": MuProp()}, {}),
+    "model averaged": ({"[ab]": DisARM()}, {"average_model": True}),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_compiled_step_is_the_same_step(name):
+    estimators, settings = SPECS[name]
+    elbo = same(deep, [data(i) for i in range(5)], estimators, **settings, verify=False)
+    assert uses(elbo) == [3]  # after one that ran as ever, and one that was noted
+
+
+def test_a_bound_of_several_particles():
+    def make() -> tuple[Program, Program]:
+        net = Deep(batch=6)
+        return net.model, net.guide
+
+    specs = {"[ab]": Reinforce(LeaveOneOut())}
+    elbo = same(make, [data(i) for i in range(5)], specs, num_particles=3, objective=ImportanceWeighted(), verify=False)
+    assert uses(elbo) == [3]
+
+
+# ---- arguments, parameters, what a program reads ---------------------------------------------------------------------
+
+
+def bits(x: torch.Tensor, weight: Any = 1.0) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(logits=torch.tensor(-0.3)))
+        pyro.sample("x", dist.Normal(z * weight, 1.0), obs=x)
+
+
+def bits_guide(x: torch.Tensor, weight: Any = 1.0) -> None:
+    a = pyro.param("a", torch.tensor(0.2))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Bernoulli(logits=a * x))
+
+
+def flat(*sizes: int) -> list[torch.Tensor]:
+    return [data(i, n)[:, 0].contiguous() for i, n in enumerate(sizes)]
+
+
+def test_shapes_and_numbers_choose_the_tape_and_tensors_are_inputs():
+    batches: list[Any] = [(x, w) for x in flat(4, 4, 4, 4) for w in (1.0, 2.0)]
+    batches += [(x, torch.tensor(w)) for x, w in zip(flat(5, 5, 5), (1.0, 2.0, 3.0), strict=True)]
+    elbo = same(lambda: (bits, bits_guide), batches, default=DisARM())
+    assert uses(elbo) == [2, 2, 1]
+
+
+def test_tapes_are_bounded_in_number():
+    elbo = EstimatorELBO(default=DisARM(), compile=True)
+    train(lambda: (bits, bits_guide), elbo, [x for n in range(2, 22) for x in flat(n, n)])
+    assert 10 < len(uses(elbo)) <= 16
+
+
+def test_draws_are_fresh_and_follow_the_seed():
+    x, elbo = flat(200)[0], EstimatorELBO(default=DisARM(), compile=True)
+    svi = SVI(bits, bits_guide, Adam({"lr": 0.0}), elbo)
+    for _ in range(3):
+        svi.step(x)
+    pyro.set_rng_seed(5)
+    first = [svi.step(x) for _ in range(4)]
+    pyro.set_rng_seed(5)
+    assert [svi.step(x) for _ in range(4)] == first
+    assert len(set(first)) == 4
+
+
+def test_an_autoguide_and_its_parameters():
+    def make() -> tuple[Program, Program]:
+        def model(x: torch.Tensor) -> None:
+            scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(pyro.sample("m", dist.Normal(0.0, 1.0)), scale), obs=x)
+
+        return model, AutoNormal(model)
+
+    assert uses(same(make, flat(5, 5, 5, 5))) == [2]
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_an_elbo_module_and_a_loop_of_torch(retain):
+    """The loss leads to the parameters, whatever the rest of the loop does with it; hooks see the gradient."""
+    found = []
+    for compile in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(3)
+        net, seen = Deep(), []
+        guide = with_estimators(net.guide, {"[ab]": Reinforce(Learned())})
+        loss = EstimatorELBO(compile=compile, verify=False, retain_graph=retain)(net.model, guide)
+        loss(data(0))
+        optim = torch.optim.SGD(loss.parameters(), lr=0.05)
+        net.decoder.bias.register_hook(lambda g, seen=seen: seen.append(g.clone()))
+        for i in range(4):
+            optim.zero_grad()
+            (2 * loss(data(i)) + net.decoder.bias.sum()).backward()
+            optim.step()
+        found.append([torch.cat([p.detach().reshape(-1) for p in loss.parameters()]), *seen])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+# ---- nothing stale ---------------------------------------------------------------------------------------------------
+
+OFFSET = torch.tensor(0.5)
+WEIGHT = 1.0
+COUNTS = [0]
+
+
+def reading(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(logits=OFFSET))
+        pyro.sample("x", dist.Normal(WEIGHT * z, 1.0), obs=x)
+
+
+def moves(change: Callable[[SVI, Deep], None], make: Callable[[Deep], tuple[Program, Program]]) -> None:
+    """After a change in the middle, compiled steps are those of the changed program."""
+
+    found = []
+    for compile in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(2)
+        net = Deep()
+        elbo = EstimatorELBO(default=Reinforce(MovingAverage()), compile=compile, verify=False)
+        svi = SVI(*make(net), SGD({"lr": 0.01}), elbo)
+        batches = [data(i) for i in range(10)] if make is deep_of else flat(*[5] * 10)
+        losses = [svi.step(x) for x in batches[:4]]
+        if compile:
+            assert uses(elbo) == [2]
+        change(svi, net)
+        torch.manual_seed(4)
+        if net.decoder.weight.dtype == torch.float64:
+            batches = [x.double() for x in batches]
+        losses += [svi.step(x) for x in batches[4:]]
+        if compile:
+            assert max(uses(elbo)) >= 2  # again
+        found.append(losses)
+    assert found[0] == found[1]
+
+
+def deep_of(net: Deep) -> tuple[Program, Program]:
+    return net.model, net.guide
+
+
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store because requires_grad:UserWarning")
+@pytest.mark.parametrize("what", ["eval", "frozen", "double", "loaded", "cleared", "batch", "dropout", "replaced"])
+def test_a_module_or_a_parameter_is_changed(what):
+    def change(svi: SVI, net: Deep) -> None:
+        if what == "eval":
+            net.eval()
+        elif what == "frozen":
+            net.encoder.requires_grad_(False)
+        elif what == "double":
+            net.double()
+        elif what == "loaded":
+            net.load_state_dict({k: v + 1 for k, v in net.state_dict().items()})
+        elif what == "cleared":
+            pyro.clear_param_store()
+        elif what == "batch":
+            net.batch = 3
+        elif what == "dropout":
+            net.encoder[2].p = 0.9
+        elif what == "replaced":
+            net.down.weight = torch.nn.Parameter(torch.ones(2, 4))
+
+    moves(change, deep_of)
+
+
+@pytest.mark.parametrize("what", ["in place", "tensor", "number"])
+def test_a_global_is_changed(what, monkeypatch):
+    def make(net: Deep) -> tuple[Program, Program]:
+        monkeypatch.setattr(f"{__name__}.OFFSET", torch.tensor(0.5))
+        monkeypatch.setattr(f"{__name__}.WEIGHT", 1.0)
+        return reading, bits_guide
+
+    def change(svi: SVI, net: Deep) -> None:
+        if what == "in place":
+            OFFSET.mul_(-2)
+        elif what == "tensor":
+            monkeypatch.setattr(f"{__name__}.OFFSET", OFFSET + 2)
+        else:
+            monkeypatch.setattr(f"{__name__}.WEIGHT", WEIGHT + 3.0)
+
+    moves(change, make)
+
+
+def test_a_tensor_that_is_an_argument_and_a_global_too(monkeypatch):
+    """Another argument does not change the global."""
+    monkeypatch.setattr(f"{__name__}.OFFSET", torch.linspace(-1, 1, 5))
+    assert uses(same(lambda: (reading, bits_guide), [OFFSET, OFFSET, OFFSET, *flat(5, 5)], default=DisARM())) == [3]
+
+
+# ---- what cannot be compiled -----------------------------------------------------------------------------------------
+
+
+class Counting:
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+COUNTING = Counting()
+NUMBERS = iter(range(10**6))
+
+
+def branching(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    return z if x.sum() > 0 else 1 - z
+
+
+def masked(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    return z + x[x > 0].sum()
+
+
+def outside(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    return z + torch.from_numpy(np.cumsum(x.numpy()))
+
+
+def listed(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    return z + torch.tensor(x.tolist())
+
+
+def counted(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    COUNTING.calls += 1
+    return z
+
+
+def iterated(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    return z + next(NUMBERS)
+
+
+def pythons_draw(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    return z + random.random()
+
+
+GENERATOR = torch.Generator()
+
+
+def its_own_draw(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    return z + torch.rand((), generator=GENERATOR)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (branching, "reads a number out of a tensor at .*return z if x.sum"),
+        (masked, "shape depends on data at .*return z . x.x > 0"),
+        (outside, "hands the data of a tensor to other code at .*np.cumsum"),
+        (listed, "hands the data of a tensor to other code at .*tolist"),
+        (counted, "changes 'calls' when it runs"),
+        (iterated, "not what a later step does"),
+        (pythons_draw, "a random generator that is not torch's own"),
+        (its_own_draw, "generator"),
+    ],
+)
+def test_what_cannot_be_compiled_runs_as_ever_and_says_why_once(change, said):
+    """One evaluation a step: nothing else asks for the same program twice."""
+
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(logits=torch.tensor(-0.3)))
+            pyro.sample("x", dist.Normal(change(x, z), 1.0), obs=x)
+
+    found = []
+    for compile in (False, True):
+        global NUMBERS
+        NUMBERS = iter(range(10**6))
+        GENERATOR.manual_seed(0)
+        elbo = EstimatorELBO(default=Reinforce(MovingAverage()), compile=compile, verify=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found.append(train(lambda: (model, bits_guide), elbo, flat(*[5] * 6))[0])
+    assert found[0] == found[1]
+    messages = [str(w.message) for w in caught if "compile" in str(w.message)]
+    assert len(messages) == 1
+    with pytest.raises(EstimatorWarning, match=said):
+        raise caught[[str(w.message) for w in caught].index(messages[0])].message
+    assert uses(elbo) == []
+
+
+def test_a_cost_that_is_not_finite_is_named_and_an_error_of_validation_raised():
+    def model(x: torch.Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(logits=torch.tensor(-0.3)))
+            pyro.sample("x", dist.Normal(z, OFFSET), obs=x)
+
+    x, elbo = flat(5)[0], EstimatorELBO(default=Reinforce(MovingAverage()), compile=True)
+    svi = SVI(model, bits_guide, SGD({"lr": 1e-6}), elbo)
+    before = OFFSET.clone()
+    try:
+        for _ in range(4):
+            svi.step(x)
+        average = pyro.get_param_store()["z$state.mean"].clone()
+        with pytest.warns(EstimatorWarning, match=r"site 'x' \(log p\).*: the cost is not finite"):
+            svi.step(x * float("inf"))
+        assert torch.equal(pyro.get_param_store()["z$state.mean"], average)
+        with pytest.raises(ValueError, match="Expected parameter (logits|probs)"):
+            svi.step(x)  # with parameters that are not numbers
+        pyro.get_param_store()["a"].data.fill_(0.2)
+        OFFSET.fill_(-1.0)
+        with pytest.raises(ValueError, match="Expected parameter scale"):
+            svi.step(x)
+    finally:
+        OFFSET.copy_(before)
+    assert uses(elbo) == [4]
+
+
+def test_handlers_around_a_step_are_heard():
+    x = flat(5)[0]
+    found = []
+    for compile in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        svi = SVI(bits, bits_guide, SGD({"lr": 1e-3}), EstimatorELBO(default=DisARM(), compile=compile))
+        losses = [svi.step(x) for _ in range(4)]
+        with pyro.poutine.scale(scale=0.1):
+            losses.append(svi.step(x))
+        found.append(losses)
+    assert found[0] == found[1]
+    assert found[0][-1] < found[0][0] / 2
+
+
+def test_numbers_that_change_at_every_step_are_remarked_upon():
+    svi = SVI(bits, bits_guide, SGD({"lr": 1e-3}), JitEstimatorELBO(default=Reinforce(MovingAverage()), verify=False))
+    with pytest.warns(EstimatorWarning, match="pass them as tensors") as caught:
+        for i in range(60):
+            svi.step(torch.zeros(3), 1.0 + i)
+    assert len(caught) == 1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_backend_of_torch_compile(backend):
+    found = []
+    for compile in (False, backend):
+        elbo = EstimatorELBO(default=DisARM(), compile=compile, verify=False)
+        found.append(train(lambda: (bits, bits_guide), elbo, flat(5, 5, 5, 5, 5)))
+    assert uses(elbo) == [3]
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    torch.testing.assert_close(found[1][1]["a"], found[0][1]["a"])
+    assert torch.equal(found[1][1]["random state"], found[0][1]["random state"])
