@@ -410,7 +410,7 @@ def test_a_cost_that_is_not_finite_is_named_and_an_error_of_validation_raised():
         with pytest.warns(EstimatorWarning, match=r"site 'x' \(log p\).*: the cost is not finite"):
             svi.step(x * float("inf"))
         assert torch.equal(pyro.get_param_store()["z$state.mean"], average)
-        with pytest.raises(ValueError, match="Expected parameter (logits|probs)"):
+        with pytest.raises(ValueError, match=r"Expected parameter (logits|probs)"):
             svi.step(x)  # with parameters that are not numbers
         pyro.get_param_store()["a"].data.fill_(0.2)
         OFFSET.fill_(-1.0)
