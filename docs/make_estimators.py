@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from ppl_estimators import EstimatorError, ImportanceWeighted
 from ppl_estimators.catalogue import COLUMNS, ENTRIES, LEGEND, Entry, Kind, by_kind, markdown, site_of
 from ppl_estimators.citations import REFERENCES
 
 DOCS = Path(__file__).parent
-PAGE = DOCS / "estimators.md"
+PAGE, REFUSED = DOCS / "estimators.md", DOCS / "refused.md"
 README = DOCS.parent / "README.md"
 START, END = "<!-- estimators:start -->", "<!-- estimators:end -->"
 
@@ -172,8 +176,38 @@ def readme() -> str:
     return f"{before}{START}\n{table}\n{END}{after}"
 
 
+def refused() -> str:
+    """`docs/refused.md` with its table made anew: where each estimator is refused, by its own word."""
+    columns = ("estimator", "other sites than", "in a `scan`", "particles below", "below it", "bounds")
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for entry in ENTRIES:
+        site = site_of(entry.families[0])
+        relaxed = entry.example.relaxations(site)
+        cells = [
+            "" if entry.shown_sites == "any" else entry.shown_sites,
+            "" if allowed(entry.example.check, replace(site, time=True), 100) else "refused",
+            "" if entry.particles == 1 else str(entry.particles),
+            "refused" if relaxed.count and relaxed.downstream == "relaxed" else "",
+            "" if allowed(ImportanceWeighted().check, site, entry.example, 100) else "refused",
+        ]
+        if any(cells):
+            rows.append(f"| [`{entry.call}`](estimators.md#{entry.name.lower()}) | {' | '.join(cells)} |")
+    before, start, rest = REFUSED.read_text(encoding="utf-8").partition("<!-- refused:start -->\n")
+    _, end, after = rest.partition("<!-- refused:end -->")
+    return before + start + "\n".join(rows) + "\n" + end + after
+
+
+def allowed(check: Callable[..., None], *args: Any) -> bool:
+    try:
+        check(*args)
+    except EstimatorError:
+        return False
+    return True
+
+
 def main() -> None:
     PAGE.write_text(page(), encoding="utf-8")
+    REFUSED.write_text(refused(), encoding="utf-8")
     README.write_text(readme(), encoding="utf-8")
     print(f"Wrote {PAGE.name} ({len(sections())} sections) and the table of {README.name}; papers: {REFERENCES.name}")
 

@@ -360,6 +360,10 @@ def test_the_page_of_estimators_is_up_to_date(script):
     assert script.PAGE.read_text(encoding="utf-8") == script.page(), f"docs/estimators.md is old: {REMAKE}"
 
 
+def test_the_page_of_refusals_is_up_to_date(script):
+    assert script.REFUSED.read_text(encoding="utf-8") == script.refused(), f"docs/refused.md is old: {REMAKE}"
+
+
 def test_the_readmes_table_is_up_to_date(script):
     assert script.README.read_text(encoding="utf-8") == script.readme(), f"README.md's table is old: {REMAKE}"
     assert sum(entry.common for entry in ENTRIES) == 10
