@@ -309,6 +309,7 @@ def calls_type(call: ast.Call) -> bool:
 #: concrete classes that others inherit from
 INHERITED = {
     "EstimatorError": "an exception is caught by its base",
+    "Library": "the name of a protocol in the core and of an enumeration in backends: two things",
     "Randomness": "the source of random numbers, which tools and tests replace",
 }
 
@@ -359,6 +360,35 @@ ALONE = {
         "Stream": "what a rewound program draws again",
         "SideBySide": "the same for alternatives evaluated in one run",
     },
+    ("pyro", "run.py"): {
+        "ProgramError": "a mistake where Pyro's own ELBOs raise a RuntimeError or ValueError",
+        "traced": "a run as Pyro's own tools take it",
+        "shapes": "the table of shapes that Pyro's own ELBOs print",
+        "dependencies": "who is behind each term of a run that was followed; NumPyro's survey has it",
+    },
+    ("numpyro", "run.py"): {
+        "Keys": "of the sites, by their names; Pyro has one generator",
+        "noise_key": "the same",
+        "site_key": "the same",
+        "DuplicateName": "a mistake where NumPyro itself raises an AssertionError",
+        "Scan": "Pyro has no scan",
+        "Survey": "what one trace shows; Pyro learns it from the runs themselves",
+        "interpreted": "under jax.disable_jit",
+        "survey": "makes it",
+    },
+    ("pyro", "distributions.py"): {
+        "support_moves": "asks the tensors behind the ends; NumPyro's walk asks it of `ends`",
+        "constant": "parameters that lead nowhere; NumPyro stops them before the program runs",
+        "is_masked": "masked sites keep the log probability of the library",
+    },
+    ("numpyro", "distributions.py"): {
+        "OneHotCategorical": "Pyro has one",
+        "still": "a plan keeps shapes, no arrays of a trace",
+        "ends": "what says where a support ends; Pyro asks `support_moves`",
+        "StillLaw": "what a plan may ask of a law without its arrays",
+        "cost_log_prob": "right at logits of exactly 0, where the library's slope is not",
+        "sampled_dtype": "under a trace nothing is drawn to be looked at",
+    },
     ("pyro", "keep.py"): {
         "Keeper": "holds parameters by name, as the store does; NumPyro declares them as sites",
         "read_state": "of the store",
@@ -389,8 +419,12 @@ ALONE = {
         "named_leaves": "a network's parameters are a tree under one name",
     },
 }
+#: no twins: torch is watched while it runs, by function modes; JAX is read, as a jaxpr
+APART = {"dependencies", "privates"}
 TWIN_FILES = (
     "library",
+    "run",
+    "distributions",
     "elbo",
     "ops",
     "hook",
@@ -413,6 +447,11 @@ def defined(path: Path) -> list[str]:
         elif isinstance(node, ast.Assign):
             found += [target.id for target in node.targets if isinstance(target, ast.Name)]
     return found
+
+
+def test_every_file_that_both_have_is_a_twin_or_says_why_not():
+    both = {p.stem for p in (PACKAGE / "pyro").glob("*.py")} & {p.stem for p in (PACKAGE / "numpyro").glob("*.py")}
+    assert both - {"__init__"} == {*TWIN_FILES} | APART
 
 
 @pytest.mark.parametrize("name", TWIN_FILES)

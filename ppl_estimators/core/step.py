@@ -49,8 +49,9 @@ class Traces(Protocol):
 class Library(verify.Library, Protocol):
     """What a library does for one evaluation of the loss: model, guide and their arguments are its own affair."""
 
-    #: is a step compiled, so that every copy of the program in it has a price?
-    compiled: bool
+    @property
+    def compiled(self) -> CompiledLibrary | None:
+        """Itself where a step is compiled, so that every copy of the program in it has a price."""
 
     def plan(self, traces: Any = None) -> Plan:
         """The plan of the structure that a run had; without one, of that which is expected."""
@@ -100,10 +101,6 @@ class Library(verify.Library, Protocol):
     def again(self, msg: Message, first: Message, *, constants: bool) -> Array:
         """The value that the site had in the first run."""
 
-    def either(self, condition: Array, new: Array, old: Array, msg: Message, first: Message) -> Array:
-        """``new``, just drawn at the site, where ``condition`` holds, else ``old``, the value of the first run; where
-        steps are compiled."""
-
     def sampled(self, msg: Message, value: Array) -> Array:
         """``value`` in the type that the site's own sampler returns."""
 
@@ -140,12 +137,6 @@ class Library(verify.Library, Protocol):
     ) -> tuple[dict[str, Array], dict[averaging.Key, Array]]:  # fmt: skip
         """``evaluate(values(i))`` for each alternative of the group, stacked ``[A, ...]``, some side by side."""
 
-    def mapped(self, one: Callable[[Any], dict[str, Array]], jobs: Any) -> dict[str, Array]:
-        """``one`` of every job, stacked, some side by side; where steps are compiled. ``jobs`` holds lists, an entry
-        for each job."""
-
-    def rows(self, x: Array, rows: Sequence[int]) -> Array: ...
-
     def slopes(
         self, total: Callable[[Values], tuple[Array, Values]], values: Values
     ) -> tuple[Mapping[str, Array], Values]:
@@ -153,6 +144,18 @@ class Library(verify.Library, Protocol):
 
     def particles(self, one: Callable[[Any], tuple[dict[str, Any], Run]], count: int | None = None) -> Joined:
         """``one(source)`` for every particle, of which there are ``count`` or as many as the plan wants."""
+
+
+class CompiledLibrary(Library, Protocol):
+    """What one copy of the program that serves many evaluations asks beside."""
+
+    def either(self, condition: Array, new: Array, old: Array, msg: Message, first: Message) -> Array:
+        """``new``, just drawn at the site, where ``condition`` holds, else ``old``, the value of the first run."""
+
+    def mapped(self, one: Callable[[Any], dict[str, Array]], jobs: Any) -> dict[str, Array]:
+        """``one`` of every job, stacked, some side by side. ``jobs`` holds lists, an entry for each job."""
+
+    def rows(self, x: Array, rows: Sequence[int]) -> Array: ...
 
 
 class Joined(NamedTuple):
@@ -231,8 +234,9 @@ class Step:
         given, costs = self._measured(run), self._costs(run)
         elsewhere: dict[str, dict[str, Array]] = {"alternatives": {}, "relaxed": {}, "relaxed_slope": {}}
         several = [g for g in run.plan.groups if g.alternatives]
-        if library.compiled and len(several) > 2 and not self.settings.average_model:
-            elsewhere["alternatives"] = self._alternatives_of_all(run, several)
+        compiled = library.compiled
+        if compiled is not None and len(several) > 2 and not self.settings.average_model:
+            elsewhere["alternatives"] = self._alternatives_of_all(compiled, run, several)
             several = []
         for group in run.plan.groups:
             if group in several:
@@ -471,11 +475,11 @@ class Step:
             run.averages.append(Average(weights, terms))
         return {n: ops.stop_gradient(c) for n, c in costs.items()}
 
-    def _alternatives_of_all(self, run: Run, groups: Sequence[Group]) -> dict[str, Array]:
+    def _alternatives_of_all(self, library: CompiledLibrary, run: Run, groups: Sequence[Group]) -> dict[str, Array]:
         """The same for many groups, by one evaluation that serves them all: data say which sites are given a value,
         which keep theirs and which are drawn again. A compiler sees one more copy of the program, however many groups
         there are; the price is that every evaluation runs the whole of it."""
-        library, ops, plan, first = self.library, self.library.ops, run.plan, run.traces.guide
+        ops, plan, first = library.ops, run.plan, run.traces.guide
         jobs = [(group, i) for group in groups for i in range(group.alternatives)]
         members = [run.sites[n] for n in run.sites if any(n in g.sites for g in groups)]
         down = frozenset().union(*(plan.below(g) for g in groups))

@@ -192,15 +192,6 @@ def _support(fn: dist.Distribution) -> Any:
         return None
 
 
-def named(fn: dist.Distribution) -> dict[str, Array]:
-    """The parameters that the core knows the family by, else those of the distribution itself."""
-    base, kind = unwrapped(fn), family(fn)
-    if kind not in families.COUNTS:
-        return parameters(fn)
-    batch = (*fn.batch_shape, *fn.event_shape)  # whichever way the user gave them: probs or logits
-    return {key: jnp.broadcast_to(jnp.asarray(getattr(base, key), float), batch) for key in families.COUNTS[kind]}
-
-
 def natural_parameters(fn: dist.Distribution, kind: str) -> Array | None:
     """The logits of a family that has some, in the shape of the site."""
     if kind not in families.DISCRETE:
@@ -208,6 +199,15 @@ def natural_parameters(fn: dist.Distribution, kind: str) -> Array | None:
     logits = unwrapped(fn).logits
     trailing = logits.shape[-1:] if kind == families.CATEGORICAL else ()
     return jnp.broadcast_to(logits, (*fn.batch_shape, *fn.event_shape, *trailing))
+
+
+def named(fn: dist.Distribution) -> dict[str, Array]:
+    """The parameters that the core knows the family by, else those of the distribution itself."""
+    base, kind = unwrapped(fn), family(fn)
+    if kind not in families.COUNTS:
+        return parameters(fn)
+    batch = (*fn.batch_shape, *fn.event_shape)  # whichever way the user gave them: probs or logits
+    return {key: jnp.broadcast_to(jnp.asarray(getattr(base, key), float), batch) for key in families.COUNTS[kind]}
 
 
 def parameters(fn: dist.Distribution) -> dict[str, Array]:

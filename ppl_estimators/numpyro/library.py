@@ -37,7 +37,6 @@ class NumPyroLibrary:
     """A NumPyro program at one key: model, guide, their parameters and arguments."""
 
     ops: Ops = OPS
-    compiled = True
     passing = "svi.update(state, batch)"
     choosing = "guide = with_estimators(guide, {})"
 
@@ -59,6 +58,10 @@ class NumPyroLibrary:
         self.dtypes: Mapping[str, Any] = {}
         self._plan = self._survey()
         self._alike = _alike(self._plan)
+
+    @property
+    def compiled(self) -> NumPyroLibrary:
+        return self
 
     # ---- structure: which sites there are, who depends on whom (costs compile time only) ---------------------------
 

@@ -155,7 +155,7 @@ class EstimatorELBO(Configured, ELBO):
             particles=self._vectorized_num_particles if several else None, standalone=standalone,
             verify=self.verify,
         )  # fmt: skip
-        return Step(settings, library)  # type: ignore[arg-type]  # without what only compiled steps ask for
+        return Step(settings, library)
 
 
 def JitEstimatorELBO(*args: Any, compile: bool | str = True, **kwargs: Any) -> EstimatorELBO:

@@ -99,7 +99,7 @@ class PyroLibrary:
     """A Pyro program: model, guide and their arguments."""
 
     ops: Ops = OPS
-    compiled = False
+    compiled = None
     passing = "svi.step(batch)"
     choosing = "EstimatorELBO({})"
 
