@@ -57,6 +57,10 @@ class Objective(Spec):
         """State between the steps, if any."""
         return Keeps()
 
+    def joint(self, particles: int) -> int:
+        """How many of so many particles it is a function of at once: each by itself, if it is their mean."""
+        return particles
+
     def after(self, past: Mapping[str, Array]) -> dict[str, Array]:
         """What it keeps after a step."""
         return dict(past)
@@ -92,6 +96,9 @@ class Objective(Spec):
 
 class Additive(Objective):
     """The sum of the cost terms, averaged over particles."""
+
+    def joint(self, particles: int) -> int:
+        return 1
 
     def collect(self, ops: Ops, terms: Sequence[Term]) -> Array:
         return total(ops, terms)

@@ -19,9 +19,9 @@ Minibatches = Mapping[str, Sequence[Sequence[int]]]
 class Exact:
     """The exact loss and its gradient at one point.
 
-    ``value``: −ELBO, in nats. ``gradient``: ``{parameter: array}``, the derivative of ``value`` in the unconstrained
-    space that `SVI` optimises, each in the shape of the unconstrained parameter. ``params``: the point, constrained,
-    as the program sees it. ``states``: how many were summed (quadrature nodes and minibatches included).
+    ``value``: minus the objective, in nats. ``gradient``: ``{parameter: array}``, the derivative of ``value`` in the
+    unconstrained space that `SVI` optimises, each in the shape of the unconstrained parameter. ``params``: the point,
+    constrained, as the program sees it. ``states``: how many were summed (quadrature nodes and minibatches included).
     ``quadrature_error``: the largest change of any derivative when two thirds of the nodes are used; 0 where every
     latent is discrete. ``sites``: the latents of the guide, as its first run shows them.
     """
@@ -47,13 +47,14 @@ class Count:
         return int(self.size**self.elements)
 
 
-def check_budget(counts: Sequence[Count], minibatches: Mapping[str, int], max_states: int) -> int:
-    """The number of states; `EstimatorError` names what makes them too many."""
-    total = math.prod([c.states for c in counts]) * math.prod(minibatches.values())
+def check_budget(counts: Sequence[Count], minibatches: Mapping[str, int], max_states: int, joint: int = 1) -> int:
+    """The number of states, those of ``joint`` particles together; `EstimatorError` names what makes them too many."""
+    total = math.prod([c.states for c in counts]) ** joint * math.prod(minibatches.values())
     if total <= max_states:
         return int(total)
     factors = [f"site '{c.site}' {_power(c)}" for c in sorted(counts, key=lambda c: -c.states) if c.states > 1]
     factors = factors[:8] + [f"and {len(factors) - 8} sites more"] * (len(factors) > 8)
+    factors += [f"of {joint} particles each"] * (joint > 1)
     factors += [f"plate '{name}' {n:,} minibatches" for name, n in minibatches.items() if n > 1]
     advice = "Use a smaller program (fewer elements, shorter plates)"
     if any(n > 1 for n in minibatches.values()):

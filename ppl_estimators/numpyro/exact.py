@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -18,9 +18,12 @@ from numpyro.primitives import Messenger
 
 from ..core import families
 from ..core.errors import EstimatorError, site_error
+from ..core.objectives import Objective
+from ..core.site import Term
 from ..measure import quadrature
 from ..measure.states import Count, Exact, Minibatches, check_budget, minibatches_of
 from .distributions import family, log_q, sampled_dtype, unwrapped
+from .ops import OPS
 from .run import Keys, Message, Traces, execute, terms_of
 
 Array = Any
@@ -39,15 +42,17 @@ def exact(
     nodes: int,
     max_states: int,
     minibatches: Minibatches | None,
+    objective: Objective,
+    num_particles: int,
 ) -> Exact:
     """Sum over states."""
-    program = _Program(model, guide, args, dict(kwargs), params, nodes)
+    program = _Program(model, guide, args, dict(kwargs), params, nodes, objective, num_particles)
     batches = minibatches_of(program.subsampled, minibatches)
-    states = check_budget(program.counts, {n: len(b) for n, b in batches.items()}, max_states)
+    states = check_budget(program.counts, {n: len(b) for n, b in batches.items()}, max_states, program.joint)
     value, gradient = program.sum(batches)
     error = 0.0
     if program.continuous:
-        coarse = _Program(model, guide, args, dict(kwargs), params, quadrature.coarser(nodes))
+        coarse = _Program(model, guide, args, dict(kwargs), params, quadrature.coarser(nodes), objective, num_particles)
         _, other = coarse.sum(batches)
         error = max((float(np.abs(g - other[n]).max()) for n, g in gradient.items() if g.size), default=0.0)
     return Exact(value, gradient, program.params, states, error, tuple(program.rules))
@@ -121,7 +126,11 @@ class _Minibatch(Messenger):
 
 
 class _Program:
-    def __init__(self, model: Any, guide: Any, args: Any, kwargs: Any, params: Any, nodes: int):
+    def __init__(
+        self, model: Any, guide: Any, args: Any, kwargs: Any, params: Any, nodes: int, objective: Objective,
+        num_particles: int,
+    ):  # fmt: skip
+        self.objective, self.joint = objective, objective.joint(num_particles)
         # whatever is marked for enumeration is summed out here like all the rest
         model, guide = (infer_config(fn, lambda site: {"enumerate": None}) for fn in (model, guide))
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
@@ -172,6 +181,14 @@ class _Program:
         weights = [self.rules[n].weigh(m["fn"], digits[n], m["value"]) for n, m in traces.latents().items()]
         return sum(weights), traces
 
+    def particles(self, state: Array, each: int) -> Array:
+        """The states of the particles in a joint one, ``each`` the number that one has."""
+        return jnp.stack([state // each**i % each for i in range(self.joint)])
+
+    def weighed(self, terms: Sequence[Term], traces: Traces) -> Sequence[Term]:
+        past = {k: jnp.full(v.shape, v.value) for k, v in self.objective.keeps().state.items()}
+        return self.objective.weighed(terms, traces.latents(), past)
+
     def constrained(self, unconstrained: Mapping[str, Array]) -> dict[str, Array]:
         return {n: jax.tree.map(self.transforms[n], u) for n, u in unconstrained.items()}
 
@@ -181,16 +198,25 @@ class _Program:
         unconstrained = {n: jax.tree.map(self.transforms[n].inv, v) for n, v in self.params.items()}
         listed = [np.asarray(list(b)) for b in batches.values()]
         rows = np.array(list(product(*(range(len(b)) for b in listed))), dtype=int)  # [minibatches, plates]
-        per_minibatch = math.prod(c.states for c in self.counts)
+        each = math.prod(c.states for c in self.counts)
+        per_minibatch = each**self.joint
         total = per_minibatch * len(rows)
         chunk = min(_CHUNK, total)
 
         def loss(u: Mapping[str, Array], state: Array) -> tuple[Array, Array]:
             row = jnp.asarray(rows)[state // per_minibatch]
             indices = {n: jnp.asarray(b)[row[i]] for i, (n, b) in enumerate(zip(batches, listed, strict=True))}
-            log_weight, traces = self.run(self.constrained(u), indices, state % per_minibatch)
-            cost = sum(jnp.sum(t.value) for t in terms_of(traces))
-            return -jnp.exp(log_weight) * cost / len(rows), log_weight
+            scale = []
+
+            def particle(state: Array) -> tuple[Array, Array]:
+                log_weight, traces = self.run(self.constrained(u), indices, state)
+                terms = terms_of(traces)
+                scale.append(self.objective.scale(terms))
+                return log_weight, self.objective.collect(OPS, self.weighed(terms, traces))
+
+            log_weights, collected = jax.vmap(particle)(self.particles(state % per_minibatch, each))
+            log_weight, (value, _) = log_weights.sum(), self.objective.combine(OPS, collected, scale[-1])
+            return -jnp.exp(log_weight) * value / len(rows), log_weight
 
         def one(state: Array) -> Any:
             (value, log_weight), gradient = jax.value_and_grad(loss, has_aux=True)(unconstrained, state)
@@ -209,12 +235,14 @@ class _Program:
         if (broken >= 0).any():
             state = int(broken[broken >= 0][0])
             row = rows[state // per_minibatch]
-            self.explain(state % per_minibatch, {n: b[i] for n, b, i in zip(batches, listed, row, strict=True)})
+            for one in self.particles(jnp.asarray(state % per_minibatch), each):
+                self.explain(one, {n: b[i] for n, b, i in zip(batches, listed, row, strict=True)})
+            raise EstimatorError("the objective is not finite.")
         return float(value), named_leaves(gradient)
 
-    def explain(self, state: int, indices: Mapping[str, Array]) -> None:
+    def explain(self, state: Array, indices: Mapping[str, Array]) -> None:
         """Raise the error that names the term which is not finite."""
-        _, traces = self.run(self.params, {n: jnp.asarray(i) for n, i in indices.items()}, jnp.asarray(state))
+        _, traces = self.run(self.params, {n: jnp.asarray(i) for n, i in indices.items()}, state)
         values = {n: m["value"].tolist() for n, m in traces.latents().items()}
         for term in terms_of(traces):
             if not bool(jnp.isfinite(term.value).all()):
@@ -224,7 +252,8 @@ class _Program:
                     f"its {kind} in the {term.side} is {float(jnp.sum(term.value))} where the latents are {values}",
                     "The ELBO is not finite there: widen the support, or look for a NaN in the parameters and data.",
                 )
-        raise EstimatorError(f"the ELBO is not finite where the latents are {values}.")
+        if self.joint == 1:
+            raise EstimatorError(f"the ELBO is not finite where the latents are {values}.")
 
 
 def named_leaves(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -19,10 +19,12 @@ from torch.distributions import constraints, transform_to
 
 from ..core import families
 from ..core.errors import EstimatorError, site_error
+from ..core.objectives import Objective
 from ..measure import quadrature
 from ..measure.states import Count, Exact, Minibatches, check_budget, minibatches_of
 from .distributions import family, log_q, unwrapped
 from .look import untouched
+from .ops import OPS
 from .run import Message, Traces, execute, terms_of
 
 Array = torch.Tensor
@@ -41,9 +43,12 @@ def exact(
     nodes: int,
     max_states: int,
     minibatches: Minibatches | None,
+    objective: Objective,
+    num_particles: int,
 ) -> Exact:
     """Sum over states; the parameter store, ``.grad`` and the random state stay as they are."""
     program = _Program(model, guide, args, dict(kwargs), dict(params or {}), nodes, max_states, minibatches)
+    program.objective, program.joint = objective, objective.joint(num_particles)
     with untouched(), torch.enable_grad():
         try:
             return program.sum()
@@ -97,6 +102,9 @@ class Point:
 
 
 class _Program:
+    objective: Objective
+    joint: int
+
     def __init__(
         self, model: Any, guide: Any, args: Any, kwargs: Any, params: Any, nodes: int, max_states: int, minibatches: Any
     ):
@@ -140,7 +148,7 @@ class _Program:
             traces, _ = self.point.settled(lambda: self.run([], self.nodes, subsamples))
         self.point.check()
         batches = minibatches_of(_subsampled(traces), self.minibatches)
-        check_budget(self.counts, {n: len(b) for n, b in batches.items()}, self.max_states)
+        check_budget(self.counts, {n: len(b) for n, b in batches.items()}, self.max_states, self.joint)
         continuous = any(not _discrete(m["fn"]) for m in traces.latents().values())
         value, gradient, states = self.enumerate(self.nodes, batches)
         error = 0.0
@@ -165,11 +173,15 @@ class _Program:
         share = 1 / math.prod(len(b) for b in batches.values())
         for chosen in product(*batches.values()):
             path: list[list[int]] = []
+            found: list[tuple[Array, Array]] = []
+            before = states
             while True:
                 subsamples = {n: torch.as_tensor(b) for n, b in zip(batches, chosen, strict=True)}
                 traces, log_weight = self.point.settled(partial(self.run, path, nodes, subsamples))
                 if log_weight > -math.inf:
-                    loss += self.add(traces, log_weight, share, gradient)
+                    found.append((log_weight, self.collected(traces)))
+                if self.joint == 1 and found:
+                    loss += self.add([found.pop()], share, gradient)
                 states += 1
                 if states > self.max_states:
                     raise EstimatorError(
@@ -181,12 +193,15 @@ class _Program:
                 if not path:
                     break
                 path[-1][0] += 1
+            states = before + (states - before) ** self.joint
+            if found:
+                loss += self.add(found, share, gradient)
         named = dict(pyro.get_param_store().named_parameters())
         zero = {n: torch.zeros_like(p) for n, p in named.items() if p.requires_grad and "$state." not in n}
         return loss, {n: gradient.get(n, z).detach().cpu().numpy() for n, z in zero.items()}, states
 
-    def add(self, traces: Traces, log_weight: Array, share: float, gradient: dict[str, Array]) -> float:
-        """−weight · f of one state; its derivatives go into ``gradient``."""
+    def collected(self, traces: Traces) -> Array:
+        """What the objective has of one state."""
         terms = terms_of(traces, {})
         for term in terms:
             if not bool(torch.isfinite(term.value).all()):
@@ -197,11 +212,20 @@ class _Program:
                     f"its {kind} in the {term.side} is {term.value.sum().item()} where the latents are {values}",
                     "The ELBO is not finite there: widen the support, or look for a NaN in the parameters and data.",
                 )
-        loss = -share * log_weight.exp() * sum(t.value.sum() for t in terms)
+        past = {k: torch.full(v.shape, v.value) for k, v in self.objective.keeps().state.items()}
+        self.scale = self.objective.scale(terms)
+        return self.objective.collect(OPS, self.objective.weighed(terms, traces.latents(), past))
+
+    def add(self, found: Sequence[tuple[Array, Array]], share: float, gradient: dict[str, Array]) -> float:
+        """−weight · objective, over all tuples of states; its derivatives go into ``gradient``."""
+        loss = torch.zeros(())
+        for log_weights, collected in (zip(*states, strict=True) for states in product(found, repeat=self.joint)):
+            value, _ = self.objective.combine(OPS, torch.stack(collected), self.scale)
+            loss = loss - share * torch.stack(log_weights).sum().exp() * value
         named = {n: p for n, p in pyro.get_param_store().named_parameters() if p.requires_grad and "$state." not in n}
         if loss.requires_grad and named:
-            found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-            for name, g in zip(named, found, strict=True):
+            slopes = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+            for name, g in zip(named, slopes, strict=True):
                 if g is not None:
                     gradient[name] = gradient[name] + g if name in gradient else g
         return float(loss.detach())

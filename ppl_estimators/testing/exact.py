@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..backends import Library, of_program
+from ..core.objectives import EvidenceLowerBound, Objective
 from ..measure.states import Exact, Minibatches
 
 
@@ -18,6 +19,8 @@ def exact_gradient(
     max_states: int = 20_000,
     minibatches: Minibatches | None = None,
     backend: str | None = None,
+    objective: Objective | None = None,
+    num_particles: int = 1,
     **kwargs: Any,
 ) -> Exact:
     """The exact loss −ELBO of a small Pyro or NumPyro program, and its gradient in the unconstrained parameters.
@@ -35,6 +38,8 @@ def exact_gradient(
     list is the gradient given that minibatch; a partition of the data has the same mean as all of them.
     ``max_states``: the most states to sum, nodes and minibatches included. Pyro runs the program once for each (about
     a millisecond); NumPyro compiles one run and maps it over them.
+    ``objective``: another than the ELBO, such as ``ImportanceWeighted()``, of ``num_particles`` particles: the sum then
+    is over every tuple of so many states. One that counts steps stands at the first.
     ``backend``: "pyro" or "numpyro"; found out by whose sample statements run.
     Other keyword arguments go to model and guide.
 
@@ -52,6 +57,7 @@ def exact_gradient(
         raise ValueError(f"exact_gradient(nodes=...) takes 2 to 200 Gauss nodes per element, got {nodes!r}.")
     library = of_program(model, guide, args, kwargs) if backend is None else Library(backend)
     exact: Exact = library.part("exact").exact(
-        model, guide, args, kwargs, params=params, nodes=nodes, max_states=max_states, minibatches=minibatches
-    )
+        model, guide, args, kwargs, params=params, nodes=nodes, max_states=max_states, minibatches=minibatches,
+        objective=objective or EvidenceLowerBound(), num_particles=num_particles,
+    )  # fmt: skip
     return exact

@@ -11,6 +11,7 @@ import numpy as np
 from ..backends import of_elbo, of_program
 from ..core.errors import EstimatorError
 from ..core.gradients import kept_by_estimators
+from ..core.objectives import Objective
 from ..measure.states import Exact, Minibatches
 from .draws import Differences
 from .exact import exact_gradient
@@ -66,8 +67,8 @@ def assert_unbiased(
     """Assert that the gradient of ``elbo`` has the right mean at one point, with a stated power.
 
     ``elbo``: any ELBO of Pyro or NumPyro, ours, stock or your own subclass; one draw is one gradient of its loss, all
-    its particles included. ``reference``: the exact gradient, of the loss and in the unconstrained parameters, if
-    `exact_gradient` cannot find it. Parameters that it does not name are not compared.
+    its particles included; its objective is that of ours. ``reference``: the exact gradient, of the loss and in the
+    unconstrained parameters, if `exact_gradient` cannot find it. Parameters that it does not name are not compared.
 
     A correct gradient fails with probability ``false_alarms`` at most. One whose mean is off by ``able_to_see`` times
     the length ‖g‖ of the exact gradient over all parameters, in whatever direction, fails with probability
@@ -91,10 +92,10 @@ def assert_unbiased(
         raise ValueError(f"assert_unbiased(max_draws=...) needs 2 or more, got {max_draws!r}.")
     library = of_elbo(elbo) or of_program(model, guide, args, kwargs)
     if reference is None:
-        _check_objective(elbo)
+        objective = _objective(elbo)
         reference = exact_gradient(
             model, guide, *args, params=params, nodes=nodes, max_states=max_states, minibatches=minibatches,
-            backend=library, **kwargs,
+            backend=library, objective=objective, num_particles=getattr(elbo, "num_particles", 1), **kwargs,
         )  # fmt: skip
     off = 0.0
     if isinstance(reference, Exact):
@@ -124,18 +125,16 @@ def _trained(exact: Exact) -> dict[str, Any]:
     return {n: v for n, v in exact.params.items() if n in there and not kept_by_estimators(n, exact.sites)}
 
 
-def _check_objective(elbo: Any) -> None:
-    objective = type(getattr(elbo, "objective", None)).__name__
-    names = {base.__name__ for base in type(elbo).__mro__}
-    if objective in ("ImportanceWeighted", "Renyi") or names & {
-        "RenyiELBO",
-        "ReweightedWakeSleep",
-        "TraceTailAdaptive_ELBO",
-    }:
+def _objective(elbo: Any) -> Objective | None:
+    objective = getattr(elbo, "objective", None)
+    if isinstance(objective, Objective):
+        return objective
+    if {base.__name__ for base in type(elbo).__mro__} & {"RenyiELBO", "ReweightedWakeSleep", "TraceTailAdaptive_ELBO"}:
         raise EstimatorError(
             f"{type(elbo).__name__}: its objective is not the ELBO, whose gradient exact_gradient finds. Pass the "
             "exact gradient of its loss as reference={...}."
         )
+    return None
 
 
 def _comparable(reference: Mapping[str, Any], gradients: Any) -> dict[str, np.ndarray]:
