@@ -33,7 +33,7 @@ from ppl_estimators import (
     StickingTheLanding,
     StraightThrough,
 )
-from ppl_estimators.diagnostics import compare, gradient_report, recommend
+from ppl_estimators.diagnostics import MonitorReport, MonitorRow, compare, gradient_report, recommend
 from ppl_estimators.numpyro import EstimatorELBO as NumPyroELBO
 from ppl_estimators.pyro import EstimatorELBO as PyroELBO
 
@@ -110,8 +110,9 @@ def test_variances_of_a_single_bit_are_the_closed_forms(lib):
         assert not row.biased
         assert row.num_particles == (2 if label == "LeaveOneOut" else 1)
     assert found["Enumerate"].variance < 1e-12
-    assert "variance × ms" in str(found)
-    assert "<table>" in found._repr_html_()
+    assert "× ms" in str(found)
+    assert max(map(len, str(found).splitlines())) <= 80
+    assert found._repr_html_().startswith("<pre")
     assert len(json.loads(found.to_json())["rows"]) == 4
     assert found.plot().axes
 
@@ -186,6 +187,38 @@ def test_the_report_knows_where_the_noise_is(lib):
     assert stock.evaluations is None
 
 
+@BOTH
+def test_the_noise_of_the_data_is_told_from_that_of_the_draws(lib):
+    """z = m + ε and x ~ Normal(z, 1), B of N: the slope in m is N/B Σ (2 m + 2 ε − x). Var ε gives 4 N²/B; which x are
+    drawn, without replacement, N²/B Var(x) (N − B)/(N − 1)."""
+    sample, d, param, plate, number = (
+        (pyro.sample, pd, pyro.param, pyro.plate, torch.tensor)
+        if lib is PYRO
+        else (numpyro.sample, nd, numpyro.param, numpyro.plate, jnp.array)
+    )
+    x = np.array([-4.0, -1.0, 0.0, 2.0, 3.0, 5.0])
+    seen = number(x.tolist())
+
+    def model(size):
+        with plate("data", 6, subsample_size=size) as i:
+            sample("x", d.Normal(sample("z", d.Normal(0.0, 1.0)), 1.0), obs=seen[i])
+
+    def guide(size):
+        m = param("m", number(0.4))
+        with plate("data", 6, subsample_size=size):
+            sample("z", d.Normal(m, 1.0))
+
+    of_data, n = x.var() * 4 / 5, 300 if lib is PYRO else 4000
+    share = of_data / (of_data + 4.0)
+    for elbo in (lib.elbo(), lib.infer.Trace_ELBO()):
+        report = gradient_report(elbo, model, guide, 2, num_draws=n, timing_steps=1)
+        assert abs(report.data_share - share) < 5 * (1 - share**2) / np.sqrt(n)
+        assert abs(report.total_variance / (36 / 2 * (of_data + 4.0)) - 1) < 5 * np.sqrt(2 / n)
+    assert "is of the data" in " ".join(str(report).split())
+    whole = gradient_report(lib.elbo(), model, guide, 6, num_draws=8, timing_steps=1)
+    assert whole.data_share is None
+
+
 def test_tables_for_pandas():
     report = gradient_report(NumPyroELBO(), numpyro_model, numpyro_guide, num_draws=8, timing_steps=1)
     table = report.to_pandas()
@@ -198,6 +231,15 @@ def test_tables_for_pandas():
     assert set(table.index) == set(SPECS)
     assert table.loc["DisARM", "variance"] == found["DisARM"].variance
     assert table["variance_times_milliseconds"].is_monotonic_increasing
+
+
+def test_a_signal_that_is_not_seen_is_below_the_noise():
+    rows = (MonitorRow(100, "site", "z", 0.0, 2.0, 0.0), MonitorRow(100, "site", "w", 1.0, 4.0, 0.5))
+    shown = str(MonitorReport("pyro", 100, 0.99, 100, 0, 1.3, None, rows)).splitlines()
+    (z,) = [line for line in shown if line.strip().startswith("z ")]
+    (w,) = [line for line in shown if line.strip().startswith("w ")]
+    assert z.split() == ["z", "–", "2", "below", "the", "noise"]
+    assert w.split() == ["w", "1", "4", "0.5"]
 
 
 def test_pandas_is_optional(monkeypatch):

@@ -120,7 +120,7 @@ def pair(lib):
 @BOTH
 def test_one_bit_is_summed(lib):
     found = recommend(*bit(lib), budget=60)
-    assert found.mapping["z"] in EXACT_BIT
+    assert found.mapping == {"z": Enumerate()}  # of those that are exact the simplest, whatever the clock says
     assert found.joint[found.joint.chosen].variance < 1e-10
     assert found["z"].considered == 11
     assert found["z"].evidence["Reinforce()"].num_draws < 60  # out before the end
@@ -200,8 +200,12 @@ def _answers(found, lib):
     assert len(facts["choices"][0]["evidence"]["rows"]) > 2
     table = found.to_pandas()
     assert list(table["estimator"]) == [repr(c.estimator) for c in found.choices]
-    assert len(found.plot().axes) == 2 * (1 + len(found.choices))  # panels and their colour bars
-    assert "<pre>from ppl_estimators import" in found._repr_html_()
+    assert len(found.plot().axes) == 1 + len(found.choices)
+    assert "from ppl_estimators import" in found._repr_html_()
+    assert max(map(len, shown.splitlines())) <= 80
+    assert found.elbo().estimators == found.mapping
+    assert found.elbo().num_particles == found.num_particles
+    assert found.joint.rows[0].label == "default"
 
 
 # ---- groups, and the joint stage ------------------------------------------------------------------------------------
@@ -270,7 +274,7 @@ def jointly(module, model, guide, told, budget=60):
     program = module.Program(Library.pyro, model, guide, (), {}, None, 0)
     plan = module.look(program, 1)
     reference = module.reference_for(program, plan, "auto", 2000, budget, False)
-    search = module._Search(program, plan, reference, budget, 1, False)
+    search = module._Search(program, plan, reference, budget, 1)
     found = []
     for site, (best, second) in told.items():
         (group,) = [g for g in search.groups if site in g.sites]
@@ -320,7 +324,8 @@ def test_runners_up_that_are_better_are_joined(two_candidates, monkeypatch):
     assert found.mapping == {"b": Enumerate(), "k": Enumerate()}
     assert [c.runner_up for c in found.choices] == ["Reinforce()", "Reinforce()"]
     # the best row that has Reinforce() at a site is the one that sums at the other
-    b, k = (found.joint[f"{site}: Enumerate()"].variance_times_milliseconds for site in ("k", "b"))
+    rows = [f"{site}: Enumerate()" for site in ("k", "b")]
+    b, k = ((found.joint[r].variance_times_milliseconds * found.later[r]) ** 0.5 for r in rows)
     assert found["b"].price / found["k"].price == pytest.approx(b / k, rel=1e-3)
     assert min(c.price for c in found.choices) > 1e3
 
@@ -354,7 +359,7 @@ def made_up(monkeypatch):
     number, so that variances are in their proportions exactly. ``facts``: ``{estimator: (variance, ms, bias)}``, or
     what it raises; ``measured``: one mapping after another."""
     module = sys.modules["ppl_estimators.diagnostics.recommend"]
-    facts, measured = {}, []
+    facts, measured, later = {}, [], {}  # ``later``: variances of some after training
 
     class MadeUp(PyroGradients):
         @property
@@ -375,6 +380,9 @@ def made_up(monkeypatch):
 
         def draws(self, number, seed=0, chunk=None, start=0):
             found = self.facts()
+            if self._values:
+                chosen = self.plan().estimators
+                found = {n: (later.get(chosen[n], v), *more) for n, (v, *more) in found.items()}
             noise = np.array([np.random.default_rng([seed, start + i]).normal(size=9) for i in range(number)])
             gradients = {
                 f"a_{site}": 0.7 + bias + variance**0.5 * noise[:, i]
@@ -393,7 +401,25 @@ def made_up(monkeypatch):
     monkeypatch.setattr(Library, "gradients", MadeUp)
     monkeypatch.setattr(module, "reference_for", reference)
     monkeypatch.setattr(module, "candidates", lambda: list(facts))
-    return SimpleNamespace(facts=facts, measured=measured)
+    return SimpleNamespace(facts=facts, measured=measured, later=later)
+
+
+@pytest.mark.parametrize(
+    ("ms", "later", "expected"),
+    [
+        ({}, {}, Enumerate()),  # alike: what the default does
+        ({Enumerate(): 9.0}, {}, BitFlip(2)),  # has as many evaluations as the last, and comes before it
+        ({Enumerate(): 9.0}, {BitFlip(2): 90.0}, MeasureValued()),  # noisy near the optimum
+        ({Enumerate(): 9.0, BitFlip(2): 9.0}, {}, MeasureValued()),  # not alike
+    ],
+)
+def test_of_those_that_are_alike_the_simplest_at_both_points(made_up, ms, later, expected):
+    alike = (BitFlip(2), MeasureValued(), Enumerate())
+    made_up.facts.update({e: (1.0, ms.get(e, 1.0), 0.0) for e in alike})
+    made_up.later.update(later)
+    found = recommend(*bit(PYRO), budget=50)
+    assert found.mapping == {"z": expected}
+    assert found.joint.rows[0].label == "default"
 
 
 def test_the_better_half_goes_on_and_what_is_biased_or_fails_does_not(made_up):

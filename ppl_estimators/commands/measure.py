@@ -19,6 +19,7 @@ PROGRAM = f"{', '.join(programs.BUILT_IN)}, or module:function of your own, whic
 Backend = Annotated[Library, typer.Option(help="The library of the program.")]
 Draws = Annotated[int, typer.Option(min=2, help="Gradients to draw, of each estimator.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of all draws, and of the parameters' starting point.")]
+Budget = Annotated[int, typer.Option(min=50, help="Gradients to draw of each candidate in the last round.")]
 Particles = Annotated[int, typer.Option(min=1, help="Particles a step, unless an estimator needs more.")]
 Json = Annotated[bool, typer.Option("--json", help="Print every number as JSON instead of the table.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the numbers (JSON) and a figure (PNG).", file_okay=False)]
@@ -106,7 +107,7 @@ def compare(
 def recommend(
     program: Annotated[str, typer.Argument(help=PROGRAM)] = "bit",
     backend: Backend = Library.pyro,
-    draws: Annotated[int, typer.Option(min=50, help="Gradients of each candidate in the last round.")] = 600,
+    draws: Budget = 600,
     particles: Particles = 1,
     seed: Seed = 0,
     json: Json = False,
@@ -116,7 +117,7 @@ def recommend(
 
     Only unbiased estimators that need no training take part; at each site the better half goes on with twice the
     draws, and sites that are alike share one choice. Then the choices are measured together, against the default and
-    against each runner-up.
+    against each runner-up, here and after 200 steps of training.
 
     **The first table** is the answer, and what it would cost to take the runner-up instead; below it stand the lines
     to paste. **The second** is the joint measurement. `--json` and `--out` also give every estimator that was tried.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +11,10 @@ from typing import Any
 import ppl_estimators
 
 from ..backends import Library
-from ..core.errors import EstimatorError, EstimatorWarning
+from ..core.errors import EstimatorError
 from ..core.estimator import Estimator
 from ..core.plan import Plan, match
-from .library import library_of
+from .library import library_of, quiet
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,7 @@ class Candidate:
 def look(program: Program, particles: int) -> Plan:
     """The plan of the default: the guide's sites as our engine sees them."""
     p, elbo = program, program.library.adapter.EstimatorELBO(num_particles=particles)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EstimatorWarning)
+    with quiet():
         return p.library.gradients(elbo, p.model, p.guide, p.args, p.kwargs, p.params).plan()
 
 

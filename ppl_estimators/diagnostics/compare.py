@@ -9,10 +9,11 @@ from typing import Any
 from ..core.errors import EstimatorError
 from ..measure.look import in_short
 from .candidates import Program, look, resolve
+from .library import bar
 from .measured import Measured, time_together
 from .program import check_call, check_program, within
 from .reference import Reference, judge, reference_for
-from .show import Showable, Shown, axes, number
+from .show import CHOSEN, Showable, Shown, axes, number
 
 
 @dataclass(frozen=True)
@@ -62,21 +63,21 @@ class Comparison(Showable):
             f"Reference: {self.reference}{norm}. Bias is ‖mean − reference‖, in brackets what noise alone makes of it."
         )
         if self.chosen is not None:
-            lines.append("▸ is what was chosen.")
+            lines.append(f"{CHOSEN}is what was chosen.")
         rows = []
         for r in self.rows:
+            label = r.label + f", {r.num_particles} particles" * (r.num_particles > 1)
             bias = "–" if r.bias is None else f"{number(r.bias, 2)} ({number(r.bias_expected, 2)})"
             rows.append(
                 (
-                    f"▸ {r.label}" if r.label == self.chosen else r.label, str(r.num_particles),
-                    f"{number(r.variance)} ± {number(r.variance_error, 1)}", number(r.milliseconds),
-                    number(r.variance_times_milliseconds), f"{bias} biased" if r.biased else bias,
+                    CHOSEN * (r.label == self.chosen) + label, f"{number(r.variance)} ± {number(r.variance_error, 1)}",
+                    number(r.milliseconds), number(r.variance_times_milliseconds), bias + "\nbiased" * bool(r.biased),
                 )
             )  # fmt: skip
         return [
             Shown(
                 f"Estimators compared ({self.library}), {self.num_draws:,} draws",
-                ("estimator", "particles", "variance", "ms", "variance × ms", "bias (noise)"),
+                ("estimator", "variance", "ms", "variance\n× ms", "bias\n(noise)"),
                 tuple(rows),
                 "\n".join([caption, *lines]),
             )
@@ -89,34 +90,35 @@ class Comparison(Showable):
         return {**vars(self), "rows": self.records()}
 
     def plot(self) -> Any:
-        """Variance against milliseconds, bias as colour; the line joins those that none beats in both."""
-        figure, (ax,) = axes(12)
+        """Variance against milliseconds, biased ones hollow; the line joins those that none beats in both."""
+        figure, (ax,) = axes(len(self.rows), width=7.5)
         draw_frontier(ax, self.rows, self.chosen)
         return figure
 
 
 def draw_frontier(ax: Any, rows: Sequence[Compared], chosen: str | None = None) -> None:
-    """Rows as points on an axis of matplotlib, the chosen one's name bold. A variance of zero stands at the foot."""
-    from ppl_estimators.figures import INK
+    """Rows as points on an axis of matplotlib, their names beside it from the noisiest down, the chosen one's bold. A
+    variance of zero stands at the foot."""
+    from ppl_estimators.figures import BLUE, INK
 
     floor = min((r.variance for r in rows if r.variance > 0), default=1.0) / 10
     x = [r.milliseconds for r in rows]
     y = [max(r.variance, floor) for r in rows]
-    colour = [0.0 if r.bias is None else max(r.bias - (r.bias_expected or 0.0), 0.0) for r in rows]
-    points = ax.scatter(x, y, c=colour, cmap="viridis_r", vmin=0, vmax=max([*colour, 1e-6]), zorder=3)
-    ax.margins(x=0.3, y=0.1)  # room for the names
-    for r, px, py in zip(rows, x, y, strict=True):
-        weight = "bold" if r.label == chosen else "normal"
-        place = {"textcoords": "offset points", "xytext": (5, 3), "fontsize": "small"}
-        ax.annotate(r.label, (px, py), weight=weight, color=INK, **place)
+    scales = ["log" if max(values) > 10 * min(values) else "linear" for values in (x, y)]
+    ax.set(xscale=scales[0], yscale=scales[1], xlabel="milliseconds per step", ylabel="variance of one gradient")
     best = frontier(x, y)
     ax.plot([x[i] for i in best], [y[i] for i in best], color=INK, lw=1)
-    ax.set(xscale="log", yscale="log", xlabel="milliseconds per step", ylabel="variance of one gradient")
-    if any(r.bias is not None for r in rows):
-        bar = ax.figure.colorbar(points, ax=ax)
-        bar.set_label("bias beyond noise", color=INK)
-        bar.ax.tick_params(color=INK, labelcolor=INK)
-        bar.outline.set_visible(False)
+    ax.scatter(x, y, facecolors=["none" if r.biased else BLUE for r in rows], edgecolors=BLUE, zorder=3)
+    ax.margins(0.1)
+    order = sorted(range(len(rows)), key=lambda i: (-y[i], x[i]))
+    for place, i in enumerate(order):
+        name = rows[i].label if len(rows[i].label) <= 34 else rows[i].label[:33] + "…"
+        weight = "bold" if rows[i].label == chosen else "normal"
+        ax.annotate(
+            name + ", biased" * bool(rows[i].biased), (x[i], y[i]), (1.08, 1 - (place + 0.5) / len(rows)),
+            textcoords="axes fraction", va="center", fontsize="small", weight=weight, color=INK,
+            arrowprops={"arrowstyle": "-", "color": INK, "lw": 0.5, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)},
+        )  # fmt: skip
 
 
 def frontier(x: list[float], y: list[float]) -> list[int]:
@@ -191,13 +193,14 @@ def compare(
         with within("the reference"):
             against = reference_for(program, plan, reference, max_states, num_draws, progress)
         time_together(running, timing_steps)
-        for measured in running:
-            try:
-                measured.draw(num_draws, progress)
-            except Exception as error:
-                failed[measured.candidate.label] = reason(error)
-            else:
-                rows.append(row(measured, against))
+        with bar("compare", num_draws * len(running), progress) as advance:
+            for measured in running:
+                try:
+                    measured.draw(num_draws, advance)
+                except Exception as error:
+                    failed[measured.candidate.label] = reason(error)
+                else:
+                    rows.append(row(measured, against))
     if not rows:
         raise EstimatorError("compare: no candidate could run. " + " ".join(f"{n}: {w}" for n, w in failed.items()))
     rows.sort(key=lambda r: r.variance_times_milliseconds)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from typing import Any
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..backends import Library, of_elbo
-from ..core.errors import EstimatorError
+from ..core.errors import EstimatorError, EstimatorWarning
+
+
+class Advance(Protocol):
+    def __call__(self, draws: int, what: str = "") -> None: ...
 
 
 def library_of(elbo: Any, call: str = "") -> Library:
@@ -37,24 +42,36 @@ def check_finite(losses: np.ndarray, gradients: Mapping[str, np.ndarray], elbo: 
         )
 
 
-def bar(description: str, total: int, show: bool | None) -> Any:
-    """A progress bar, as a context whose value takes the number of draws done. ``show`` None: in a terminal only."""
-    if show is None:
-        show = sys.stderr.isatty()
-    return _Bar(description, total) if show else nullcontext(None)
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What a candidate warns of is not about the user's own choice."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EstimatorWarning)
+        yield
 
 
-class _Bar:
-    def __init__(self, description: str, total: int):
-        from rich.console import Console
-        from rich.progress import Progress
+@contextmanager
+def bar(description: str, total: int, show: bool | None) -> Iterator[Advance]:
+    """A progress bar with the time so far and the time to go; its value takes how many draws have been added, and of
+    what. ``show`` None: in a terminal only."""
+    if not (sys.stderr.isatty() if show is None else show):
+        yield lambda draws, what="": None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.table import Column
 
-        self.progress = Progress(console=Console(stderr=True), transient=True)
-        self.task = self.progress.add_task(description, total=total)
-
-    def __enter__(self) -> Callable[[int], None]:
-        self.progress.start()
-        return lambda done: self.progress.update(self.task, completed=done)
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
+    what = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=34))
+    columns = (what, BarColumn(20), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda draws, what="": progress.update(
+            task, advance=draws, description=f"{description}: {what}" if what else description
+        )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
-import warnings
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
-from ..core.errors import EstimatorWarning
 from .candidates import Candidate, Program
-from .library import bar, check_finite
+from .library import Advance, check_finite, quiet
 from .moments import Moments
 
 #: seconds that a draw by itself costs in NumPyro beside its own time
@@ -20,6 +20,7 @@ OVERHEAD = 2e-3
 class Measured:
     """Draw number i is a function of the program's seed and of i, so going on gives what starting afresh would.
 
+    ``evaluations``: runs of the program a step, if somebody has said so.
     ``batch``: the variance is also taken over every so many draws, which gives its standard error.
     """
 
@@ -30,19 +31,25 @@ class Measured:
         self._size = max(2, batch)
         self._first: float | None = None
         self._times: list[float] = []
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", EstimatorWarning)
+        self.evaluations = 0
+        with quiet():
             p = program
             self.gradients = p.library.gradients(
                 candidate.elbo, p.model, candidate.guide, p.args, p.kwargs, p.params, seed=p.seed
             )
 
+    def moved(self, away: Mapping[str, np.ndarray]) -> Measured:
+        """The same at another point of the parameters, nothing drawn yet; its times are those of this one."""
+        other = copy.copy(self)
+        other.gradients = self.gradients.moved(away)
+        other.moments, other._batch, other._batches = Moments(), Moments(), []
+        return other
+
     # ---- time ---------------------------------------------------------------------------------------------------
 
     def time(self, steps: int) -> None:
         """That many steps; the very first is apart, since NumPyro compiles in it."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", EstimatorWarning)
+        with quiet():
             if self._first is None:
                 self._first = self.gradients.seconds(1)[0]
             self._times += self.gradients.seconds(max(steps, 1))
@@ -62,18 +69,17 @@ class Measured:
 
     # ---- noise --------------------------------------------------------------------------------------------------
 
-    def draw(self, until: int, show: bool | None = None, offset: int = 0) -> None:
+    def draw(self, until: int, advance: Advance, offset: int = 0) -> None:
         """Go on until that many draws are in, of numbers from ``offset`` on."""
-        with bar(self.candidate.label, until, show) as report, warnings.catch_warnings():
-            warnings.simplefilter("ignore", EstimatorWarning)
+        with quiet():
             while (left := until - self.moments.count) > 0:
                 size = 1 if self._singly(left) else left
                 start = offset + self.moments.count
+                advance(0, self.candidate.label)
                 for losses, gradients in self.gradients.draws(size, self.program.seed, None, start):
                     check_finite(losses, gradients, self.candidate.elbo)
                     self._add(losses, gradients)
-                    if report is not None:
-                        report(self.moments.count)
+                    advance(len(losses), self.candidate.label)
 
     def _singly(self, draws: int) -> bool:
         """Is a loop over the program that `time` has compiled sooner done than another compilation?"""
@@ -98,6 +104,20 @@ class Measured:
         if len(self._batches) < 2:
             return float("nan")
         return float(np.std(self._batches, ddof=1) / np.sqrt(len(self._batches)))
+
+
+def trained(gradients: Any, steps: int, step_size: float, seed: int) -> dict[str, np.ndarray]:
+    """How far so many steps of Adam get, by parameter, in the unconstrained space."""
+    zero = {name: np.zeros(shape) for name, shape in gradients.shapes.items()}
+    away, mean, square = dict(zero), dict(zero), dict(zero)
+    with quiet():
+        for t in range(1, steps + 1):
+            _, gradient = gradients.moved(away).draw(seed, t)
+            for n, g in gradient.items():
+                mean[n], square[n] = 0.9 * mean[n] + 0.1 * g, 0.999 * square[n] + 0.001 * g**2
+                size = step_size * (1 - 0.999**t) ** 0.5 / (1 - 0.9**t)
+                away[n] = away[n] - size * mean[n] / (square[n] ** 0.5 + 1e-8)
+    return away
 
 
 def time_together(several: Iterable[Measured], steps: int) -> None:

@@ -14,7 +14,7 @@ from ..measure.watch import Moment, Snapshot
 from .log import Log, open_log
 from .moments import running
 from .program import check_program
-from .show import Showable, Shown, axes, number
+from .show import Showable, Shown, axes, number, ratio
 
 #: signal to noise below which a step is nothing but noise, and what counts as a clear signal
 DROWNED, CLEAR = 0.05, 0.2
@@ -68,7 +68,7 @@ class MonitorReport(Showable):
                 f"Gradient by {kind}, step {self.step:,} ({self.library})",
                 (kind, *headings),
                 tuple(
-                    (r.name, number(r.mean_norm), number(r.variance), number(r.signal_to_noise))
+                    (r.name, number(r.mean_norm or None), number(r.variance), ratio(r.signal_to_noise))
                     for r in self.last(kind)
                 ),
                 caption,

@@ -13,6 +13,7 @@ from ..estimators.baselines.leave_one_out import LeaveOneOut
 from ..estimators.reinforce import Reinforce
 from ..testing.exact import exact_gradient
 from .candidates import Candidate, Program
+from .library import bar
 from .measured import Measured
 from .moments import Moments
 
@@ -61,8 +62,9 @@ def reference_for(
             if reference == "exact":
                 raise
     elbo = p.library.adapter.EstimatorELBO(UNBIASED, num_particles=4)
-    long = Measured(program, Candidate("reference", elbo, p.guide), num_draws)
-    long.draw(LONGER * num_draws, show, offset=num_draws)  # none that a candidate sees
+    long = Measured(program, Candidate("score functions", elbo, p.guide), num_draws)
+    with bar("reference", LONGER * num_draws, show) as advance:
+        long.draw(LONGER * num_draws, advance, offset=num_draws)  # none that a candidate sees
     m = long.moments
     errors = {n: np.sqrt(m.variance(n) / m.count) for n in m.mean}
     return Reference(f"{m.count:,} draws of score functions with four particles", m.mean, errors)

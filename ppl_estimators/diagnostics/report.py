@@ -12,10 +12,10 @@ import numpy as np
 from ..backends import Library
 from ..core.errors import EstimatorError
 from ..core.gradients import EXPLICIT
-from .library import bar, check_finite, library_of
+from .library import Advance, bar, check_finite, library_of
 from .moments import Moments, signal_to_noise
 from .program import check_call, check_program, within
-from .show import Showable, Shown, axes, number, percent
+from .show import Showable, Shown, axes, number, percent, ratio
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class SiteRow:
 
 @dataclass(frozen=True, repr=False)
 class Report(Showable):
-    """What `gradient_report` found; ``mean`` and ``variance`` by parameter as arrays. Print it, or look at its rows."""
+    """What `gradient_report` found; ``mean`` and ``variance`` by parameter as arrays; ``data_share``: how much of the
+    variance is of which elements the minibatch has (None: no plate subsamples). Print it, or look at its rows."""
 
     elbo: str
     library: str
@@ -64,6 +65,7 @@ class Report(Showable):
     milliseconds: float
     compile_seconds: float | None
     evaluations: int | None
+    data_share: float | None
     mean: Mapping[str, np.ndarray]
     variance: Mapping[str, np.ndarray]
 
@@ -71,25 +73,31 @@ class Report(Showable):
         compiled = "" if self.compile_seconds is None else f", compiled in {self.compile_seconds:.1f} s"
         runs = "" if self.evaluations is None else f", {number(self.evaluations)} evaluations a particle"
         head = f"{self.elbo} ({self.library}): {self.milliseconds:.3g} ms a step{runs}{compiled}"
+        data = ""
+        if self.data_share is not None:
+            data = (
+                f" Of the variance {percent(max(self.data_share, 0.0))} is of the data, which elements a minibatch "
+                "has, and no estimator lowers it; the rest is of the draws."
+            )
         by_parameter = Shown(
             f"Gradient by parameter, {self.num_draws:,} draws",
-            ("parameter", "shape", "‖mean‖", "variance", "signal/noise", "share of variance"),
+            ("parameter", "shape", "‖mean‖", "variance", "signal/\nnoise", "share of\nvariance"),
             tuple(
                 (p.name, "×".join(map(str, p.shape)) or "scalar", number(p.mean_norm), number(p.variance),
-                 number(p.signal_to_noise), percent(p.share))
+                 ratio(p.signal_to_noise), percent(p.share))
                 for p in self.parameters
             ),
             f"{head}. Loss {number(self.loss, 5)} ± {number(self.loss_error)}. Variance is of one draw, summed over "
-            "entries; signal/noise is ‖mean‖ / √variance.",
+            f"entries; signal/noise is ‖mean‖ / √variance.{data}",
         )  # fmt: skip
         if not self.sites:
             return [by_parameter]
         by_site = Shown(
             "Gradient by site",
-            ("site", "estimator", "‖mean‖", "variance", "signal/noise", "share of variance", "of evaluations"),
+            ("site", "estimator", "‖mean‖", "variance", "signal/\nnoise", "share of\nvariance", "of eval-\nuations"),
             tuple(
-                (s.name, s.estimator or "–", number(s.mean_norm), number(s.variance), number(s.signal_to_noise),
-                 percent(s.share), percent(s.cost_share))
+                (s.name, s.estimator or "–", number(s.mean_norm), number(s.variance),
+                 ratio(s.signal_to_noise) if s.variance else "–", percent(s.share), percent(s.cost_share))
                 for s in self.sites
             ),
             f"{EXPLICIT}: what reaches the parameters with every drawn value held. A share below zero cancels the "
@@ -137,7 +145,8 @@ def gradient_report(
 
     ``params``: the point, constrained values by name; by default Pyro's parameter store, or in NumPyro what
     `SVI.init` makes. ``mutable_state`` (NumPyro): ``svi_state.mutable_state``. ``by_site``: also each site's part,
-    one more backward pass for each site and draw. ``progress``: a bar; by default in a terminal.
+    one more backward pass for each site and draw. Where a plate subsamples, two further draws for each minibatch tell
+    the noise of the data from that of the draws. ``progress``: a bar; by default in a terminal.
     ``*args, **kwargs`` go to model and guide.
 
     A site's part is what reaches the cost by way of its distribution and no later site's: the noise of its estimator,
@@ -157,17 +166,14 @@ def gradient_report(
     with within(type(elbo).__name__):
         g = library.gradients(elbo, model, guide, args, kwargs, params, seed=seed, **more)
         milliseconds, compiled = timing(g, library, timing_steps)
-        with bar("gradients", num_draws, progress) as report:
-            if by_site and not g.has_parts:
-                by_site, why = False, f"{type(elbo).__name__} runs backward itself: parameters only"
-            if by_site:
-                for losses, parts in g.parts(num_draws, seed, report):
-                    check_finite(losses, parts, elbo)
-                    moments.add_parts(losses, parts)
-            else:
-                for losses, gradients in g.draws(num_draws, seed, report):
-                    check_finite(losses, gradients, elbo)
-                    moments.add(losses, gradients)
+        if by_site and not g.has_parts:
+            by_site, why = False, f"{type(elbo).__name__} runs backward itself: parameters only"
+        with bar("gradients", num_draws * (2 if g.subsampled else 1), progress) as advance:
+            for losses, found in (g.parts if by_site else g.draws)(num_draws, seed):
+                check_finite(losses, found, elbo)
+                (moments.add_parts if by_site else moments.add)(losses, found)
+                advance(len(losses))
+            data_share = _of_the_data(g, num_draws, seed, elbo, advance) if g.subsampled else None
         plan, evaluations = g.plan(), None
         if plan is not None:
             extra = evaluations_by_site(plan)
@@ -183,8 +189,21 @@ def gradient_report(
     return Report(
         repr(elbo) if plan is not None else type(elbo).__name__, library, num_draws, seed, rows, sites, why, total,
         float(moments.losses.mean), moments.losses.error, milliseconds, compiled, evaluations,
+        data_share,
         dict(moments.mean), {n: moments.variance(n) for n in g.names},
     )  # fmt: skip
+
+
+def _of_the_data(g: Any, num_draws: int, seed: int, elbo: Any, advance: Advance) -> float:
+    """Var(E[g | data]) / Var(g): two draws g₁, g₂ of one minibatch have the covariance Var(E[g | data])."""
+    pairs = Moments()
+    for losses, found in g.pairs(num_draws, seed):
+        check_finite(losses, found, elbo)
+        pairs.add_parts(losses, found)
+        advance(len(losses))
+    variances = sum(float(s.sum()) for s in pairs.part_squares.values())  # of g₁ and of g₂
+    products = sum(float(s.sum()) for s in pairs.part_products.values())  # of each with g₁ + g₂
+    return (products - variances) / variances if variances > 0 else 0.0
 
 
 def timing(g: Any, library: Library, steps: int) -> tuple[float, float | None]:

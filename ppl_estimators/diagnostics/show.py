@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, is_dataclass
-from html import escape
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
-WIDTH = 100
-#: of the first column, before a name is broken
-NAME = 26
+#: of what is printed; notebooks have more room
+WIDTH, NOTEBOOK = 80, 110
+#: stands before a row that was chosen
+CHOSEN = "▸ "
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ def number(x: float | None, digits: int = 3) -> str:
     if x != 0 and not 1e-3 <= abs(x) < 1e6:
         return f"{x:.{digits - 1}e}"
     return f"{float(f'{x:.{digits}g}'):,.10g}"
+
+
+def ratio(signal_to_noise: float) -> str:
+    """What was seen of a signal: none is less than the noise lets see, not nothing."""
+    return number(signal_to_noise) if signal_to_noise else "below the noise"
 
 
 def percent(x: float | None) -> str:
@@ -60,38 +66,33 @@ class Showable:
             title, caption = Text(shown.title), Text(shown.caption)  # not markup: brackets are brackets
             table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
             table.title_style, table.caption_style, table.caption_justify = "bold", "dim", "left"
-            names = max((len(r[0]) for r in shown.rows), default=0)
             for i, heading in enumerate(shown.headings):
-                table.add_column(
-                    heading, justify="right" if i else "left", overflow="fold", min_width=0 if i else min(names, NAME)
-                )
+                number = i > 0 and not any(len(row[i]) > 20 for row in shown.rows)
+                table.add_column(heading, justify="right" if number else "left", no_wrap=number, overflow="fold")
             for row in shown.rows:
-                table.add_row(*map(Text, row))
+                table.add_row(*map(Text, row), style="bold" if row[0].startswith(CHOSEN) else "")
             views.append(table)
             if shown.code:
                 views.append(Text(f"\n{shown.code}\n", style="bold", overflow="fold"))
         return Group(*views)
 
-    def __str__(self) -> str:
+    def _printed(self, width: int) -> Any:
+        """On a console that shows nothing and remembers all."""
         from rich.console import Console
 
-        console = Console(width=WIDTH, force_terminal=False, force_jupyter=False, no_color=True)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        console = Console(width=width, record=True, file=StringIO(), force_terminal=False, force_jupyter=False)
+        console.print(self)
+        return console
+
+    def __str__(self) -> str:
+        return self._printed(WIDTH).export_text()
 
     __repr__ = __str__  # a console shows the table, not every number that is kept
 
     def _repr_html_(self) -> str:
-        out = []
-        for t in self.tables():
-            head = "".join(f"<th>{escape(h)}</th>" for h in t.headings)
-            body = "".join("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in row) + "</tr>" for row in t.rows)
-            out.append(
-                f"<table><caption>{escape(t.title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-                f"<p><small>{escape(t.caption)}</small></p>" + (f"<pre>{escape(t.code)}</pre>" if t.code else "")
-            )
-        return "".join(out)
+        return self._printed(NOTEBOOK).export_html(
+            inline_styles=True, code_format='<pre style="line-height: 1.2; overflow-x: auto">{code}</pre>'
+        )
 
     def to_pandas(self) -> Any:
         """One row a record, as a `pandas.DataFrame`. Raises ImportError without pandas."""
@@ -123,10 +124,10 @@ def _plain(x: Any) -> Any:
     return x
 
 
-def axes(number_of_rows: int, columns: int = 1) -> tuple[Any, Any]:
-    """A figure of matplotlib and its axes. Raises ImportError without matplotlib."""
+def axes(number_of_rows: int, columns: int = 1, width: float = 5.5) -> tuple[Any, Any]:
+    """A figure of matplotlib and its axes, of ``width`` inches each. Raises ImportError without matplotlib."""
     try:
         from ppl_estimators.figures import panels
     except ImportError:
         raise ImportError("plot() needs matplotlib: pip install matplotlib") from None
-    return panels(columns, width=5.5, height=1.5 + 0.3 * number_of_rows)
+    return panels(columns, width, 1.5 + 0.3 * number_of_rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,7 @@ from ..core.gradients import (
 from ..core.plan import Plan
 from .elbo import EstimatorELBO
 from .exact import named_leaves
+from .run import site_key
 
 Array = Any
 
@@ -49,7 +51,7 @@ class Gradients:
     A draw is a function of ``(seed, index)``. Nothing is changed: no parameter, no state, no random state.
 
     ``sites``: the latent sites of the guide in order; ``names``: the parameters (the arrays of a network's tree as
-    ``name[...][...]``); ``shapes``: theirs.
+    ``name[...][...]``); ``shapes``: theirs; ``subsampled``: the plates of which a draw sees some elements.
 
     Raises `EstimatorError` for unknown parameters, a guide without latent sites, a program without parameters.
     """
@@ -73,7 +75,7 @@ class Gradients:
         with look:
             svi = SVI(model, lambda *a, **k: look.guide(guide, a, k), SGD(0.0), elbo)
             state = svi.init(jax.random.key(seed), *self.args, **self.kwargs)
-        self.sites = look.latents
+        self.sites, self.subsampled = look.latents, look.subsampled
         unconstrained = svi.optim.get_params(state.optim_state)
         check_sites(self.sites, unconstrained)
         self._constrain = svi.constrain_fn
@@ -131,6 +133,23 @@ class Gradients:
         parts = jax.tree.map(lambda h: jnp.concatenate([h[:1], h[1:] - h[:-1]]), upto)
         return losses[0], parts
 
+    def _twice(self, params: Mapping[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
+        """Two losses and gradients, ``[2, ...]``, of one minibatch."""
+        which, *keys = jax.random.split(key, 3)
+        with _Minibatch(which):
+            return jax.lax.map(partial(self.value_and_gradient, params), jnp.stack(keys))
+
+    def moved(self, away: Mapping[str, np.ndarray]) -> Gradients:
+        """The same ``away`` from here, in the unconstrained space, by name; nothing is compiled again."""
+        other = copy.copy(self)
+        other._point = {
+            name: jax.tree_util.tree_map_with_path(
+                lambda path, x, name=name: x + jnp.asarray(away[name + jax.tree_util.keystr(path)], x.dtype), value
+            )
+            for name, value in self._point.items()
+        }
+        return other
+
     # ---- draws --------------------------------------------------------------------------------------------------
 
     def draw(self, seed: int = 0, index: int = 0) -> tuple[float, dict[str, np.ndarray]]:
@@ -154,6 +173,12 @@ class Gradients:
         to the gradient.
         """
         return self._chunks("parts", num_draws, seed, progress, start, 2 * len(self.sites) + 2)
+
+    def pairs(
+        self, num_draws: int, seed: int = 0, progress: Progress | None = None, start: int = 0
+    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """Two draws for each of ``num_draws`` minibatches: losses ``[chunk, 2]``, ``{name: [chunk, 2, ...]}``."""
+        return self._chunks("pairs", num_draws, seed, progress, start, 4)
 
     @property
     def has_parts(self) -> bool:
@@ -187,7 +212,7 @@ class Gradients:
     def _many(self, count: int, kind: str) -> Any:
         """Compiled for ``count`` draws; one draw needs no batching."""
         if (count, kind) not in self._compiled:
-            one = self.value_and_gradient if kind == "total" else self._with_parts
+            one = {"total": self.value_and_gradient, "parts": self._with_parts, "pairs": self._twice}[kind]
 
             def many(params: Mapping[str, Array], keys: Array) -> Any:
                 if count == 1:
@@ -219,10 +244,11 @@ class Gradients:
 
 
 class _Look(Messenger):
-    """Notes the latent sites of the guide."""
+    """Notes the latent sites of the guide, and the plates that subsample."""
 
     def __init__(self) -> None:
         self.latents: list[str] = []
+        self.subsampled: list[str] = []
         self.inside = False
         super().__init__()
 
@@ -234,8 +260,23 @@ class _Look(Messenger):
             self.inside = False
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "plate" and msg["name"] not in self.subsampled and len(msg["value"]) < msg["args"][0]:
+            self.subsampled.append(msg["name"])
         if self.inside and msg["type"] == "sample" and not msg["is_observed"] and msg["name"] not in self.latents:
             self.latents.append(msg["name"])
+
+
+class _Minibatch(Messenger):
+    """Plates that subsample see the elements that the key and their name say."""
+
+    def __init__(self, key: Array):
+        self.key = key
+        super().__init__()
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "plate" and msg["value"] is None and msg["args"][1] < msg["args"][0]:
+            size, subsample_size = msg["args"]
+            msg["value"] = jax.random.permutation(site_key(self.key, msg["name"]), size)[:subsample_size]
 
 
 class _Gates(Messenger):

@@ -48,7 +48,8 @@ class Gradients:
     A draw is a function of ``(seed, index)``. Nothing is changed: no parameter, no store, no state, no random state,
     no ``.grad``.
 
-    ``sites``: the latent sites of the guide in order; ``names``: the parameters; ``shapes``: theirs.
+    ``sites``: the latent sites of the guide in order; ``names``: the parameters; ``shapes``: theirs; ``subsampled``:
+    the plates of which a draw sees some elements.
 
     Raises `EstimatorError` for unknown parameters, a guide without latent sites, a program without parameters.
     """
@@ -81,9 +82,11 @@ class Gradients:
                 guide(*self.args, **self.kwargs)
         self.sites = look.latents
         check_sites(self.sites, ["not yet known"])
-        with self._apart(seed, 0):
+        minibatch = _Minibatch([seed, 0])
+        with self._apart(seed, 0), minibatch:
             _, _, parameters = self._run(guide)
             now = pyro.get_param_store().get_state()
+        self.subsampled = list(minibatch.seen)
         present = pyro.get_param_store()
         for part in self._extra:
             self._extra[part] = {n: v for n, v in now[part].items() if n not in present}
@@ -167,6 +170,14 @@ class Gradients:
         gradient = {n: torch.zeros(self.shapes[n]) if (g := found.get(n)) is None else g for n in self.names}
         return {n: g.detach().cpu().numpy().copy() for n, g in gradient.items()}
 
+    def moved(self, away: Mapping[str, np.ndarray]) -> Gradients:
+        """The same ``away`` from here, in the unconstrained space, by name."""
+        other = copy.copy(self)
+        with self._apart(0, 0):
+            here = pyro.get_param_store().get_state()["params"]
+            other._values = {n: here[n].detach() + torch.as_tensor(x).to(here[n]) for n, x in away.items()}
+        return other
+
     # ---- draws --------------------------------------------------------------------------------------------------
 
     def draw(self, seed: int = 0, index: int = 0) -> tuple[float, dict[str, np.ndarray]]:
@@ -212,6 +223,18 @@ class Gradients:
                 np.array([float(loss)]),
                 {n: np.concatenate([h[:1], np.diff(h, axis=0)])[None] for n, h in stacked.items()},
             )
+            if progress is not None:
+                progress(done + 1)
+
+    def pairs(
+        self, num_draws: int, seed: int = 0, progress: Progress | None = None, start: int = 0
+    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """Two draws for each of ``num_draws`` minibatches: losses ``[1, 2]``, ``{name: [1, 2, ...]}``."""
+        for done in range(num_draws):
+            with _Minibatch([seed, start + done]):
+                both = [self.draw(seed, 2 * (start + done) + i) for i in range(2)]
+            gradients = {n: np.stack([g[n] for _, g in both])[None] for n in self.names}
+            yield np.array([[loss for loss, _ in both]]), gradients
             if progress is not None:
                 progress(done + 1)
 
@@ -267,6 +290,22 @@ class _Look(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and not site_is_subsample(msg) and msg["name"] not in self.latents:
             self.latents.append(msg["name"])
+
+
+class _Minibatch(Messenger):
+    """Plates that subsample see the elements that the seed and their name say."""
+
+    def __init__(self, seed: list[int]):
+        super().__init__()
+        self.seed, self.seen = seed, dict[str, Array]()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["value"] is None and msg["fn"].subsample_size < msg["fn"].size:
+            name, law = msg["name"], msg["fn"]
+            if name not in self.seen:
+                random = np.random.default_rng([*self.seed, *name.encode()])
+                self.seen[name] = torch.from_numpy(random.permutation(law.size)[: law.subsample_size])
+            msg["value"] = self.seen[name].to(torch.get_default_device())
 
 
 class _Gates(Messenger):
