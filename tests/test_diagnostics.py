@@ -235,7 +235,7 @@ def test_tables_for_pandas():
 
 def test_a_signal_that_is_not_seen_is_below_the_noise():
     rows = (MonitorRow(100, "site", "z", 0.0, 2.0, 0.0), MonitorRow(100, "site", "w", 1.0, 4.0, 0.5))
-    shown = str(MonitorReport("pyro", 100, 0.99, 100, 0, 1.3, None, rows)).splitlines()
+    shown = str(MonitorReport("pyro", 100, 0.99, 100, 0, 1.3, rows)).splitlines()
     (z,) = [line for line in shown if line.strip().startswith("z ")]
     (w,) = [line for line in shown if line.strip().startswith("w ")]
     assert z.split() == ["z", "–", "2", "below", "the", "noise"]
