@@ -6,7 +6,8 @@ most two further evaluations are spent for all of them together, where they buy 
 1. Enumerate(): every value, exactly;
 2. UnorderedSet(3): three categories of many, each once;
 3. StochasticTriple() at single counts: the drawn value and a neighbour;
-4. DisARM() for bits: antithetic pairs, one evaluation for all sites that do not depend on each other.
+4. DisARM() for bits: antithetic pairs, one evaluation for all sites that do not depend on each other. A bit that can
+   join the pair of others is not enumerated beside it at a price of its own.
 
 Where these do not suffice for every site, both evaluations are further particles (shadows), and all are each other's
 baselines. So no site is ever without a control variate, and sites that are alike get the same. The choice depends on
@@ -35,12 +36,13 @@ from .estimators.unordered_set import UnorderedSet
 
 #: further evaluations of model and guide per step, all sites together
 BUDGET = 2
+PAIR = DisARM()
 #: in order of preference
 OPTIONS: tuple[tuple[Estimator, tuple[str, ...]], ...] = (
     (Enumerate(), DISCRETE),
     (UnorderedSet(3), (CATEGORICAL, ONEHOT)),
     (StochasticTriple(), tuple(COUNTS)),
-    (DisARM(), (BERNOULLI,)),
+    (PAIR, (BERNOULLI,)),
 )
 
 #: sites that are treated alike: family, categories, dependent elements (`_COUPLED` for a plate of them), in a scan?
@@ -91,6 +93,9 @@ def _spend(sites: Sequence[Site], terms: Sequence[Term], graph: Graph) -> dict[s
 
     for options in sorted(product(*map(_options, kinds)), key=_rank):
         if price(options) <= BUDGET:
+            pairs = [family == BERNOULLI and PAIR in options for family, *_ in kinds]
+            paired = tuple(PAIR if pair else o for o, pair in zip(options, pairs, strict=True))
+            options = paired if price(paired) < price(options) else options
             return {s.name: o for o, members in zip(options, kinds.values(), strict=True) for s in members}
     return None
 

@@ -105,6 +105,14 @@ def vector_of_bits(ppl, size=4):
     return lambda: observed(ppl, draw().sum()), draw
 
 
+def bit_and_vector(ppl):
+    def draw():
+        b = ppl.sample("b0", ppl.dist.Bernoulli(logits=ppl.array(0.3)))
+        return ppl.sample("b", ppl.dist.Bernoulli(logits=ppl.array([0.3] * 4) + b).to_event(1))
+
+    return lambda: observed(ppl, draw().sum()), draw
+
+
 def layers(count):
     """Vectors of bits, each drawn given the one before: a deep belief network."""
 
@@ -270,6 +278,7 @@ SHAPES = {
     "a plate of bits": (plate_of_bits, {}),
     "a plate of bits that one cost adds up": (coupled_plate, {}),
     "such a plate and a bit": (coupled_plate_and_bit, {}),
+    "a bit, and a vector of bits given it": (bit_and_vector, {}),
     "two bits": (bits(2), {}),
     "two bits, the second given the first": (chain(2), {}),
     "six independent bits": (bits(6), {}),
