@@ -31,8 +31,9 @@ def arguments(description: str, **defaults: int) -> argparse.Namespace:
 
 
 def take_turns(
-    label: str, steps: Mapping[str, Callable[[], object]], rounds: int, *, warmup: int = 3, repeats: int = 1
-) -> Times:
+    label: str, steps: Mapping[str, Callable[[], object]], rounds: int, *, warmup: int = 3, repeats: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Times:  # fmt: skip
     """Seconds per call of every step, once a round. The order rotates, so that nobody always runs first; every step
     runs ``repeats`` times in a row, of which the fastest counts."""
     for step in steps.values():
@@ -42,14 +43,14 @@ def take_turns(
     names = list(steps)
     for i in track(range(rounds), label, console=Console(stderr=True), transient=True):
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            times[name].append(min(_seconds(steps[name]) for _ in range(repeats)))
+            times[name].append(min(_seconds(steps[name], clock) for _ in range(repeats)))
     return times
 
 
-def _seconds(step: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def _seconds(step: Callable[[], object], clock: Callable[[], float]) -> float:
+    start = clock()
     step()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def milliseconds(times: Times, name: str) -> str:

@@ -196,6 +196,27 @@ def test_an_autoguide_and_its_parameters():
     assert uses(same(make, flat(5, 5, 5, 5))) == [2]
 
 
+def test_a_loop_over_many_sites():
+    """Costs of many sites are credited by a matrix, which the plan keeps; a[0], a[1], ... are differentiated as one."""
+
+    def model(x: torch.Tensor) -> None:
+        z = torch.tensor(0.0)
+        for t in range(len(x)):
+            z = pyro.sample(f"z_{t}", dist.Bernoulli(logits=2 * z - 1))
+            pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[t])
+
+    def guide(x: torch.Tensor) -> None:
+        a = pyro.param("a", torch.linspace(-1, 1, len(x)))
+        z = torch.tensor(0.0)
+        for t in range(len(x)):
+            z = pyro.sample(f"z_{t}", dist.Bernoulli(logits=a[t] + z))
+
+    elbo = same(lambda: (model, guide), flat(12, 12, 12, 12), default=Reinforce(MovingAverage()), verify=False)
+    assert uses(elbo) == [2]
+    (steps,) = elbo.compiler._known.values()
+    assert "select_backward" not in str(steps.noted.program.calls)
+
+
 @pytest.mark.parametrize("retain", [False, True])
 def test_an_elbo_module_and_a_loop_of_torch(retain):
     """The loss leads to the parameters, whatever the rest of the loop does with it; hooks see the gradient."""

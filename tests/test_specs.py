@@ -352,7 +352,10 @@ ALONE = {
     },
     ("numpyro", "library.py"): {"NumPyroLibrary": "the twins' classes bear their library's name"},
     ("pyro", "elbo.py"): {"JitEstimatorELBO": "NumPyro's steps are always compiled"},
-    ("pyro", "ops.py"): {"TorchOps": "named after the arrays"},
+    ("pyro", "ops.py"): {
+        "TorchOps": "named after the arrays",
+        "CONSTANTS": "tensors of ours that a compiled step may meet",
+    },
     ("numpyro", "ops.py"): {"JaxOps": "named after the arrays"},
     ("pyro", "randomness.py"): {
         "State": "of Pyro's generators; NumPyro's keys are values",

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map
 from ..core.errors import EstimatorWarning
 from .guards import Guard
 from .library import Memory, Recent
+from .ops import CONSTANTS
 from .tape import Program, Recorded, Tape, compiled
 
 Array = torch.Tensor
@@ -169,7 +170,7 @@ class Compiler:
         changed = guard.settled()
         if changed is not None:
             tape.refuse(f"changes {changed} when it runs")
-        origin = {*map(id, before.values()), *guard.tensors}
+        origin = {*map(id, before.values()), *guard.tensors, *CONSTANTS}
         for value, where in tape.outside.items():
             if id(tape.tensors[value]) not in origin:
                 tape.refuse(f"reads a tensor that neither its arguments nor what it names lead to{where}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from array_api_compat import torch as standard
@@ -75,7 +76,11 @@ class TorchOps:
 @lru_cache(maxsize=64)
 def _memberships(sets: tuple[frozenset[int], ...], n: int, dtype: torch.dtype, device: torch.device) -> Array:
     with torch.inference_mode(False):  # to be of use outside too
-        return torch.tensor([[i in s for s in sets] for i in range(n)], dtype=dtype, device=device)
+        found = torch.tensor([[i in s for s in sets] for i in range(n)], dtype=dtype, device=device)
+    CONSTANTS[id(found)] = found
+    return found
 
 
+#: tensors of ours that stay from step to step, by id
+CONSTANTS: WeakValueDictionary[int, Array] = WeakValueDictionary()
 OPS = TorchOps()

@@ -274,6 +274,7 @@ class Program:
 
     run: Callable[..., list[Array]]
     source: str
+    calls: list[Any]  # the operations
     constants: list[Array]
     written: list[Array] = field(default_factory=list)  # tensors from outside that it changes
 
@@ -465,7 +466,9 @@ class _Writer:
             # the draws of torch
             options: dict[str, Any] | None = {"fallback_random": True} if self.backend == "inductor" else None
             run = torch.compile(run, backend=self.backend, dynamic=False, options=options)
-        return Program(run, source, [tensors[v] for v in constants], [tensors[v] for v in written])
+        return Program(
+            run, source, [op.func for op in operations], [tensors[v] for v in constants], [tensors[v] for v in written]
+        )
 
     def _line(self, op: Operation) -> str:
         func = op.func if self.backend is not None else _binding(op.func)  # which compilers know
