@@ -350,6 +350,10 @@ class ImportanceWeighted(MultiSample):
             raise ValueError("ImportanceWeighted has alpha = 0; use Renyi(alpha) for another.")
 
 
+#: for log weights, whatever the objective
+WEIGHTS = ImportanceWeighted()
+
+
 def _common(terms: Sequence[Term]) -> frozenset[Plate]:
     return frozenset.intersection(*(t.plates for t in terms))
 

@@ -203,6 +203,21 @@ class Step:
         run = self.run(source)
         return {"objective": self._collected(self._weighed(run, run.terms)), "sites": {}}, run
 
+    def log_weights(self, count: int) -> tuple[Array, float]:
+        """log w of so many particles as the program itself draws them, ``[K, ...]``, without what multiplies it, the
+        N/B of its plates; and that."""
+        library, objective, scale = self.library, objectives.WEIGHTS, []
+
+        def one(source: Any) -> tuple[dict[str, Any], Run]:
+            run = Run(source, library.plan())
+            run.traces = library.run(library.own, source, first=True)
+            run.plan = library.plan(run.traces)
+            run.terms = list(library.terms(run.traces, run.plan, frozenset()))
+            scale.append(objective.scale(run.terms))
+            return {"objective": objective.collect(library.ops, run.terms), "sites": {}}, run
+
+        return library.particles(one, count).arrays["objective"], scale[-1]
+
     def loss(self) -> tuple[Array, dict[str, dict[str, Array]], Joined]:
         """The loss, whose gradient is the estimate; the new state of every site that keeps some; all particles."""
         joined = self.library.particles(self.particle)

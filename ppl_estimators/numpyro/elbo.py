@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,12 +17,14 @@ from ..core.estimator import Estimator
 from ..core.objectives import Objective
 from ..core.site import Term
 from ..core.step import Step
+from ..measure.evaluation import Evaluation, arguments, chunks, evaluation
 from ..policy import AUTOMATIC
 from .keep import state_name
 from .library import NumPyroLibrary
 from .randomness import Randomness
 
 Array = Any
+_TRACED = object()  # stands for an array among arguments
 
 
 class EstimatorELBO(Configured, Trace_ELBO):
@@ -109,6 +112,45 @@ class EstimatorELBO(Configured, Trace_ELBO):
         if self.debug and "finite" in joined.arrays:
             loss = _report(step.library.plan().terms, joined.arrays["finite"], loss)
         return {"loss": loss, "mutable_state": mutable or None}
+
+    def evaluate(
+        self,
+        rng_key: Array,
+        params: Mapping[str, Array],
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        *args: Any,
+        num_particles: int = 5000,
+        chunk: int = 100,
+        batches: Iterable[Any] | None = None,
+        **kwargs: Any,
+    ) -> Evaluation:
+        """A bound on the log-likelihood, from ``num_particles`` particles as guide and model themselves draw them.
+
+        ``params``: of `SVI.get_params`. ``chunk``: so many particles are held at once. ``batches``: a data loader, or
+        any iterable of tuples of arguments (or of first arguments), each batch a call of model and guide; ``args`` come
+        after them. See `Evaluation`. Estimators and objective play no part.
+
+        >>> elbo.evaluate(key, svi.get_params(state), model, guide, batches=test_set).value  # doctest: +SKIP
+        """
+        sizes = chunks(num_particles, chunk)
+
+        @partial(jax.jit, static_argnums=(0, 1, 2))
+        def weights(count: int, tree: Any, rest: tuple[Any, ...], key: Array, arrays: Sequence[Array]) -> Any:
+            there = iter(arrays)
+            args, kwargs = jax.tree.unflatten(tree, [next(there) if x is _TRACED else x for x in rest])
+            return self.step(key, params, model, guide, args, kwargs).log_weights(count)
+
+        def each() -> Iterator[tuple[Any, float]]:
+            for i, given in enumerate(arguments(args, batches)):
+                leaves, tree = jax.tree.flatten((given, kwargs))
+                arrays = [x for x in leaves if isinstance(x, (jax.Array, np.ndarray))]
+                rest = tuple(_TRACED if isinstance(x, (jax.Array, np.ndarray)) else x for x in leaves)
+                keys = jax.random.split(jax.random.fold_in(rng_key, i), len(sizes))
+                rows = [weights(n, tree, rest, k, arrays) for n, k in zip(sizes, keys, strict=True)]
+                yield np.concatenate([np.asarray(x) for x, _ in rows]), float(rows[0][1])
+
+        return evaluation(each())
 
     def step(self, rng_key: Array, params: Mapping[str, Array], model: Any, guide: Any, args: Any, kwargs: Any) -> Step:
         """One evaluation of the loss, before it is evaluated."""

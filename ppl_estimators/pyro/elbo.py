@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.infer import ELBO
 from pyro.poutine.trace_struct import Trace
@@ -15,6 +17,7 @@ from ..core.errors import warn
 from ..core.estimator import Estimator
 from ..core.objectives import Objective
 from ..core.step import Run, Step
+from ..measure.evaluation import Evaluation, arguments, chunks, evaluation
 from ..policy import AUTOMATIC
 from .buffers import Buffers
 from .compiled import Compiler, Result
@@ -116,6 +119,40 @@ class EstimatorELBO(Configured, ELBO):
                 return found
         loss, runs = evaluate(args, kwargs)
         return Result(loss, runs=runs, known=False)
+
+    def evaluate(
+        self,
+        model: Any,
+        guide: Any,
+        *args: Any,
+        num_particles: int = 5000,
+        chunk: int = 100,
+        batches: Iterable[Any] | None = None,
+        **kwargs: Any,
+    ) -> Evaluation:
+        """A bound on the log-likelihood, from ``num_particles`` particles as guide and model themselves draw them.
+
+        ``chunk``: so many particles run side by side with ``vectorize_particles=True``. ``batches``: a data loader, or
+        any iterable of tuples of arguments (or of first arguments), each batch a call of model and guide; ``args`` come
+        after them. See `Evaluation`. Estimators and objective play no part.
+
+        >>> elbo.evaluate(model, guide, batches=test_loader).value  # doctest: +SKIP
+        """
+        sizes, plain = chunks(num_particles, chunk), copy(self)
+        plain.memory = Memory()
+        if self.vectorize_particles and self.num_particles == 1:  # the constructor counts the particle axis only then
+            plain.max_plate_nesting += 1
+
+        def each() -> Iterator[tuple[Any, float]]:
+            for given in arguments(args, batches):
+                rows = []
+                for plain.num_particles in sizes:
+                    with torch.no_grad():
+                        found, scale = plain.step(model, guide, given, kwargs).log_weights(plain.num_particles)
+                    rows.append(found.cpu().numpy())
+                yield np.concatenate(rows), scale
+
+        return evaluation(each())
 
     def _differentiable(
         self, model: Any, guide: Any, args: Any, kwargs: Any, *, standalone: bool
