@@ -82,5 +82,5 @@ def _memberships(sets: tuple[frozenset[int], ...], n: int, dtype: torch.dtype, d
 
 
 #: tensors of ours that stay from step to step, by id
-CONSTANTS: WeakValueDictionary[int, Array] = WeakValueDictionary()
+CONSTANTS = WeakValueDictionary[int, Array]()
 OPS = TorchOps()
