@@ -25,6 +25,7 @@ from ppl_estimators import (
     Reinforce,
     Renyi,
     Repeat,
+    WakeSleep,
     citation,
     cli,
 )
@@ -108,7 +109,10 @@ def test_the_catalogue_imports_neither_library():
 # ---- citations -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("subject", [*{type(e.subject): 0 for e in ENTRIES}, ImportanceWeighted, KLAnnealed, Renyi])
+OBJECTIVES = (ImportanceWeighted, KLAnnealed, Renyi, WakeSleep)
+
+
+@pytest.mark.parametrize("subject", [*{type(e.subject): 0 for e in ENTRIES}, *OBJECTIVES])
 def test_every_paper_that_a_docstring_names_is_in_the_bibliography(subject):
     reference = inspect.getdoc(subject).partition("Reference:")[2]
     named = set(re.findall(r"arXiv:(\d{4}\.\d{4,5})", reference)) | set(re.findall(r"\[(\w+)\]", reference))
@@ -120,7 +124,7 @@ def test_every_paper_that_a_docstring_names_is_in_the_bibliography(subject):
 
 def test_every_paper_of_the_bibliography_is_named():
     used = {key for entry in ENTRIES for key in entry.papers}
-    used |= {key for objective in (ImportanceWeighted, KLAnnealed, Renyi) for key in papers_of(objective)}
+    used |= {key for objective in OBJECTIVES for key in papers_of(objective)}
     assert set(references()) <= used, f"references.bib: nothing uses {sorted(set(references()) - used)}"
 
 

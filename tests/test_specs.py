@@ -48,6 +48,7 @@ from ppl_estimators import (
     SumAndSample,
     SumAroundMode,
     UnorderedSet,
+    WakeSleep,
 )
 from ppl_estimators.core.spec import Spec
 
@@ -85,6 +86,7 @@ SPECS = [
     EvidenceLowerBound(),
     ImportanceWeighted(),
     KLAnnealed(0.3),
+    WakeSleep(wake_phi=0.5),
     Renyi(0.5),
 ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar, Protocol
 
@@ -49,6 +49,8 @@ class Objective(Spec):
 
     #: does -log q keep its own gradient, as no cost of mean zero?
     keeps_score: ClassVar[bool] = False
+    #: do values carry a gradient?
+    moves: ClassVar[bool] = True
 
     def check(self, site: Site, estimator: Estimator, particles: int) -> None:
         """Raise `EstimatorError` where objective and estimator do not go together."""
@@ -65,7 +67,9 @@ class Objective(Spec):
         """What it keeps after a step."""
         return dict(past)
 
-    def weighed(self, terms: Sequence[Term], latent: Container[str], past: Mapping[str, Array]) -> Sequence[Term]:
+    def weighed(
+        self, ops: Ops, terms: Sequence[Term], latent: Container[str], past: Mapping[str, Array]
+    ) -> Sequence[Term]:
         """The cost terms as they count; ``latent`` holds the latent sites of the guide."""
         return terms
 
@@ -154,7 +158,9 @@ class KLAnnealed(Additive):
     def after(self, past: Mapping[str, Array]) -> dict[str, Array]:
         return {k: n + 1 for k, n in past.items()}
 
-    def weighed(self, terms: Sequence[Term], latent: Container[str], past: Mapping[str, Array]) -> Sequence[Term]:
+    def weighed(
+        self, ops: Ops, terms: Sequence[Term], latent: Container[str], past: Mapping[str, Array]
+    ) -> Sequence[Term]:
         beta = self.weight(past["steps"]) if callable(self.weight) else self.weight
         return [replace(t, value=beta * t.value) if t.site in latent else t for t in terms]
 
@@ -271,7 +277,7 @@ class MultiSample(Objective):
             explicit = explicit + ops.sum((weight - path) * ops.where(weight > 0, held, ops.zeros_like(held)))
         value = ops.sum(bound)
         combined = scale * (ops.stop_gradient(value - explicit) + explicit)
-        return combined, partial(self._local, ops, self.others(ops, collected), scale)
+        return combined, partial(self.local, ops, self.others(ops, collected), scale)
 
     def others(self, ops: Ops, collected: Array) -> Array:
         """log Σ_{j ≠ k} w_j^{1−α} for each particle k, ``[K, ...]``."""
@@ -285,7 +291,7 @@ class MultiSample(Objective):
         baseline = ops.where(ops.isfinite(others), others - math.log(k - 1), ops.zeros_like(others))
         return k * scale * (bound - baseline) / order
 
-    def _local(
+    def local(
         self, ops: Ops, others: Array, scale: float, estimator: Estimator, site: Site, draw: Draw, log_w: Costs,
         kept: Kept,
     ) -> Local:  # fmt: skip
@@ -348,6 +354,74 @@ class ImportanceWeighted(MultiSample):
     def __post_init__(self) -> None:
         if self.alpha != 0:
             raise ValueError("ImportanceWeighted has alpha = 0; use Renyi(alpha) for another.")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class WakeSleep(MultiSample):
+    """Reweighted wake-sleep: the model climbs the importance-weighted bound, the guide the likelihood of its own draws,
+    reweighted to the posterior.
+
+    With w̃_k the weights w_k = p(x, z_k) / q(z_k) over their sum, the gradient of the loss is
+
+        −``wake_theta`` Σ_k w̃_k ∇ log p(x, z_k) − ``wake_phi`` Σ_k w̃_k ∇ log q(z_k),   z_k held fixed
+
+    The second part is, but for O(1/K), the gradient of KL(posterior ‖ guide): the guide covers the posterior instead of
+    sitting in a part of it, and no value is differentiated, so discrete sites cost what others do. The loss has the
+    value of the importance-weighted bound, whose gradient this is not. Minibatches are fine: plates that hold every
+    site have weights per element. Sites are Pathwise() or Reinforce(...), of which only the draw counts. There is no
+    sleep phase (data dreamt by the model).
+
+    >>> WakeSleep(wake_phi=0.5)
+    WakeSleep(wake_phi=0.5)
+
+    Reference: Bornschein & Bengio (2015), "Reweighted Wake-Sleep", arXiv:1406.2751; Le, Kosiorek, Siddharth, Teh & Wood
+    (2019), "Revisiting Reweighted Wake-Sleep for Models with Stochastic Control Flow", arXiv:1805.10469.
+    """
+
+    wake_theta: float = 1.0
+    wake_phi: float = 1.0
+
+    alpha: float = field(default=0.0, init=False)
+
+    moves: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("wake_theta", "wake_phi"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"WakeSleep({name}=...) needs a number of 0 or more, got {getattr(self, name)!r}.")
+
+    def check(self, site: Site, estimator: Estimator, particles: int) -> None:
+        further = estimator.alternatives(site).count or estimator.relaxations(site).count
+        if further or estimator.value not in (Value.LIBRARY, Value.PLAIN) or (site.time and estimator.value.moves):
+            raise site_error(
+                site.name,
+                f"WakeSleep takes plain draws, and has no use for {estimator!r}",
+                "Use Reinforce(LeaveOneOut()), or leave the site to the default.",
+            )
+        if particles < 2:
+            raise site_error(
+                site.name, f"WakeSleep weighs several particles, got num_particles={particles}", "Pass 2 or more."
+            )
+
+    def weighed(
+        self, ops: Ops, terms: Sequence[Term], latent: Container[str], past: Mapping[str, Array]
+    ) -> Sequence[Term]:
+        """With the value they have, and a gradient that the weights of the bound turn into that of the docstring."""
+        slope = {"model": self.wake_theta, "guide": -self.wake_phi}
+        return [replace(t, value=_sloped(ops, t.value, slope[t.side])) for t in terms]
+
+    def local(
+        self, ops: Ops, others: Array, scale: float, estimator: Estimator, site: Site, draw: Draw, log_w: Costs,
+        kept: Kept,
+    ) -> Local:  # fmt: skip
+        return Local(ops.zeros_like(log_w.value))
+
+
+def _sloped(ops: Ops, x: Array, slope: float) -> Array:
+    """``x``, its derivative times ``slope``."""
+    still = ops.stop_gradient(x)
+    rider = x - still
+    return still + slope * ops.where(ops.isfinite(rider), rider, ops.zeros_like(rider))
 
 
 #: for log weights, whatever the objective

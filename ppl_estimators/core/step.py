@@ -293,12 +293,13 @@ class Step:
         return run
 
     def _weighed(self, run: Run, terms: Sequence[Term]) -> Sequence[Term]:
-        return self.settings.objective.weighed(terms, run.plan.estimators, run.past)
+        return self.settings.objective.weighed(self.library.ops, terms, run.plan.estimators, run.past)
 
     def _draw(self, run: Run, msg: Message) -> Array:
         name, estimator = msg["name"], self.library.estimator(run.plan, msg)
         if estimator.value.library:
-            return self.library.own(msg)
+            value = self.library.own(msg)
+            return value if self.settings.objective.moves else self.library.ops.stop_gradient(value)
         site = self.library.view(run.plan, msg)
         draw, run.noise[name] = self._drawn(run, msg, site, estimator, {})
         run.draws[name], run.sites[name] = _held(self.library.ops, draw), site

@@ -187,7 +187,7 @@ class _Program:
 
     def weighed(self, terms: Sequence[Term], traces: Traces) -> Sequence[Term]:
         past = {k: jnp.full(v.shape, v.value) for k, v in self.objective.keeps().state.items()}
-        return self.objective.weighed(terms, traces.latents(), past)
+        return self.objective.weighed(OPS, terms, traces.latents(), past)
 
     def constrained(self, unconstrained: Mapping[str, Array]) -> dict[str, Array]:
         return {n: jax.tree.map(self.transforms[n], u) for n, u in unconstrained.items()}

@@ -214,7 +214,7 @@ class _Program:
                 )
         past = {k: torch.full(v.shape, v.value) for k, v in self.objective.keeps().state.items()}
         self.scale = self.objective.scale(terms)
-        return self.objective.collect(OPS, self.objective.weighed(terms, traces.latents(), past))
+        return self.objective.collect(OPS, self.objective.weighed(OPS, terms, traces.latents(), past))
 
     def add(self, found: Sequence[tuple[Array, Array]], share: float, gradient: dict[str, Array]) -> float:
         """−weight · objective, over all tuples of states; its derivatives go into ``gradient``."""

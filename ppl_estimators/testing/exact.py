@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..backends import Library, of_program
+from ..core.errors import EstimatorError
 from ..core.objectives import EvidenceLowerBound, Objective
 from ..measure.states import Exact, Minibatches
 
@@ -55,6 +56,8 @@ def exact_gradient(
         raise ValueError(f'exact_gradient(backend=...) takes "pyro" or "numpyro", got {backend!r}.')
     if not 2 <= nodes <= 200:
         raise ValueError(f"exact_gradient(nodes=...) takes 2 to 200 Gauss nodes per element, got {nodes!r}.")
+    if objective is not None and not objective.moves:
+        raise EstimatorError(f"exact_gradient: that of {objective!r} is the gradient of no function.")
     library = of_program(model, guide, args, kwargs) if backend is None else Library(backend)
     exact: Exact = library.part("exact").exact(
         model, guide, args, kwargs, params=params, nodes=nodes, max_states=max_states, minibatches=minibatches,

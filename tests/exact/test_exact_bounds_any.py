@@ -28,6 +28,7 @@ from ppl_estimators import (
     Renyi,
     StochasticTriple,
     UnorderedSet,
+    WakeSleep,
 )
 from ppl_estimators.numpyro import with_estimators
 
@@ -273,6 +274,28 @@ def test_relaxed_values_under_a_bound(estimator, objective):
     (u1, v1, u2, v2), weights = grid(*nodes)
     noise = {"z": {"u": np.stack([u1, u2], -1), "v": np.stack([v1, v2], -1)}}, weights
     check("single", {"z": estimator}, 2, objective, noise, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["pair", "plate"])
+def test_wake_phases(name):
+    """Every term by hand: Σ_k w̃_k ∇ log p for the model, Σ_k w̃_k ∇ log q for the guide."""
+    program, k = PROGRAMS[name], 2
+    estimators = {n: Reinforce(LeaveOneOut()) for n in program.sites}
+    tables, weights = tables_of(program, estimators, k)
+    elbo = InjectedJax(estimators, num_particles=k, objective=WakeSleep(wake_theta=2.0, wake_phi=0.5))
+    params = {"a": jnp.asarray(program.a), "t": jnp.asarray(T)}
+    _, gradient = jax_gradients(elbo, program.model, program.guide, params, tables)
+    bits = np.array(list(itertools.product([0.0, 1.0], repeat=2)))
+
+    def surrogate(p):
+        log_q, log_w = program.states(p["a"], p["t"])
+        each = bernoulli(p["a"], bits) if name == "plate" else log_q[:, None]
+        tuples = np.array(list(itertools.product(range(4), repeat=k)))
+        share = jnp.exp(log_q[tuples].sum(1))[:, None, None] * jax.nn.softmax(log_w[tuples], 1)
+        return -jnp.sum(jax.lax.stop_gradient(share) * (2.0 * (log_w + each)[tuples] + 0.5 * each[tuples]))
+
+    slope = jax.grad(surrogate)(params)
+    np.testing.assert_allclose(weights @ gradient, np.concatenate([np.ravel(slope[n]) for n in "at"]), atol=1e-11)
 
 
 @pytest.mark.parametrize("estimator", [Enumerate(), UnorderedSet(3), StochasticTriple()], ids=repr)

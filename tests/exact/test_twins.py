@@ -28,6 +28,7 @@ from ppl_estimators import (
     GumbelStraightThrough,
     ImportanceWeighted,
     Learned,
+    LeaveOneOut,
     MovingAverage,
     OptimalConstant,
     PastSteps,
@@ -39,6 +40,7 @@ from ppl_estimators import (
     Renyi,
     StickingTheLanding,
     StraightThrough,
+    WakeSleep,
 )
 from ppl_estimators.numpyro import with_estimators as jax_hook
 from ppl_estimators.pyro import with_estimators as torch_hook
@@ -126,9 +128,11 @@ BOUNDS = {
     "relaxed model": ImportanceWeighted(),
     "past": Renyi(2.0),
     "twice": Renyi(0.5),
+    "awake": WakeSleep(wake_phi=0.5),
 }
 MIXES |= {
     "enumerated below": {"z": DisARM(), "y": Enumerate(), "w": Pathwise()},
+    "awake": {"z": Reinforce(LeaveOneOut()), "w": Pathwise(), "y": Reinforce(LeaveOneOut())},
     "twice": {"z": Reinforce(VIMCO()), "w": DoublyReparameterized(), "y": GumbelSoftmax(0.7)},
 }
 
@@ -143,7 +147,7 @@ def noise(rng, particles=1):
     return table
 
 
-ALONE = [m for m in MIXES if m != "twice"]  # of one particle
+ALONE = [m for m in MIXES if m not in ("twice", "awake")]  # of one particle
 AVERAGED = ("antithetic", "enumerated", "below a counterfactual", "a network for a normal")
 
 
