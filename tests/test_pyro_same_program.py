@@ -196,6 +196,37 @@ def batches(make):
     return model, guide, count
 
 
+class Loader:
+    """Takes its batches from a generator that it holds."""
+
+    def __init__(self):
+        self.taken = 0
+        self.supply = self.batches()
+
+    def batches(self):
+        while True:
+            self.taken += 1
+            yield torch.tensor([0.3, -0.5])[self.taken % 2]
+
+    def guide(self):
+        x = next(self.supply)
+        for n in "zk":
+            pyro.sample(n, dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.2)) * x))
+
+    def model(self):
+        for n in "zk":
+            pyro.sample("x" + n, dist.Normal(pyro.sample(n, dist.Bernoulli(0.5)), 1.0), obs=torch.tensor(0.7))
+
+
+@pytest.mark.parametrize(("estimators", "particles"), [(Reinforce(MovingAverage()), 1), (None, 2)])
+def test_costs_that_are_told_apart_are_not_verified_at_the_expense_of_an_iterator(estimators, particles):
+    loader, elbo = Loader(), EstimatorELBO(estimators, num_particles=particles)
+    for _ in range(5):
+        elbo.loss_and_grads(loader.model, loader.guide)
+    assert loader.taken == 5 * particles
+    assert elbo.memory.last.depends_on["model", "xz"] == {"z"}
+
+
 def test_a_batch_iterator_is_asked_once_a_step_or_refused():
     model, guide, count = batches(lambda: torch.linspace(-1.0, 1.0, 50))
     elbo = EstimatorELBO(Reinforce(MovingAverage()))

@@ -31,7 +31,7 @@ from ..core.step import Joined, Run, Values
 from ..core.verify import cost_of, equal, look, not_the_same, run_again
 from .baseline import from_baseline
 from .buffers import Buffers
-from .dependencies import Holdings, Provenance, StopParameters, as_written
+from .dependencies import Holdings, Provenance, StopParameters, as_written, reachable
 from .distributions import Law, another, log_q, named, natural_parameters, score_norm
 from .keep import Keeper, read_state
 from .ops import OPS
@@ -594,7 +594,11 @@ class PyroLibrary:
             return True
         known.store(structure, True)
         again = run_again(self, run)
-        if not again and (plan.branches or all(deps.issuperset(plan.local) for deps in plan.depends_on.values())):
+        if not again and (
+            plan.branches
+            or all(deps.issuperset(plan.local) for deps in plan.depends_on.values())
+            or reachable(self.model, self.guide, self.args, self.kwargs, kinds=Iterator)  # to ask it would take from it
+        ):
             return True
         found = look(self, run)
         if found.changing and again:
