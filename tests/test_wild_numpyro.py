@@ -26,6 +26,7 @@ from numpyro.infer.autoguide import AutoNormal
 from ppl_estimators import (
     ARMS,
     ControlVariate,
+    DisARM,
     Enumerate,
     EstimatorError,
     EstimatorWarning,
@@ -753,3 +754,52 @@ def test_a_loop_has_a_derivative_in_forward_mode():
         return jax.jacfwd(lambda m: elbo.loss(random.key(0), {"m": m}, model, guide))(0.2)
 
     np.testing.assert_allclose(slope(model), slope(unrolled), rtol=1e-5)
+
+
+DRAWN = np.random.default_rng(0)
+COUNT = iter(range(1000))
+ROWS = jnp.linspace(-1.0, 1.0, 50)
+
+#: data that a guide fetches by itself: another at every tracing
+FETCHED = {
+    "a number": lambda: DRAWN.normal(),
+    "an array": lambda: jnp.asarray(DRAWN.normal(size=3)).sum(),
+    "rows of a constant": lambda: ROWS[DRAWN.integers(50, size=4)].sum(),
+    "a slice at a number": lambda: ROWS[int(DRAWN.integers(40)) :][:3].sum(),
+    "inside a jit": lambda: jax.jit(lambda y: y * DRAWN.normal())(1.0),
+    "inside a scan": lambda: jax.lax.scan(lambda c, _: (c + DRAWN.normal(), None), 0.0, None, length=2)[0],
+    "a number of operations": lambda: sum(ROWS[0] for _ in range(1 + next(COUNT) % 2)),
+}
+
+
+@pytest.mark.parametrize("fetch", FETCHED.values(), ids=FETCHED)
+def test_a_program_that_is_another_when_traced_again(fetch):
+    def model() -> None:
+        numpyro.sample("x", dist.Normal(2.0 * numpyro.sample("z", dist.Bernoulli(0.3)), 1.0), obs=0.7)
+
+    def guide() -> None:
+        numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("m", 0.2) * fetch()))
+
+    with pytest.raises(EstimatorError, match="site 'z': its cost is another when the program is run again"):
+        loss(model, guide, {"m": 0.2})
+    assert loss(model, guide, {"m": 0.2}, estimators=Reinforce(LeaveOneOut()), num_particles=2).shape == ()
+
+
+def test_a_program_that_is_the_same_when_traced_again():
+    key = random.key(3)
+
+    def model(x: Any) -> None:
+        with numpyro.plate("data", 50, subsample_size=5) as i:
+            z = numpyro.sample("z", dist.Bernoulli(0.3 * jnp.ones(5)))
+            loc = jax.lax.fori_loop(0, 3, lambda _, s: s + z, jnp.asarray([0.1] * 5))
+            numpyro.sample("x", dist.Normal(loc + jnp.asarray(np.linspace(0, 1, 5)), 1.0), obs=x[i])
+
+    def guide(x: Any) -> None:
+        m = numpyro.param("m", 0.2)
+        drop = random.bernoulli(random.fold_in(key, 1), 0.5) * random.bernoulli(numpyro.prng_key(), 0.5)
+        with numpyro.plate("data", 50, subsample_size=5) as i:
+            numpyro.sample("z", dist.Bernoulli(logits=jax.jit(jnp.tanh)(m * x[i]) * drop))
+
+    elbo = EstimatorELBO(DisARM())
+    step = jax.jit(jax.value_and_grad(lambda m, x: elbo.loss(random.key(0), {"m": m}, model, guide, x)))
+    assert jnp.isfinite(step(0.2, ROWS)[1])

@@ -18,7 +18,7 @@ from .estimator import Estimator
 from .ops import Array, Ops
 
 if TYPE_CHECKING:
-    from .plan import Settings
+    from .plan import Plan, Settings
     from .step import Run
 
 #: side and site of a cost term
@@ -69,8 +69,8 @@ class Checked:
 def checked(library: Library, run: Run) -> Checked:
     """All that can be asked of the program of a particle's first run. Raises `EstimatorError`."""
     found = look(library, run, THOROUGH)
-    if found.changing and (names := run_again(library, run)):
-        raise not_the_same(library, run, found, names) from found.cause
+    if found.changing and (names := run_again(library, run.plan)):
+        raise not_the_same(library, run.plan, [n for _, n in found.changing], names) from found.cause
     if found.lost is not None:
         term, site = found.lost
         raise site_error(
@@ -108,22 +108,22 @@ def look(library: Library, run: Run, budget: int = BUDGET) -> Found:
         return Found([])
 
 
-def run_again(library: Library, run: Run) -> list[str]:
+def run_again(library: Library, plan: Plan) -> list[str]:
     """Sites whose estimators need further runs of the program, beside the particles that were asked for."""
-    plan = run.plan
     names = {n for group in plan.groups for n in group.sites} | plan.sticking
     if plan.particles > library.settings.particles:
         names |= {n for n, e in plan.estimators.items() if e.control.of_others}
     return [n for n in plan.estimators if n in names]
 
 
-def not_the_same(library: Library, run: Run, found: Found, names: Sequence[str]) -> EstimatorError:
-    sites = run.plan.sites
+def not_the_same(library: Library, plan: Plan, changing: Sequence[str], names: Sequence[str]) -> EstimatorError:
+    """``changing``: sites whose cost does. ``names``: see `run_again`."""
+    sites = plan.sites
     chosen = ", ".join(
         f'"{n}": {"Pathwise()" if sites[n].reparameterised else "Reinforce(MovingAverage())"}' for n in names
     )
     return EstimatorError(
-        f"site {', '.join(dict.fromkeys(repr(n) for _, n in found.changing))}: its cost is another when the program is "
+        f"site {', '.join(dict.fromkeys(map(repr, changing)))}: its cost is another when the program is "
         "run again with the same values and random numbers, so it reads something that changes (an iterator, a "
         "counter), and the estimators here run it more than once. Fetch what changes outside and pass it in, "
         f"{library.passing}; or choose estimators that need one run: {library.choosing.format(f'{{{chosen}}}')}."

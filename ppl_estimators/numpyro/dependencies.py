@@ -9,11 +9,13 @@ effects (a mutable array, a callback that may keep something) also on all that w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import dtypes
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
@@ -33,10 +35,11 @@ LOOP = "while loop"
 class Found(NamedTuple):
     """``of``: the pytree that the program returns, each array replaced by the names of the sites it depends on.
     ``stuck``: sites on whose values an output depends through an operation that reverse mode cannot differentiate,
-    and that operation."""
+    and that operation. ``traced``: the program itself, to compare with what another tracing gives."""
 
     of: Any
     stuck: dict[str, str]
+    traced: ClosedJaxpr
 
 
 def mark(value: Any, site: str) -> Any:
@@ -53,7 +56,44 @@ def dependencies(fn: Callable[[], Any]) -> Found:
     for site, loop in _NOTHING.union(*slopes.walk(jaxpr, nothing)):
         if loop is not None:
             slopes.stuck.setdefault(site, loop)
-    return Found(of, slopes.stuck)
+    return Found(of, slopes.stuck, closed)
+
+
+def same(a: ClosedJaxpr, b: ClosedJaxpr) -> bool:
+    """Are two tracings of a program the same operations on the same numbers? What Python computes is a number here."""
+    return all(_alike(x, y) for x, y in zip_longest(_numbers(a), _numbers(b)))
+
+
+def _numbers(closed: ClosedJaxpr) -> Iterator[Any]:
+    """The operations of a program in order, and every number in it."""
+    yield from closed.consts
+    open_ = [closed.jaxpr]
+    for jaxpr in open_:  # which grows
+        for eqn in jaxpr.eqns:
+            yield eqn.primitive.name
+            yield from (v.val for v in eqn.invars if isinstance(v, Literal))
+            for param in eqn.params.values():
+                for item in _items(param):
+                    if isinstance(item, ClosedJaxpr):
+                        yield from item.consts
+                    if (inner := _open(item)) is not None:
+                        open_.append(inner)
+                    elif isinstance(item, (bool, int, float, np.ndarray)):
+                        yield item
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if a is b or isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return a is b
+    if isinstance(a, (str, type(None))) or isinstance(b, (str, type(None))):
+        return bool(a == b)
+    a, b = (
+        np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, dtypes.prng_key) else x)
+        if isinstance(x, jax.Array)
+        else np.asarray(x)
+        for x in (a, b)
+    )
+    return a.shape == b.shape and np.array_equal(a, b, equal_nan=a.dtype.kind in "fc")
 
 
 def without_derivative(site: str, estimator: str, operation: str) -> EstimatorError:

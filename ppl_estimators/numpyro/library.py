@@ -23,6 +23,7 @@ from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings, check_keys, make_plan
 from ..core.site import Site, Term
 from ..core.step import Joined, Run, Values
+from ..core.verify import not_the_same, run_again
 from .dependencies import LOOP, forward, without_derivative
 from .distributions import another, log_q, score_norm
 from .keep import declare, state_name
@@ -86,6 +87,9 @@ class NumPyroLibrary:
             moves = estimator.value.moves and not (going_forward and operation == LOOP)
             if moves or estimator.relaxations(plan.sites[name]).count:
                 raise without_derivative(name, type(estimator).__name__, operation)
+        if plan.reruns and not found.again():  # particles share one tracing
+            names = run_again(self, plan)
+            raise not_the_same(self, plan, names, names)
         if self.settings.average_model:
             if not found.followed:
                 raise EstimatorError(

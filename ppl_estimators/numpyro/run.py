@@ -22,7 +22,7 @@ from numpyro.util import format_shapes
 from ..core.errors import EstimatorError, site_error, warn
 from ..core.families import DISCRETE
 from ..core.site import Plate, Site, Term
-from .dependencies import dependencies, mark
+from .dependencies import dependencies, mark, same
 from .distributions import cost_log_prob, describe, ends, family, relaxed_log_prob, sampled_dtype, still
 
 Array = Any
@@ -436,7 +436,8 @@ class Survey:
 
     ``ancestors``: of each latent site, the sites that its value depends on. ``dtypes``: what their samplers return.
     ``stuck``: see `dependencies.Found`. ``followed``: false where values are concrete and cannot be followed
-    (`jax.disable_jit`); then everything depends on all that was drawn before it.
+    (`jax.disable_jit`); then everything depends on all that was drawn before it. ``again``: whether the program is the
+    same when it is traced again.
     """
 
     sites: dict[str, Site]
@@ -445,6 +446,7 @@ class Survey:
     dtypes: dict[str, Any]
     stuck: dict[str, str]
     followed: bool
+    again: Callable[[], bool]
 
     @property
     def depends_on(self) -> dict[tuple[str, str], frozenset[str]]:
@@ -497,8 +499,11 @@ def survey(
         values = {n: m["value"] for n, m in latents.items()}
         return [t.value for t in terms], values, {n: ends(m["fn"]) for n, m in latents.items()}
 
+    def again() -> bool:
+        return not followed or same(traced, jax.make_jaxpr(lambda: program())())  # a new function: not from a cache
+
     if followed:
-        (of_terms, of_values, of_ends), stuck = dependencies(program)
+        (of_terms, of_values, of_ends), stuck, traced = dependencies(program)
     else:
         program()
         of_terms, of_values, of_ends = _in_order(seen["order"], seen["sites"], seen["terms"])
@@ -519,6 +524,7 @@ def survey(
         seen["dtypes"],
         {n: operation for n, operation in stuck.items() if n in drawn},
         followed,
+        again,
     )
 
 

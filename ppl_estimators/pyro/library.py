@@ -593,7 +593,7 @@ class PyroLibrary:
         if not self.verify or structure in known or sum(s[0] == program for s in known) >= _STRUCTURES:
             return True
         known.store(structure, True)
-        again = run_again(self, run)
+        again = run_again(self, plan)
         if not again and (
             plan.branches
             or all(deps.issuperset(plan.local) for deps in plan.depends_on.values())
@@ -602,7 +602,7 @@ class PyroLibrary:
             return True
         found = look(self, run)
         if found.changing and again:
-            raise not_the_same(self, run, found, again) from found.cause
+            raise not_the_same(self, plan, [n for _, n in found.changing], again) from found.cause
         if found.lost is None:
             return True
         term, site = found.lost
