@@ -367,6 +367,30 @@ def test_pathwise_asked_for_without_a_derivative_is_refused(law):
         EstimatorELBO({"z": Pathwise()}).loss(random.key(0), {"a": jnp.asarray(0.4)}, model, guide)
 
 
+class Unsaid(Written):
+    """Declares the real line, and has a density on (0, width)."""
+
+    support = constraints.real
+
+    def __init__(self, power: Any, width: Any):
+        self.power, self.width = power, width
+        super().__init__(width)
+
+    def sample(self, key: Any, sample_shape: Any = ()) -> Any:
+        return jax.lax.stop_gradient(self.width * random.uniform(key, sample_shape))
+
+    def log_prob(self, value: Any) -> Any:
+        x = value / self.width
+        density = jnp.log1p(self.power) + self.power * jnp.log(jnp.where((x > 0) & (x < 1), x, 1.0))
+        return jnp.where((x > 0) & (x < 1), density - jnp.log(self.width), -jnp.inf)
+
+
+def test_an_end_that_no_support_declares():
+    with pytest.raises(EstimatorError, match=r"site 'z': the support of Unsaid moves .* Draw it in fixed bounds"):
+        loss_of(lambda a: Unsaid(1.0, a))
+    assert loss_of(lambda a: Unsaid(a, 1.0)).shape == ()
+
+
 MOVING: dict[str, Callable[[Any], dist.Distribution]] = {
     "Uniform": lambda a: dist.Uniform(0.0, a),
     "in a plate": lambda a: dist.Uniform(-1.0, a).expand([2]).to_event(1),

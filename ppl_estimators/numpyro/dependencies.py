@@ -162,6 +162,9 @@ class _Walk:
     def marker(self, site: str, value: Deps) -> Deps:
         raise NotImplementedError
 
+    def literal(self, value: Any) -> Deps:
+        return _NOTHING
+
     #: does what decides (the predicate of a branch, the test of a loop) reach what is decided?
     control = True
 
@@ -170,7 +173,7 @@ class _Walk:
         world = _NOTHING
 
         def read(v: Any) -> Deps:
-            return _NOTHING if isinstance(v, Literal) else env.get(v, _NOTHING)
+            return self.literal(v.val) if isinstance(v, Literal) else env.get(v, _NOTHING)
 
         for eqn in jaxpr.eqns:
             values = [read(v) for v in eqn.invars]
@@ -252,6 +255,37 @@ class _Values(_Walk):
 
     def effect(self, eqn: Any, inputs: list[Deps], world: Deps) -> Deps:
         return world.union(*inputs, _markers(eqn))
+
+
+class _Edges(_Values):
+    """What decides between minus infinity and something else."""
+
+    def __init__(self) -> None:
+        self.found = _NOTHING
+
+    def literal(self, value: Any) -> Deps:
+        return _OUTSIDE if np.ndim(value) == 0 and value == -np.inf else _NOTHING
+
+    def leaf(self, eqn: Any, inputs: list[Deps]) -> list[Deps]:
+        name = eqn.primitive.name
+        if name == "select_n" and any(_OUTSIDE <= i for i in inputs[1:]):
+            self.found |= inputs[0] - _OUTSIDE
+        dropped = _NOTHING if name in ("select_n", "broadcast_in_dim", "convert_element_type") else _OUTSIDE
+        return [_NOTHING.union(*inputs) - dropped] * len(eqn.outvars)
+
+
+_OUTSIDE = frozenset([None])
+
+
+def edges(log_prob: Callable[[Any], Any], value: Any) -> list[Any]:
+    """The arrays that ``log_prob`` closes over and that decide where it is minus infinity, as far as it says so by a
+    choice between that constant and a number."""
+    closed = jax.make_jaxpr(log_prob)(value)
+    constants = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in closed.consts]
+    jaxpr = jax.make_jaxpr(lambda x, *c: jax.core.eval_jaxpr(closed.jaxpr, c, x))(value, *constants).jaxpr
+    walk = _Edges()
+    walk.walk(jaxpr, [_NOTHING, *(frozenset([i]) for i in range(len(constants)))])
+    return [closed.consts[i] for i in sorted(walk.found)]
 
 
 class _Slopes(_Walk):

@@ -16,7 +16,7 @@ from ..core import families
 from ..core.errors import site_error
 from ..core.plan import requested
 from ..core.site import Plate, Site
-from .dependencies import differentiable
+from .dependencies import differentiable, edges
 from .ops import OPS
 
 Array = Any
@@ -165,6 +165,9 @@ def ends(fn: dist.Distribution) -> list[Array]:
     if Law(fn).discrete:
         return []
     found = jax.tree.leaves(_support(base))
+    if _foreign(base):  # which may say less than there is
+        with contextlib.suppress(Exception):  # whatever its log_prob raises is said where it is wanted
+            found += edges(base.log_prob, jax.eval_shape(base.sample, jax.random.key(0)))
     if isinstance(base, dist.TransformedDistribution):  # NumPyro takes the image of an interval for the real line
         found += ends(base.base_dist)
         shape = _shape_of(_support(base.base_dist))

@@ -88,7 +88,7 @@ def describe(
         event_shape=tuple(fn.event_shape),
         plates=plates,
         reparameterised=reparameterised(fn, value),
-        support_moves=support_moves(fn),
+        support_moves=support_moves(fn, value),
         scale=scale,
         logits=logits,
         named={} if logits is None else {"logits": logits},
@@ -134,13 +134,46 @@ def _of_the_libraries(base: Any) -> bool:
     return all(type(part).__module__.startswith(("torch.", "pyro.")) for part in _chain(base))
 
 
-def support_moves(fn: TorchDistribution) -> bool:
-    """Whether the ends of the support move with the parameters, as far as these are differentiated here."""
+def support_moves(fn: TorchDistribution, value: Array | None = None) -> bool:
+    """Whether the ends of the support move with the parameters, as far as these are differentiated here: those that it
+    declares and, for a class of the user's, those that its log probability shows around ``value``."""
     base = unwrapped(fn)
     if not torch.is_grad_enabled() or Law(fn).discrete:
         return False
     held = [x for x in tensors(base) if x.requires_grad]
-    return any(_moves(end, held) for end in _ends(base))
+    if any(_moves(end, held) for end in _ends(base)):
+        return True
+    return bool(held) and value is not None and not _of_the_libraries(base) and _hidden_end_moves(base, value)
+
+
+def _hidden_end_moves(base: Any, value: Array) -> bool:
+    """Is there a point on either side of ``value`` beyond which log p is minus infinity (and before which it is not
+    nearly so, as by an overflow), and do the parameters move it?"""
+    if base.event_shape or not value.is_floating_point():
+        return False
+
+    def outside(law: Any, x: Array) -> Array:
+        return torch.isneginf(law.log_prob(x))
+
+    def nudged(by: float) -> Any:
+        return _on_other_parameters(base, lambda x: x + by * (1 + x.abs()) if x.requires_grad else x)
+
+    others = nudged(-1e-2), nudged(1e-2)
+    with torch.no_grad():
+        for side in (-1.0, 1.0):
+            near, far = value.detach(), value.detach() + side * 1e4 * (1 + value.detach().abs())
+            try:
+                ended = outside(base, far)
+                for _ in range(40 if ended.any() else 0):
+                    middle = (near + far) / 2
+                    beyond = outside(base, middle)
+                    near, far = torch.where(beyond, near, middle), torch.where(beyond, middle, far)
+                hard = ended & (base.log_prob(near) > -1e4)
+                if any(bool((hard & (outside(law, near) | ~outside(law, far))).any()) for law in others):
+                    return True
+            except ValueError:  # it checks its arguments by itself
+                continue
+    return False
 
 
 def _moves(end: Array, held: list[Array]) -> bool:
@@ -164,7 +197,7 @@ def _ends(base: Any) -> list[Array]:
         support = base.support
     except NotImplementedError:  # a class of the user's that declares none
         return []
-    while isinstance(support, constraints.independent):
+    while "base_constraint" in vars(support):  # of several elements, or of a mixture
         support = support.base_constraint
     return [torch.as_tensor(vars(support)[k]) for k in ("lower_bound", "upper_bound") if k in vars(support)]
 
