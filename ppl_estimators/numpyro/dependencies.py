@@ -257,11 +257,17 @@ class _Values(_Walk):
         return world.union(*inputs, _markers(eqn))
 
 
-class _Edges(_Values):
+class _Edges(_Walk):
     """What decides between minus infinity and something else."""
 
     def __init__(self) -> None:
         self.found = _NOTHING
+
+    def marker(self, site: str, value: Deps) -> Deps:
+        return value
+
+    def effect(self, eqn: Any, inputs: list[Deps], world: Deps) -> Deps:
+        return world.union(*inputs)
 
     def literal(self, value: Any) -> Deps:
         return _OUTSIDE if np.ndim(value) == 0 and value == -np.inf else _NOTHING
