@@ -225,7 +225,7 @@ def numbered(axis: Axes, contestants: Sequence[Contestant], x: Any, y: Any, *, f
                 (x[members[0]], shown[members[0]]),
                 (right, 3),
                 textcoords="offset points",
-                fontsize=8,
+                fontsize=8.5,
                 color=COLOURS[contestants[i].family],
             )
             right += 4 + 6 * len(f"{i + 1}")
@@ -234,11 +234,15 @@ def numbered(axis: Axes, contestants: Sequence[Contestant], x: Any, y: Any, *, f
 
 
 def key(figure: Figure, contestants: Sequence[Contestant]) -> None:
-    """Beside the panels: which number is which estimator."""
+    """Below the panels: which number is which estimator."""
     from matplotlib.lines import Line2D
 
     handles = [
         Line2D([], [], color=COLOURS[c.family], marker="o", linestyle="", markersize=4, label=f"{i + 1}  {c.label}")
         for i, c in enumerate(contestants)
     ]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8, labelcolor=INK)
+    columns = 2 if max(len(c.label) for c in contestants) > 40 else 3
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.2 * -(-len(handles) // columns))
+    style = {"ncols": columns, "frameon": False, "fontsize": 8.5, "labelcolor": INK, "columnspacing": 1.0}
+    figure.legend(handles=handles, loc="outside lower left", **style)

@@ -378,7 +378,7 @@ def draw(shown: dict[str, Any], path: Path) -> None:
         axis.set_ylabel("gradient variance (nats per image)²")
         best = min(unbiased, key=lambda name: noise[name] * ms[name])
         cheap = min((name for name in unbiased if cost[name] <= 2), key=lambda name: noise[name])
-        heading(axis, f"{when}: least variance × time: {best};\nof up to two evaluations: {cheap}")
+        heading(axis, f"{when}\nleast variance × time: {best};\nof up to two evaluations: {cheap}")
     present = [f for f in FAMILIES if any(c.family == f for c in contestants)]
     for i, family in enumerate(present):
         axes[0].text(

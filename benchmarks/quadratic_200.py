@@ -277,7 +277,7 @@ def main() -> None:
 
 
 def draw(shown: dict[str, Any], path: Path) -> None:
-    figure, (left, middle, right) = panels(3, width=5.6)
+    figure, (left, right, middle, aside) = panels(2, rows=2, height=4.2)
     cost, variance = ({name: numbers[i] for name, numbers in shown["start"].items()} for i in (0, 1))
     # without Enumerate(), which stands far to the right
     points = [c for c in CONTESTANTS if c.name in cost and not c.biased and c.name != "Enumerate()"]
@@ -286,7 +286,7 @@ def draw(shown: dict[str, Any], path: Path) -> None:
     left.set_xticks([2, 3, 4], ["2", "3", "4"])
     left.minorticks_off()
     note = f"Enumerate(): no noise at {cost['Enumerate()']:g} evaluations"
-    left.text(0.99, 0.98, note, transform=left.transAxes, ha="right", va="top", color=INK, size=8)
+    left.text(0.99, 0.98, note, transform=left.transAxes, ha="right", va="top", color=INK, size=8.5)
     two = min((c.name for c in points if cost[c.name] == 2), key=lambda name: variance[name])
     heading(left, f"{D} bits: least noise at two evaluations:\n{two}")
     for name, objective in shown["objective"].items():
@@ -299,8 +299,9 @@ def draw(shown: dict[str, Any], path: Path) -> None:
     right.axhline((1 - T) ** 2, color=INK, linewidth=1, linestyle=":", zorder=1)
     right.set(xlabel="step", ylabel="true objective (dotted: optimum)")
     ends = {name: objective[-1] for name, objective in shown["objective"].items() if name != "Enumerate()"}
-    heading(right, f"training: {max(ends, key=lambda name: ends[name])} wins\nbeside the exact gradient")
-    middle.legend(frameon=False, fontsize=7.5, labelcolor=INK)
+    heading(right, f"training: beside the exact gradient wins\n{max(ends, key=lambda name: ends[name])}")
+    aside.set_axis_off()
+    aside.legend(*middle.get_legend_handles_labels(), loc="upper left", frameon=False, fontsize=8.5, labelcolor=INK)
     key(figure, points)
     figure.savefig(path)
 

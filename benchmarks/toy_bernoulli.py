@@ -70,7 +70,7 @@ RERUN_NAMES = {
 CURVES = {
     "Reinforce()": INK,
     "Reinforce(MovingAverage())": ORANGE,
-    "Reinforce(OptimalConstant(PastSteps(0.99)))": OLIVE,
+    "Reinforce(OptimalConstant(PastSteps()))": OLIVE,
     "RELAX()": PINK,
     "REBAR()": VERMILLION,
     "Reinforce(LeaveOneOut()), 2 particles": SKY,
@@ -321,7 +321,7 @@ def draw(shown: dict[str, Any], path: Path) -> None:
             x = np.arange(1, 1 + len(share)) * EVERY * cost[name]
             right.plot(x, share, color=colour, linewidth=1.8, label=name)
     right.set(xscale="log", yscale="log", xlabel="model evaluations spent", ylabel="improvement still to come (share)")
-    right.legend(frameon=False, fontsize=7.5, labelcolor=INK, loc="lower left")
+    right.legend(frameon=False, fontsize=8.5, labelcolor=INK, loc="lower left")
     first = min(ends, key=lambda n: ends[n])
     heading(right, f"training at t = {TARGETS[-1]}, mean of {shown['seeds']} runs:\n{first} ends lowest")
     key(figure, unbiased)

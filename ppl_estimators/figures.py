@@ -38,15 +38,16 @@ class Picture(Figure):
         return image.getvalue()
 
 
-def panels(columns: int, width: float = 6.4, height: float = 5.6) -> tuple[Figure, ndarray]:
-    """A figure and its axes ``[columns]``, side by side; ``width`` (of one) and ``height`` in inches."""
+def panels(columns: int, width: float = 4.5, height: float = 4.6, rows: int = 1) -> tuple[Figure, ndarray]:
+    """A figure and its axes, row by row; ``width`` and ``height`` of one in inches. Nine inches, which is the page's
+    width, keep letters of 8.5 points readable there."""
     figure = Picture(
-        figsize=(width * columns, height),
+        figsize=(width * columns, height * rows),
         dpi=130,
         layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1),
         facecolor="none",
     )
-    axes = figure.subplots(1, columns, squeeze=False)[0]
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         quiet(axis)
     return figure, axes

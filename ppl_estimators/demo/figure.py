@@ -27,18 +27,18 @@ def draw(experiment: Experiment, path: Path) -> None:
     backends = list(dict.fromkeys(result.backend for result in experiment.results))
     colours = _colours(experiment.results)
     strips = 1 + len(experiment.reconstructions)
-    heights = [4.4, 0.8, 1.05 * strips]
+    heights = [3.6, 3.8, 0.75 * strips]
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
-    figure = Figure(figsize=(5 * len(backends) + 5, sum(heights)), dpi=130, layout=layout, facecolor="none")
+    figure = Figure(figsize=(9, sum(heights)), dpi=130, layout=layout, facecolor="none")
     parts: Any = figure.subfigures(3, 1, height_ratios=heights)
     top, middle, bottom = parts
     for part in (top, middle, bottom):
         part.set_facecolor("none")
-    axes = top.subplots(1, len(backends) + 1)
-    for axis, backend in zip(axes, backends, strict=False):
+    for axis, backend in zip(top.subplots(1, len(backends), squeeze=False)[0], backends, strict=True):
         _learning_curves(axis, backend, experiment.results, colours)
-    _noise_against_cost(axes[-1], experiment.results, colours)
-    _legend(middle, colours, backends)
+    noise, beside = middle.subplots(1, 2, width_ratios=(5.2, 3.8))
+    _noise_against_cost(noise, experiment.results, colours)
+    _legend(beside, colours, backends)
     _digits(bottom, experiment)
     figure.savefig(path)
 
@@ -102,13 +102,13 @@ def _noise_against_cost(axis: Axes, results: list[Result], colours: dict[str, st
         transform=axis.transAxes,
         ha="right",
         va="top",
-        fontsize=8,
+        fontsize=8.5,
         color=INK,
     )
     quiet(axis)
 
 
-def _legend(panel: Figure, colours: dict[str, str], backends: list[str]) -> None:
+def _legend(panel: Axes, colours: dict[str, str], backends: list[str]) -> None:
     handles = [
         Line2D(
             [],
@@ -123,7 +123,8 @@ def _legend(panel: Figure, colours: dict[str, str], backends: list[str]) -> None
     handles += [
         Line2D([], [], color=INK, linestyle="", marker=MARKERS[b], markersize=8, label=BACKENDS[b]) for b in backends
     ]
-    panel.legend(handles=handles, loc="center", ncols=2 + len(backends), frameon=False, fontsize=9.5, labelcolor=INK)
+    panel.set_axis_off()
+    panel.legend(handles=handles, loc="center left", frameon=False, fontsize=9.5, labelcolor=INK)
 
 
 def _digits(panel: Figure, experiment: Experiment) -> None:
