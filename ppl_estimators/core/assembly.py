@@ -12,7 +12,7 @@ from .ops import Array, Ops
 from .site import Costs, Draw, Site
 
 
-@dataclass(frozen=True)
+@dataclass
 class Evaluated:
     """One site after its particles have run; every array carries the particle axis first."""
 
@@ -34,17 +34,20 @@ def assemble(
 
     loss = −objective − Σ_i (s_i − stop(s_i)) + Σ_i (aux_i − stop(aux_i)),   s_i, aux_i averaged over particles
     """
-    riders = []
+    surrogates, auxiliaries = [], []
     states: dict[str, dict[str, Array]] = {}
     for name, e in evaluated.items():
         found = local(estimators[name], e.site, e.draw, e.costs, kept.get(name, Kept()))
-        riders.append(-ops.sum(found.surrogate))
+        surrogates.append(ops.sum(found.surrogate))
         if found.auxiliary is not None:
-            riders.append(ops.sum(found.auxiliary))
+            auxiliaries.append(ops.sum(found.auxiliary))
         if found.state:
             states[name] = dict(found.state)
-    if not riders:
+    if not surrogates:
         return -objective, states
-    rider = ops.sum(ops.stack(riders)) / particles
+    rider = -ops.sum(ops.stack(surrogates))
+    if auxiliaries:
+        rider = rider + ops.sum(ops.stack(auxiliaries))
+    rider = rider / particles
     zero = rider - ops.stop_gradient(rider)  # not a number if the rider is infinite; the loss then is, and says enough
-    return -objective + ops.where(ops.isfinite(rider), zero, ops.zeros_like(zero)), states
+    return ops.where(zero == 0, zero, 0.0) - objective, states

@@ -87,6 +87,8 @@ def counted(plan: Plan, group: Group, terms: Sequence[Term]) -> list[Term]:
 
 def averaged(ops: Ops, terms: Sequence[Term], averages: Sequence[Average]) -> list[Term]:
     """The terms with their own gradient averaged, their values as they were."""
+    if not averages:
+        return list(terms)
     result = []
     for t in terms:
         key = (t.side, t.site)

@@ -20,7 +20,7 @@ class Plate(NamedTuple):
     scale: float = 1.0  # full size / size, the N/B of subsampling
 
 
-@dataclass(frozen=True)
+@dataclass
 class Term:
     """One cost term of the ELBO: log p or -log q of one site, scaled and masked.
 
@@ -224,7 +224,7 @@ def _reduced(ops: Ops, value: Array, plates: frozenset[Plate], batch_ndim: int, 
     return value
 
 
-@dataclass(frozen=True)
+@dataclass
 class Draw:
     """What an estimator drew at its site: the value that the run uses, and whatever it needs later."""
 
@@ -232,7 +232,7 @@ class Draw:
     extra: Mapping[str, Array] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Costs:
     """Downstream costs of one site. ``P`` stands for the site's plate shape.
 
@@ -246,7 +246,7 @@ class Costs:
     relaxed_slope: Array = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Local:
     """A site's contribution: ``surrogate`` (summed and averaged over particles by the assembly; its gradient is the
     local gradient), an ``auxiliary`` objective to minimise over the estimator's own parameters, and new state."""

@@ -337,12 +337,13 @@ class Step:
             msg, estimator, draw = latents[name], run.plan.estimators[name], run.draws[name]
             value = draw.value if site.family in DISCRETE else site.value
             extra: dict[str, Array] = {}
-            if Measure.LOG_Q in estimator.measures:
+            measures = estimator.measures
+            if Measure.LOG_Q in measures:
                 site.log_q = library.log_q(msg, value)
                 extra |= {label: library.log_q(msg, v) for label, v in estimator.scored(draw).items()}
-            if Measure.SCORE_NORM in estimator.measures:
+            if Measure.SCORE_NORM in measures:
                 site.score_norm = library.score_norm(site, msg, value)
-            if Measure.FUNCTIONS in estimator.measures:
+            if Measure.FUNCTIONS in measures:
                 extra |= estimator.measured(value, msg["fn"])
             if extra:
                 run.draws[name] = Draw(draw.value, {**draw.extra, **extra})
@@ -386,8 +387,8 @@ class Step:
             if t.side == "guide" and t.site in fixed:
                 t = replace(t, value=fixed[t.site])
             elif t.side == "guide" and t.site in plan.estimators and not self.settings.objective.keeps_score:
-                if not plan.estimators[t.site].value.moves:
-                    t = replace(t, value=library.ops.stop_gradient(t.value))
+                value = t.value if plan.estimators[t.site].value.moves else library.ops.stop_gradient(t.value)
+                t = t if value is t.value else replace(t, value=value)
             explicit.append(t)
         return self._weighed(run, explicit)
 
@@ -580,7 +581,8 @@ class Step:
             found = joined.arrays["sites"][name]
             site = facts.filled(lead=1, value=None, law=None, **found["site"])
             evaluated[name] = Evaluated(site, Draw(**found["draw"]), Costs(found["cost"], **found["elsewhere"]))
-            kept[name] = replace(joined.kept[name], given=found["given"])
+            given, known = found["given"], joined.kept[name]
+            kept[name] = replace(known, given=given) if given else known
         return assemble(self.library.ops, value, local, joined.estimators, evaluated, kept, joined.count)
 
     def _collected(self, terms: Sequence[Term]) -> Array:

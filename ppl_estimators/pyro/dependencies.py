@@ -72,6 +72,14 @@ _ATOMS = frozenset(
 )
 
 
+@functools.lru_cache(maxsize=512)
+def _peculiar(func: Any) -> str:
+    """The name of an operation whose result does not simply depend on its arguments."""
+    name: str = getattr(func, "__name__", "")
+    known = name in _LIKE or name in _AS or name in _RUNNING or name.startswith(_SHAPES)
+    return name if known or name in ("where", "__getitem__") else ""
+
+
 class _Written(NamedTuple):
     """Memory that observed operations wrote to. Holding it keeps its address from being used again."""
 
@@ -114,7 +122,15 @@ class Provenance(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._aside:
             return func(*args, **kwargs) if kwargs else func(*args)
-        deps = self._behind(args)  # before the arguments change
+        if type(func) is _ACCESSOR and func.__name__ == "__get__":
+            return self._accessed(func, args)
+        deps = 0  # before the arguments change
+        for a in args:
+            kind = type(a)
+            if kind is torch.Tensor:
+                deps |= self.of(a)
+            elif kind not in _ATOMS:
+                deps |= self._behind((a,))
         if kwargs:
             deps |= self._behind(kwargs.values())
             result = func(*args, **kwargs)
@@ -122,17 +138,13 @@ class Provenance(TorchFunctionMode):
                 self._write(kwargs["out"], deps)
         else:
             result = func(*args)
-        if deps:
-            deps = self._special(getattr(func, "__name__", ""), args, kwargs or {}, deps)
+        if deps and (name := _peculiar(func)):
+            deps = self._special(name, args, kwargs or {}, deps)
         if type(result) is torch.Tensor or isinstance(result, torch.Tensor):
             if not (args and result is args[0]):
-                if type(func) is _ACCESSOR and func == _GET_GRAD:
-                    deps |= self.of(result)  # whatever was differentiated
                 self._record(result, deps)
             else:
                 self._returned(result, deps)
-        elif type(func) is _ACCESSOR and func.__name__ == "__get__":
-            pass  # a question such as `requires_grad`
         elif result is None:
             name = getattr(func, "__name__", "")
             if func == _SET_DATA:  # other memory, which nobody wrote to
@@ -143,6 +155,16 @@ class Provenance(TorchFunctionMode):
             self._results(func, result, deps)
         elif deps:
             self._python_value(func, deps)
+        return result
+
+    def _accessed(self, func: Any, args: Any) -> Any:
+        """An attribute of a tensor."""
+        result = func(*args)
+        deps = self.of(args[0])
+        if isinstance(result, torch.Tensor):  # else a question such as `requires_grad`
+            if func == _GET_GRAD:
+                deps |= self.of(result)  # whatever was differentiated
+            self._record(result, deps)
         return result
 
     def _special(self, name: str, args: Any, kwargs: Mapping[str, Any], deps: Sites) -> Sites:
@@ -370,10 +392,8 @@ class Provenance(TorchFunctionMode):
         """``value`` was drawn at site ``name`` from ``fn``, which held tensors that depend on ``deps``."""
         here = deps | 1 << len(self.order)
         self.order.append(name)
-        held = (
-            fn.__dict__.values() if _of_a_library(type(fn)) else (fn,)
-        )  # now with what it computed lazily: from its parameters,
-        self._adopt(held, deps, (Distribution,))
+        held = _parts(fn)  # now with what it computed lazily:
+        self._adopt(held, deps, (Distribution,))  # from its parameters,
         self._adopt(held, here)  # or, in a transform's cache, from the value
         self._record(value, here)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -26,9 +26,12 @@ _WRAPPERS = (td.Independent, ExpandedDistribution, MaskedDistribution)
 
 def unwrapped(fn: TorchDistribution) -> Any:
     """Without to_event, expand and mask."""
-    while isinstance(fn, _WRAPPERS):
+    while _wraps(type(fn)):
         fn = fn.base_dist
     return fn
+
+
+_wraps: Callable[[type], bool] = lru_cache(maxsize=1024)(lambda kind: issubclass(kind, _WRAPPERS))
 
 
 def unmasked(fn: TorchDistribution) -> Any:
@@ -43,18 +46,23 @@ def unmasked(fn: TorchDistribution) -> Any:
 
 
 def family(fn: TorchDistribution) -> str:
-    base = unwrapped(fn)
-    if isinstance(base, td.Bernoulli):
+    return _family(type(unwrapped(fn)))
+
+
+def _family_of(base: Any) -> str:
+    if issubclass(base, td.Bernoulli):
         return families.BERNOULLI
-    if isinstance(base, td.OneHotCategorical):
+    if issubclass(base, td.OneHotCategorical):
         return families.ONEHOT
-    if isinstance(base, td.Categorical):
+    if issubclass(base, td.Categorical):
         return families.CATEGORICAL
     for kind, known in _CONTINUOUS.items():
-        if isinstance(base, known) and type(base).arg_constraints.keys() == set(families.CONTINUOUS[kind]):
+        if issubclass(base, known) and base.arg_constraints.keys() == set(families.CONTINUOUS[kind]):
             return kind
-    return next((kind for kind, known in _COUNTS.items() if isinstance(base, known)), families.OTHER)
+    return next((kind for kind, known in _COUNTS.items() if issubclass(base, known)), families.OTHER)
 
+
+_family: Callable[[type], str] = lru_cache(maxsize=1024)(_family_of)
 
 _CONTINUOUS = {
     families.NORMAL: td.Normal,

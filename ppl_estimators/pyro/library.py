@@ -257,7 +257,7 @@ class PyroLibrary:
         model, guide, args, kwargs = self.model, self.guide, self.args, self.kwargs
         if wide is not None:
             model, guide = _along(wide)(model), _along(wide)(guide)
-        if constants:
+        if constants and torch.is_grad_enabled():
             args, kwargs = tree_map(_detached, (args, kwargs))
         if first:  # further runs will want to know what this one drew, if there are any
             expected = self._plan
@@ -560,11 +560,12 @@ class PyroLibrary:
 
     def _collected(self, rows: Sequence[Array | None], total: int) -> Array | None:
         """What the objective has of each particle, particles first."""
-        if rows[0] is None:
+        present = [x for x in rows if x is not None]
+        if not present:
             return None
         if self.vectorized:
-            return rows[0] if rows[0].ndim else rows[0][None] / total
-        return self._joined(rows)
+            return present[0] if present[0].ndim else present[0][None] / total
+        return torch.stack(present)
 
     def _first(self, one: Callable[[Any], tuple[dict[str, Any], Run]]) -> tuple[dict[str, Any], Run]:
         """The first particle, drawn once the structure of the program is known as far as its choices need."""
@@ -646,13 +647,26 @@ class PyroLibrary:
     def _joined(self, rows: Sequence[Any], axis: int = 0) -> Any:
         """Arrays of one particle each, joined along a new particle axis (or as they are, if vectorised)."""
         first = rows[0]
+        if len(rows) == 1:
+            return first if self.vectorized else _alone(first, axis)
         if type(first) is dict:
             return {k: self._joined([r[k] for r in rows], 1 if k == "elsewhere" else axis) for k in first}
         if first is None or self.vectorized or not isinstance(first, torch.Tensor):
             return first
-        if len(rows) == 1:
-            return first.unsqueeze(axis)
         return torch.stack(list(rows), axis)
+
+
+def _alone(found: Mapping[str, Any], axis: int) -> dict[str, Any]:
+    """Arrays of the only particle, with a particle axis."""
+    joined: dict[str, Any] = {}
+    for key, x in found.items():
+        if isinstance(x, torch.Tensor):
+            joined[key] = x.unsqueeze(axis)
+        elif x and type(x) is dict:
+            joined[key] = _alone(x, 1 if key == "elsewhere" else axis)
+        else:
+            joined[key] = x
+    return joined
 
 
 def _one_by_one(

@@ -21,6 +21,7 @@ class TorchOps:
     # torch's own are the standard's, and quicker than through its layer
     where = staticmethod(torch.where)
     clip = staticmethod(torch.clamp)
+    mean = staticmethod(torch.mean)
     isfinite = staticmethod(torch.isfinite)
 
     def __getattr__(self, name: str) -> Any:

@@ -44,9 +44,12 @@ def plates_of(msg: Message) -> frozenset[Plate]:
     frames = msg["cond_indep_stack"]
     if not frames:
         return frozenset()
-    return frozenset(
-        Plate(f.name, f.dim, f.size, (f.full_size or f.size) / f.size) for f in frames if f.dim is not None
-    )
+    if "plates" not in msg:
+        msg["plates"] = frozenset(
+            Plate(f.name, f.dim, f.size, (f.full_size or f.size) / f.size) for f in frames if f.dim is not None
+        )
+    plates: frozenset[Plate] = msg["plates"]
+    return plates
 
 
 class ProgramError(EstimatorError, RuntimeError):
