@@ -6,7 +6,7 @@ This module holds the specs and imports neither torch nor jax. The ELBOs are in 
 
 from .citations import citation
 from .core.errors import EstimatorError, EstimatorWarning
-from .core.objectives import EvidenceLowerBound, ImportanceWeighted, KLAnnealed, Renyi, WakeSleep
+from .core.objectives import AnalyticKL, EvidenceLowerBound, ImportanceWeighted, KLAnnealed, Renyi, WakeSleep
 from .core.regression import OtherParticles, PastSteps
 from .estimators.antithetic import Antithetic
 from .estimators.arm import ARM
@@ -73,6 +73,7 @@ __all__ = [
     "RELAX",
     "UGC",
     "VIMCO",
+    "AnalyticKL",
     "Antithetic",
     "Average",
     "BitFlip",

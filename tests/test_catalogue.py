@@ -14,6 +14,7 @@ import ppl_estimators
 from ppl_estimators import (
     NVIL,
     RELAX,
+    AnalyticKL,
     DisARM,
     Enumerate,
     ImportanceWeighted,
@@ -109,7 +110,7 @@ def test_the_catalogue_imports_neither_library():
 # ---- citations -------------------------------------------------------------------------------------------------------
 
 
-OBJECTIVES = (ImportanceWeighted, KLAnnealed, Renyi, WakeSleep)
+OBJECTIVES = (AnalyticKL, ImportanceWeighted, KLAnnealed, Renyi, WakeSleep)
 
 
 @pytest.mark.parametrize("subject", [*{type(e.subject): 0 for e in ENTRIES}, *OBJECTIVES])

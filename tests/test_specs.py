@@ -22,6 +22,7 @@ from ppl_estimators import (
     RELAX,
     UGC,
     VIMCO,
+    AnalyticKL,
     BitFlip,
     Constant,
     ControlVariate,
@@ -86,6 +87,7 @@ SPECS = [
     EvidenceLowerBound(),
     ImportanceWeighted(),
     KLAnnealed(0.3),
+    AnalyticKL("w", "z_*"),
     WakeSleep(wake_phi=0.5),
     Renyi(0.5),
 ]

@@ -79,6 +79,14 @@ def possible(ops: Ops, p: Array, cost: Array) -> Array:
     return ops.where(p > 0, cost, ops.zeros_like(cost))
 
 
+def divergence(ops: Ops, family: str, a: Array, b: Array) -> Array:
+    """KL of logits ``a`` from logits ``b``, elementwise."""
+    if family == BERNOULLI:
+        return ops.sigmoid(a) * (a - b) + ops.softplus(b) - ops.softplus(a)
+    p, log_p, log_r = ops.softmax(a), ops.log_softmax(a), ops.log_softmax(b)
+    return ops.sum(possible(ops, p, p * (log_p - log_r)), axis=-1)
+
+
 def mean_vjp(ops: Ops, family: str, logits: Array, v: Array) -> Array:
     """``(d p / d logits)^T v`` for probabilities p in the shape of ``v``: ``p (1 - p) v``, ``p ⊙ (v - p·v)``."""
     if family == BERNOULLI:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import ClassVar, Protocol
 
@@ -58,6 +59,10 @@ class Objective(Spec):
     def keeps(self) -> Keeps:
         """State between the steps, if any."""
         return Keeps()
+
+    def analytic(self, site: str) -> bool:
+        """Is KL(q ‖ p) of this site wanted in closed form, in place of log p − log q?"""
+        return False
 
     def joint(self, particles: int) -> int:
         """How many of so many particles it is a function of at once: each by itself, if it is their mean."""
@@ -163,6 +168,38 @@ class KLAnnealed(Additive):
     ) -> Sequence[Term]:
         beta = self.weight(past["steps"]) if callable(self.weight) else self.weight
         return [replace(t, value=beta * t.value) if t.site in latent else t for t in terms]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AnalyticKL(Additive):
+    """The ELBO with log p(z) − log q(z) of some sites in closed form: −KL(q(z | parents) ‖ p(z | parents)).
+
+    ``sites``: names or glob patterns; every latent site of the guide without any. A site asks for itself, under the
+    ELBO or `KLAnnealed`, with ``infer={"kl": "analytic"}``. The term is a function of the site's parents: its own draw
+    has no part in it, nor in the noise. All other costs are drawn as ever, and any estimator may run at the site.
+
+    A site needs a divergence that is registered (`torch.distributions.kl`, `numpyro.distributions.kl`), and a law in
+    the model that depends on nothing that the guide draws below it.
+
+    >>> AnalyticKL("w", "z_*")
+    AnalyticKL("w", "z_*")
+
+    Reference: Kingma & Welling (2014), "Auto-Encoding Variational Bayes", arXiv:1312.6114.
+    """
+
+    sites: tuple[str, ...] = ()
+
+    def __init__(self, *sites: str):
+        for s in sites:
+            if not isinstance(s, str):
+                raise TypeError(f"AnalyticKL(...) takes names or patterns of sites, got {s!r}.")
+        object.__setattr__(self, "sites", sites)
+
+    def __repr__(self) -> str:
+        return "AnalyticKL(" + ", ".join(f'"{s}"' for s in self.sites) + ")"
+
+    def analytic(self, site: str) -> bool:
+        return not self.sites or any(fnmatchcase(site, s) for s in self.sites)
 
 
 class MultiSample(Objective):

@@ -160,6 +160,7 @@ class Plan:
     particles: int
     branches: bool
     keeps_score: bool = False  # -log q, in the objective
+    analytic: frozenset[str] = frozenset()  # sites whose divergence from the model's law is taken in closed form
 
     @cached_property
     def local(self) -> list[str]:
@@ -245,7 +246,10 @@ def make_plan(
     if objective.keeps_score:
         _check_sticking(chosen, graph)
     facts = tuple(replace(t, value=None) for t in terms)
-    return Plan(chosen, views, facts, graph, groups, particles, branches, objective.keeps_score)
+    analytic = frozenset(s.name for s in sites if s.analytic or objective.analytic(s.name))
+    for name in analytic:
+        _check_analytic(views[name], terms, graph, objective)
+    return Plan(chosen, views, facts, graph, groups, particles, branches, objective.keeps_score, analytic)
 
 
 def _bare(sites: Sequence[Site]) -> str:
@@ -294,6 +298,26 @@ def _together(shares: Mapping[str, bool], graph: Graph) -> list[frozenset[str]]:
     """Sites that can take other values at the same time: those that share, by depth; each of the others alone."""
     together = graph.levels([n for n, yes in shares.items() if yes])
     return [*together, *(frozenset([n]) for n, yes in shares.items() if not yes)]
+
+
+def _check_analytic(site: Site, terms: Sequence[Term], graph: Graph, objective: Any) -> None:
+    """Given its parents, a site has E[log p − log q] = −KL only if nothing below it moves p."""
+    prior = next((t for t in terms if t.side == "model" and t.site == site.name), None)
+    reason = None
+    if prior is None:
+        reason = "the model has no such site"
+    elif objective.joint(2) != 1:
+        reason = f"{objective!r} is no sum of cost terms"
+    elif site.time:
+        reason = "the steps of a scan are each other's parents"
+    elif below := prior.depends_on & graph.descendants(frozenset([site.name])):
+        reason = f"its law in the model depends on '{min(below)}', which the guide draws below it"
+    if reason:
+        raise site_error(
+            site.name,
+            f"a closed divergence was asked for, and {reason}",
+            "Leave the site out of AnalyticKL(...).",
+        )
 
 
 def _check_sticking(chosen: Mapping[str, Estimator], graph: Graph) -> None:

@@ -65,6 +65,7 @@ class Site:
     score_norm: Array = None  # squared norm of its derivative in the parameters, [*lead, *plates]
     value: Array = None
     lead: int = 0
+    analytic: bool = False  # does its infer ask for the divergence from the model's law in closed form?
     requested: Any = None  # the estimator that the hook or the site's infer asks for
     declared: Any = None  # what the hook says of it (`core.keep.Hooked`)
     kind: Any = None  # what the adapter knows a site by, whatever the sizes of its plates

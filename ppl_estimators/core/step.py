@@ -113,6 +113,10 @@ class Library(verify.Library, Protocol):
     def keep(self, site: Site, estimator: Estimator, given: Values, like: Array) -> Kept:
         """Declare what the estimator keeps; its present values."""
 
+    def divergence(self, ours: Message, theirs: Message) -> Array:
+        """KL(q ‖ p) of a site of the guide from that of the model, scaled and masked; `NotImplementedError` where no
+        closed form is known."""
+
     def past(self, declared: Keeps) -> Values:
         """The present state of the objective."""
 
@@ -292,8 +296,30 @@ class Step:
             run.past = library.past(declared)
         return run
 
-    def _weighed(self, run: Run, terms: Sequence[Term]) -> Sequence[Term]:
+    def _weighed(self, run: Run, terms: Sequence[Term], traces: Any = None) -> Sequence[Term]:
+        """The cost terms of a run, by default of the particle's own, as they count for the objective."""
+        if run.plan.analytic:
+            terms = self._analytic(run.plan, terms, traces or run.traces)
         return self.settings.objective.weighed(self.library.ops, terms, run.plan.estimators, run.past)
+
+    def _analytic(self, plan: Plan, terms: Sequence[Term], traces: Traces) -> Sequence[Term]:
+        """With the divergence in the place of log p, as a function of the site's parents, and without −log q."""
+        found = [t for t in terms if t.site not in plan.analytic]
+        for name in dict.fromkeys(t.site for t in terms if t.site in plan.analytic):
+            ours, theirs = traces.guide[name], traces.model[name]
+            try:
+                value = -self.library.divergence(ours, theirs)
+            except NotImplementedError as error:
+                kinds = [type(m["fn"]).__name__ for m in (ours, theirs)]
+                raise site_error(
+                    name,
+                    f"no divergence of {kinds[0]} from {kinds[1]} is known in closed form",
+                    "Leave the site out of AnalyticKL(...).",
+                ) from error
+            deps = plan.depends_on["model", name] | plan.depends_on["guide", name]
+            plates = frozenset().union(*(t.plates for t in terms if t.site == name))
+            found.append(Term("model", name, value, plates, deps - {name}))
+        return found
 
     def _draw(self, run: Run, msg: Message) -> Array:
         name, estimator = msg["name"], self.library.estimator(run.plan, msg)
@@ -447,7 +473,8 @@ class Step:
 
         traces = library.run(draw, run.source, constants=constants, wide=wide)
         relaxed = plan.soft | (soft | {n for n in members if plan.relaxable(n)} if group.relaxations else frozenset())
-        return self._weighed(run, library.terms(traces, plan, relaxed, only=members))
+        terms = self._weighed(run, library.terms(traces, plan, relaxed, only=members), traces)
+        return [t for t in terms if t.depends_on & members]
 
     def _drawn_again(self, run: Run, msg: Message, wide: Any = None) -> Array:
         """What a site below others takes when these have changed, from the noise that it had."""
@@ -522,7 +549,7 @@ class Step:
                 return value
 
             traces = library.run(decide, run.source, constants=True)
-            terms = self._weighed(run, library.terms(traces, plan, plan.soft, only=frozenset(values)))
+            terms = self._weighed(run, library.terms(traces, plan, plan.soft, only=frozenset(values)), traces)
             return elsewhere(terms, members, partial(self._downstream, plan.graph, members))
 
         costs = library.mapped(one, {"number": number, "below": below})

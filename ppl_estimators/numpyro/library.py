@@ -11,12 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.distributions.kl import kl_divergence
+from numpyro.distributions.util import scale_and_mask
 from numpyro.handlers import substitute
 
 from ..core import averaging
 from ..core.credit import Graph
 from ..core.errors import EstimatorError, site_error
 from ..core.estimator import Estimator, Noise
+from ..core.families import DISCRETE, divergence
 from ..core.keep import Keeps, Kept
 from ..core.objectives import NAME
 from ..core.ops import Ops
@@ -25,7 +28,7 @@ from ..core.site import Site, Term
 from ..core.step import Joined, Run, Values
 from ..core.verify import not_the_same, run_again
 from .dependencies import LOOP, forward, without_derivative
-from .distributions import another, log_q, score_norm
+from .distributions import another, family, log_q, natural_parameters, score_norm
 from .keep import declare, state_name
 from .ops import OPS
 from .randomness import Randomness
@@ -221,6 +224,15 @@ class NumPyroLibrary:
             )
         with substitute(data=self.params):
             return declare(site, declared, given)
+
+    def divergence(self, ours: Message, theirs: Message) -> Array:
+        q, p = ours["fn"], theirs["fn"]
+        if family(q) == family(p) in DISCRETE:  # for which NumPyro has none
+            found = divergence(OPS, family(q), natural_parameters(q, family(q)), natural_parameters(p, family(p)))
+            found = jnp.sum(found, axis=tuple(range(len(q.batch_shape), found.ndim)))
+        else:
+            found = kl_divergence(q, p)
+        return scale_and_mask(found, ours["scale"])
 
     def past(self, declared: Keeps) -> Values:
         name = state_name(NAME)

@@ -103,6 +103,7 @@ def describe(
         law=Law(fn),
         value=value,
         requested=requested(name, infer),
+        analytic=infer.get("kl") == "analytic",
         declared=infer.get("_with_estimators"),
     )
 

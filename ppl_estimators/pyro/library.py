@@ -11,6 +11,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.trace_messenger import TraceMessenger
@@ -420,6 +421,10 @@ class PyroLibrary:
                 f'Wrap the guide: guide = with_estimators(guide, {{"{site.name}": {estimator!r}}}).',
             )
 
+    def divergence(self, ours: Message, theirs: Message) -> Array:
+        found = torch.distributions.kl_divergence(ours["fn"], theirs["fn"])
+        return scale_and_mask(found, ours["scale"], ours["mask"])
+
     def past(self, declared: Keeps) -> Values:
         return {k: read_state(NAME, k, v, self._like).detach().clone() for k, v in declared.state.items()}
 
@@ -705,6 +710,7 @@ def _kind(msg: Message) -> tuple[Any, ...]:
         if baseline
         else None,
         infer.get("enumerate"),
+        infer.get("kl"),
     )
 
 

@@ -1,0 +1,185 @@
+"""Divergences in closed form: the same mean as log p − log q, and nothing of the site's own noise."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pyro
+import pyro.distributions as tdist
+import pytest
+import torch
+from injected import InjectedJax, cells, grid, jax_gradients
+
+from ppl_estimators import AnalyticKL, DisARM, Enumerate, EstimatorError, ImportanceWeighted, KLAnnealed, Reinforce
+from ppl_estimators.numpyro import EstimatorELBO as JaxELBO
+from ppl_estimators.pyro import EstimatorELBO as TorchELBO
+
+pytestmark = [
+    pytest.mark.usefixtures("double_precision"),
+    pytest.mark.filterwarnings("ignore::ppl_estimators.EstimatorWarning"),
+]
+
+A = np.array([0.4, -0.6, 1.1])
+
+
+def bernoulli(a, b):
+    return b * a - jax.nn.softplus(a)
+
+
+def model():
+    x = numpyro.sample("x", dist.Bernoulli(logits=0.3))
+    y = numpyro.sample("y", dist.Bernoulli(logits=0.5 - x))
+    numpyro.factor("f", 1.3 * x - 0.7 * y + 2.1 * x * y)
+
+
+def guide():
+    a = numpyro.param("a", jnp.asarray(A))
+    x = numpyro.sample("x", dist.Bernoulli(logits=a[0]))
+    numpyro.sample("y", dist.Bernoulli(logits=a[1] + a[2] * x))
+
+
+def exact(a):
+    loss = 0.0
+    for x in (0.0, 1.0):
+        for y in (0.0, 1.0):
+            log_q = bernoulli(a[0], x) + bernoulli(a[1] + a[2] * x, y)
+            log_p = bernoulli(0.3, x) + bernoulli(0.5 - x, y)
+            loss -= jnp.exp(log_q) * (1.3 * x - 0.7 * y + 2.1 * x * y + log_p - log_q)
+    return loss
+
+
+@pytest.mark.parametrize("objective", [AnalyticKL(), AnalyticKL("y"), AnalyticKL("x")], ids=repr)
+def test_the_mean_is_that_of_the_elbo(objective):
+    px, py = (1 / (1 + np.exp(-a)) for a in (A[0], A[1] + A[2] * np.array([0.0, 1.0])))
+    (u, v), weights = grid(cells(px, 1 - px), cells(*py, *(1 - py)))
+    value, wanted = jax.value_and_grad(exact)(jnp.asarray(A))
+    bits = (np.array([0.0, 1.0]), np.array([1 - px, px]))
+    (b, w), of_bits = grid(bits, cells(*py, *(1 - py)))
+    for chosen in (DisARM(), Enumerate(), Reinforce()):
+        antithetic = chosen == DisARM()
+        tables = {
+            "x": {"u": u[:, None]} if antithetic else {"value": b[:, None]},
+            "y": {"u": (v if antithetic else w)[:, None]},
+        }
+        elbo = InjectedJax({"x": chosen, "y": DisARM()}, objective=objective)
+        loss, gradient = jax_gradients(elbo, model, guide, {"a": jnp.asarray(A)}, tables)
+        share = weights if antithetic else of_bits
+        np.testing.assert_allclose(share @ loss, value, atol=1e-12)
+        np.testing.assert_allclose(share @ gradient, wanted, atol=1e-12, err_msg=repr(chosen))
+
+
+M = np.array([0.5, -1.0, 2.0])
+
+
+def jax_normals(infer=None):
+    def model():
+        with numpyro.plate("n", 6, subsample_size=3):
+            z = numpyro.sample("z", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+            numpyro.sample("c", dist.Bernoulli(logits=z.sum(-1)))
+
+    def guide():
+        m, s = numpyro.param("m", jnp.asarray(M)), numpyro.param("s", jnp.asarray(0.3))
+        with numpyro.plate("n", 6, subsample_size=3):
+            d = dist.Normal(jnp.stack([m, -m], -1), jnp.exp(s)).to_event(1)
+            numpyro.sample("z", d, infer=infer or {})
+            numpyro.sample("c", dist.Bernoulli(logits=m))
+
+    return model, guide
+
+
+def torch_normals(infer=None):
+    def model():
+        with pyro.plate("n", 6, subsample_size=3):
+            z = pyro.sample("z", tdist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("c", tdist.Bernoulli(logits=z.sum(-1)))
+
+    def guide():
+        m, s = pyro.param("m", torch.tensor(M)), pyro.param("s", torch.tensor(0.3))
+        with pyro.plate("n", 6, subsample_size=3):
+            d = tdist.Normal(torch.stack([m, -m], -1), s.exp()).to_event(1)
+            pyro.sample("z", d, infer=infer or {})
+            pyro.sample("c", tdist.Bernoulli(logits=m))
+
+    return model, guide
+
+
+def kl(m, s):
+    """2 Σ KL(N(±m, e^s) ‖ N(0, 1)): every datum counts twice."""
+    return 2 * 2 * jnp.sum(0.5 * (m**2 + jnp.exp(2 * s) - 1) - s)
+
+
+def test_what_a_site_asks_for_and_what_the_objective_does():
+    """In minibatches, with events and beside an enumerated site that the divergence has no part in."""
+    asks = {"kl": "analytic"}
+
+    def jax_gradient(infer, objective):
+        model, guide = jax_normals(infer)
+        elbo, p = JaxELBO({"c": Enumerate()}, objective=objective), {"m": jnp.asarray(M), "s": jnp.asarray(0.3)}
+        return jax.grad(lambda p: elbo.loss(jax.random.key(1), p, model, guide))(p)
+
+    def torch_gradient(infer, objective):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(1)
+        model, guide = torch_normals(infer)
+        TorchELBO({"c": Enumerate()}, objective=objective).loss_and_grads(model, guide)
+        return {n: pyro.param(n).unconstrained().grad.numpy() for n in "ms"}
+
+    for gradient in (jax_gradient, torch_gradient):
+        found = [gradient(None, AnalyticKL("z")), gradient(asks, None), gradient(asks, KLAnnealed(1.0))]
+        for n in "ms":
+            np.testing.assert_allclose(found[1][n], found[0][n], atol=1e-12)
+            np.testing.assert_allclose(found[2][n], found[0][n], atol=1e-12)
+        assert abs(gradient(None, None)["s"] - found[0]["s"]) > 1e-3  # with the noise of log p − log q
+
+
+def test_a_divergence_has_no_noise():
+    """Nothing but the KL: the exact gradient, whatever is drawn."""
+    wanted = jax.grad(kl, (0, 1))(jnp.asarray(M), 0.3)
+
+    def prior():
+        with numpyro.plate("n", 6, subsample_size=3):
+            numpyro.sample("z", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+
+    def posterior():
+        m, s = numpyro.param("m", jnp.asarray(M)), numpyro.param("s", jnp.asarray(0.3))
+        with numpyro.plate("n", 6, subsample_size=3):
+            numpyro.sample("z", dist.Normal(jnp.stack([m, -m], -1), jnp.exp(s)).to_event(1))
+
+    elbo = JaxELBO(objective=AnalyticKL())
+    p = {"m": jnp.asarray(M), "s": jnp.asarray(0.3)}
+    value, found = jax.value_and_grad(lambda p: elbo.loss(jax.random.key(5), p, prior, posterior))(p)
+    np.testing.assert_allclose(value, kl(jnp.asarray(M), 0.3), rtol=1e-12)
+    np.testing.assert_allclose(found["m"], wanted[0], rtol=1e-12)
+    np.testing.assert_allclose(found["s"], wanted[1], rtol=1e-12)
+
+
+def test_where_there_is_none():
+    def loss(model, guide, objective, particles=1):
+        JaxELBO(objective=objective, num_particles=particles).loss(jax.random.key(0), {}, model, guide)
+
+    def gamma():
+        numpyro.sample("z", dist.Gamma(2.0, 1.0))
+
+    def half():
+        numpyro.sample("z", dist.HalfNormal(1.0))
+
+    with pytest.raises(EstimatorError, match=r"site 'z': no divergence of HalfNormal from Gamma is known"):
+        loss(gamma, half, AnalyticKL())
+
+    def turned():
+        y = numpyro.sample("y", dist.Bernoulli(0.4))
+        numpyro.sample("x", dist.Bernoulli(0.3 + 0.2 * y))
+
+    with pytest.raises(EstimatorError, match=r"site 'x': .* its law in the model depends on 'y', which"):
+        loss(turned, guide, AnalyticKL("x"))
+
+    def asking():
+        numpyro.sample("z", dist.HalfNormal(1.0), infer={"kl": "analytic"})
+
+    with pytest.raises(EstimatorError, match=r"site 'z': .* ImportanceWeighted\(\) is no sum of cost terms"):
+        loss(half, asking, ImportanceWeighted(), 2)
+    with pytest.raises(TypeError, match=r"AnalyticKL\(...\) takes names"):
+        AnalyticKL(3)
