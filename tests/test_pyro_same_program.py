@@ -270,6 +270,28 @@ def test_a_dependency_that_nobody_sees_is_found_and_assumed():
         assert unverified.memory.last.depends_on["model", "x"] == set()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_tensor_that_nobody_knew_is_no_reason_to_go_without_a_plan():
+    """What comes out of traced code is unknown, so that what the program holds is looked for once more."""
+    linear = torch.jit.trace(lambda z: 1.5 * z[..., 0] - 0.5 * z[..., 1], torch.zeros(3, 2))
+
+    def model():
+        with pyro.plate("lanes", 3):
+            z = torch.stack([pyro.sample(f"z{i}", dist.Bernoulli(0.5 * torch.ones(3))) for i in range(2)], -1)
+            pyro.sample("x", dist.Normal(linear(z).detach(), 0.5), obs=torch.ones(3))
+
+    def guide():
+        a = pyro.param("l", torch.zeros(3, 2))
+        with pyro.plate("lanes", 3):
+            for i in range(2):
+                pyro.sample(f"z{i}", dist.Bernoulli(logits=a[:, i]))
+
+    elbo = EstimatorELBO()
+    elbo.loss_and_grads(model, guide)
+    assert chosen(elbo) == {"z0": Enumerate(), "z1": Enumerate()}
+    assert elbo.memory.last.depends_on["model", "x"] == {"z0", "z1"}
+
+
 # ---- the plan ------------------------------------------------------------------------------------------------------
 
 

@@ -309,9 +309,9 @@ def test_noise_that_has_as_many_rows_as_there_are_alternatives(rows: int) -> Non
 # ---- guide and model ------------------------------------------------------------------------------------------------
 
 
-def rows(name: str, count: int = 3) -> Callable[[], None]:
+def rows(name: str, count: int = 3, size: int = 6) -> Callable[[], None]:
     def program() -> None:
-        with pyro.plate(name, 6, subsample_size=count) as i:
+        with pyro.plate(name, size, subsample_size=count) as i:
             pyro.sample("w", dist.Normal(pyro.param("m", torch.zeros(6))[i], 1.0))
 
     return program
@@ -320,6 +320,8 @@ def rows(name: str, count: int = 3) -> Callable[[], None]:
 def test_plates_of_other_names() -> None:
     with pytest.raises(EstimatorError, match=r"site 'w'.*plate 'lines', a random 3 of 6.*plate 'rows'.*same name"):
         EstimatorELBO().loss(rows("rows"), rows("lines"))
+    with pytest.raises(EstimatorError, match="site 'w': plate 'rows' has 5 elements in the guide and 6 in the model"):
+        EstimatorELBO().loss(rows("rows"), rows("rows", size=5))
     EstimatorELBO().loss(rows("rows"), rows("rows"))
     EstimatorELBO().loss(rows("rows", 6), rows("lines", 6))  # all of them: the same elements
 

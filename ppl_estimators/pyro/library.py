@@ -578,6 +578,8 @@ class PyroLibrary:
         result = self._attempt(one)
         if result is None and self._plan is expected:
             self._survey()
+            if self._plan is None:  # a tensor turned up that nobody knew: see `Provenance.stale`
+                self._survey()
         self._pinned = True
         while result is None:  # once more, and again if a dependency was found to be lost
             result = self._attempt(one)

@@ -245,11 +245,18 @@ def execute(
 
 def _check_minibatches(traces: Traces) -> None:
     """Elements of a plate that the guide subsamples must be those of the model."""
-    named = {f.name for msg in traces.model.values() for f in msg["cond_indep_stack"]}
+    sizes = {f.name: f.full_size for msg in traces.model.values() for f in msg["cond_indep_stack"]}
     for name, msg in traces.latents().items():
         for frame in msg["cond_indep_stack"]:
             random = frame.name in traces.subsamples and frame.size != frame.full_size
-            if random and frame.name not in named and name in traces.model:
+            if random and sizes.get(frame.name, frame.full_size) != frame.full_size:
+                raise site_error(
+                    name,
+                    f"plate '{frame.name}' has {frame.full_size} elements in the guide and {sizes[frame.name]} in the "
+                    "model",
+                    "Give both the same size and subsample_size.",
+                )
+            if random and frame.name not in sizes and name in traces.model:
                 inside = [f.name for f in traces.model[name]["cond_indep_stack"]]
                 there = f"in plate {', '.join(map(repr, inside))}" if inside else "in no plate"
                 raise site_error(
