@@ -217,6 +217,26 @@ def test_a_loop_over_many_sites():
     assert "select_backward" not in str(steps.noted.program.calls)
 
 
+def test_what_is_written_into_constants_is_no_constant():
+    """`one_hot` and others make zeros and write into them."""
+
+    def model(x: torch.Tensor) -> None:
+        table = torch.zeros(len(x), 3)
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.OneHotCategorical(torch.tensor([0.2, 0.3, 0.5])))
+            table[:, 1:] = k[..., 1:]
+            pyro.sample("x", dist.Normal(table @ torch.tensor([0.0, 1.0, -2.0]), 1.0), obs=x)
+
+    def guide(x: torch.Tensor) -> None:
+        a = pyro.param("a", torch.tensor([0.3, -0.2, 0.1]))
+        with pyro.plate("data", len(x)):
+            pyro.sample("k", dist.OneHotCategorical(logits=a * x[:, None]))
+
+    assert uses(
+        same(lambda: (model, guide), flat(5, 5, 5, 5, 5), default=Reinforce(LeaveOneOut()), num_particles=2)
+    ) == [3]
+
+
 @pytest.mark.parametrize("retain", [False, True])
 def test_an_elbo_module_and_a_loop_of_torch(retain):
     """The loss leads to the parameters, whatever the rest of the loop does with it; hooks see the gradient."""
@@ -373,6 +393,10 @@ def pythons_draw(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
 GENERATOR = torch.Generator()
 
 
+def drawn_in_a_loop(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    return z + dist.VonMises(0.0, 1.0).sample()
+
+
 def its_own_draw(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     return z + torch.rand((), generator=GENERATOR)
 
@@ -388,6 +412,7 @@ def its_own_draw(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         (iterated, "not what a later step does"),
         (pythons_draw, "a random generator that is not torch's own"),
         (its_own_draw, "generator"),
+        (drawn_in_a_loop, "reads a number out of a tensor at .*VonMises"),
     ],
 )
 def test_what_cannot_be_compiled_runs_as_ever_and_says_why_once(change, said):

@@ -31,10 +31,13 @@ _LIKE = frozenset("zeros_like ones_like full_like new_zeros new_ones new_full sc
 _ELEMENTS = 1 << 16  # results that are the same at every step are kept, up to this size
 # Ways out of a tensor that are no operations.
 _EXITS = frozenset("numpy tolist __array__ data_ptr __dlpack__ __reduce_ex__".split())
+_ONE_HOT = torch.nn.functional.one_hot  # looks whether its classes are there; without a number of them, how many
 # Their constructors and `_validate_sample` ask for truth values only to raise errors.
 _CHECKS = ("torch.distributions.", "pyro.distributions.", "pyro.util", "pyro.poutine.scale_messenger")
+_LIBRARIES = ("torch.distributions.", "pyro.")
 _CHECKING = frozenset(("__init__", "_validate_sample", "check_site_shape", "warn_if_nan", "warn_if_inf"))
-_OURS = __name__.partition(".")[0]
+_OURS = tuple(f"{__name__.partition('.')[0]}.{part}." for part in ("core", "estimators", "pyro"))
+_NOBODYS = frozenset(("torch", "pyro", "array_api_compat", "contextlib", "functools"))
 _WRAPPERS = frozenset((__name__, dependencies.__name__))  # operations pass through their modes
 
 
@@ -71,6 +74,7 @@ class Tape(TorchDispatchMode):
         self.outside: dict[Value, str] = {}  # tensors that existed before, and where they were first met
         self.reason: str | None = None
         self.unsteady = False
+        self.checking = 0  # inside an operation that looks at data only to raise errors
         self.clock, self._ticks = 0, 0
         self._states: dict[int, tuple[State, int]] = {}  # by id, which lives as long
         self._numbers: dict[int, Value] = {}
@@ -106,6 +110,8 @@ class Tape(TorchDispatchMode):
             before, after, self.clock = self.clock, self._ticks, self._ticks
         writes = frozenset(_memory(x) for x in _written(func, args, kwargs))
         self.written |= writes
+        if writes and (draws or not self.fixed.issuperset(inputs)):
+            self.fixed = {v for v in self.fixed if self.memory[v] not in writes}
         found: list[Value] = []
         outs = self._results(result, found)
         name = func._schema.name.partition("::")[2]
@@ -155,19 +161,17 @@ class Tape(TorchDispatchMode):
 
     def read(self, inputs: Iterable[Value]) -> None:
         """A number was read out of tensors."""
-        if all(v in self.fixed and self.memory[v] not in self.written for v in inputs):
+        if self.checking or all(v in self.fixed and self.memory[v] not in self.written for v in inputs):
             return
         frame: types.FrameType | None = sys._getframe(1)
         while frame is not None:
             module = frame.f_globals.get("__name__", "")
             if module.startswith(_CHECKS) and frame.f_code.co_name in _CHECKING:
                 return
-            if module in _WRAPPERS:
-                pass
-            elif module.startswith(f"{_OURS}."):
+            if module.startswith(_OURS) and module not in _WRAPPERS:
                 self.unsteady = True  # the step looked at something for the first time
                 return
-            elif module.partition(".")[0] not in ("torch", "pyro"):
+            if module.startswith(_LIBRARIES) or not (module.startswith("torch.") or module in _WRAPPERS):
                 break
             frame = frame.f_back
         self._impossible("reads a number out of a tensor")
@@ -230,7 +234,13 @@ class _Exits(TorchFunctionMode):
             known = self.tape.value(args[0])
             if known is None or known not in self.tape.fixed:
                 self.tape._impossible("hands the data of a tensor to other code")
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        checks = func is _ONE_HOT and (kwargs.get("num_classes", -1) if len(args) < 2 else args[1]) > 0
+        self.tape.checking += checks
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.tape.checking -= checks
 
 
 def _memory(x: Array) -> int:
@@ -256,9 +266,8 @@ def _line() -> str | None:
     """Where the user's program is, if it is running."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
-        name = frame.f_code.co_filename
-        if package not in (_OURS, "torch", "pyro", "contextlib", "functools") and "<" not in name[:1]:
+        module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_filename
+        if not module.startswith(_OURS) and module.partition(".")[0] not in _NOBODYS and name[:1] != "<":
             code = linecache.getline(name, frame.f_lineno).strip()
             return f" at {name}:{frame.f_lineno}: {code}"
         frame = frame.f_back
