@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -72,8 +72,8 @@ from ppl_estimators import (
     UnorderedSet,
 )
 from ppl_estimators.core import families
-from ppl_estimators.core.estimator import Estimator, Measure, Value
-from ppl_estimators.core.site import Plate, Site
+from ppl_estimators.core.estimator import Control, Estimator, Measure, Value
+from ppl_estimators.core.site import Costs, Draw, Plate, Site
 from ppl_estimators.core.step import Step
 from ppl_estimators.estimators.baselines.base import Baseline
 from ppl_estimators.numpyro import EstimatorELBO as JaxELBO
@@ -440,6 +440,50 @@ def test_what_is_measured_is_what_it_asks_for(estimator, library):
     assert asked == estimator.measures - {Measure.FUNCTIONS}
     assert (type(estimator).measured is not Estimator.measured) is (Measure.FUNCTIONS in estimator.measures)
     assert estimator.compares or particles == 1
+
+
+@pytest.mark.parametrize("estimator", [e for e in ROWS if not e.value.whole], ids=repr)
+def test_what_is_compared_and_what_is_subtracted(estimator):
+    """A particle's gradient sees the costs of others if the estimator says so, and no level that all costs have if it
+    says that a mean of the others is subtracted. `local` is the same in both libraries."""
+    family, particles = last_family(estimator), max(2, ROWS[estimator][2])
+
+    def model():
+        z = torch_site(family, "model")
+        loc = z @ torch.arange(3.0) if family == "OneHot" else 1.0 * z
+        pyro.sample("x", tdist.Normal(loc**2, 1.0), obs=torch.tensor(0.4))
+
+    elbo = TorchELBO({"z": estimator}, num_particles=particles)
+    step = elbo.step(model, lambda: torch_site(family, "guide"), (), {})
+    joined = step.library.particles(step.particle)
+    facts, kept, found = joined.sites["z"], joined.kept["z"], joined.arrays["sites"]["z"]
+
+    def slopes(shift):
+        """Of the first particle, in everything that is its own, with so much more cost in each particle."""
+        leaves = []
+
+        def leaf(x):
+            if isinstance(x, dict):
+                return {k: leaf(y) for k, y in x.items()}
+            if not torch.is_tensor(x) or not x.is_floating_point():
+                return x
+            leaves.append(x.detach().requires_grad_())
+            return leaves[-1]
+
+        site = facts.filled(lead=1, value=None, law=None, **leaf(found["site"]))
+        draw = Draw(found["draw"]["value"], leaf(found["draw"]["extra"]))
+        by_particle = shift.reshape(-1, *[1] * (found["cost"].ndim - 1))
+        moved = {k: x if k == "relaxed_slope" else x + by_particle for k, x in found["elsewhere"].items()}
+        costs = Costs(found["cost"] + by_particle, **moved)
+        local = estimator.local(TORCH, site, draw, costs, replace(kept, given=found["given"]))
+        gradient = torch.autograd.grad(local.surrogate.sum(), leaves, allow_unused=True)
+        return torch.cat([g[0].reshape(-1) for g in gradient if g is not None])
+
+    plain, others = slopes(torch.zeros(particles)), slopes(5.0 * torch.arange(particles) ** 2)
+    assert torch.allclose(plain, others, atol=1e-5) is not estimator.compares
+    if estimator.control is not Control.OWN:
+        level = slopes(torch.full((particles,), 5.0))
+        assert torch.allclose(plain, level, atol=1e-4) is (estimator.control is not Control.NOTHING)
 
 
 # ---- the values that are evaluated ----------------------------------------------------------------------------------

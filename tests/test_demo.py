@@ -12,9 +12,8 @@ from numpyro.infer.util import log_density
 
 from ppl_estimators import cli
 from ppl_estimators.demo import numpyro_program, pyro_program, results
-from ppl_estimators.demo.digits import DOTS, PIXELS, load
-from ppl_estimators.demo.network import LOW, STYLE, TOP, initial_parameters
-from ppl_estimators.demo.rows import ROWS
+from ppl_estimators.demo.experiment import ROWS
+from ppl_estimators.demo.network import DOTS, LOW, PIXELS, STYLE, TOP, initial_parameters, load
 
 
 @pytest.fixture(scope="module")

@@ -66,8 +66,7 @@ def demo(
     from rich.console import Console
 
     from ppl_estimators.demo import display, experiment, figure, results
-    from ppl_estimators.demo.rows import ROWS
-    from ppl_estimators.demo.settings import Settings
+    from ppl_estimators.demo.experiment import ROWS, Settings
 
     settings = Settings(seed=seed)
     if smoke:

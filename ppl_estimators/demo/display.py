@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 from rich.table import Table
 
-from ppl_estimators.demo.experiment import BACKENDS, Experiment, Result
-from ppl_estimators.demo.rows import REFERENCE
+from ppl_estimators.demo.experiment import BACKENDS, REFERENCE, Experiment, Result
 
 
 class Bars:

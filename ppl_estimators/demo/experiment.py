@@ -1,23 +1,92 @@
-"""Trains every row in every backend and measures it; prints nothing."""
+"""What is compared, and how long: trains every row in every backend and measures it; prints nothing."""
 
 from __future__ import annotations
 
 import importlib
 import statistics
 import warnings
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-from ppl_estimators import EstimatorWarning
-from ppl_estimators.demo.digits import Digits, load
-from ppl_estimators.demo.network import initial_parameters
-from ppl_estimators.demo.rows import REFERENCE, ROWS
-from ppl_estimators.demo.settings import Settings
+from ppl_estimators import (
+    DisARM,
+    EstimatorWarning,
+    Learned,
+    LeaveOneOut,
+    MovingAverage,
+    Pathwise,
+    Reinforce,
+    RELAXWithModel,
+)
+from ppl_estimators.demo.network import Digits, initial_parameters, load
 
 #: In the order of running: the first one's reference parameters serve the others too.
 BACKENDS = {"numpyro": "NumPyro", "pyro": "Pyro"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of a run; `steps` by backend, because a step of NumPyro's is compiled and a step of Pyro's is not. The
+    defaults take both libraries four to six minutes on two cores."""
+
+    steps: dict[str, int] = field(default_factory=lambda: {"numpyro": 3_000, "pyro": 400})
+    batch_size: int = 100
+    learning_rate: float = 3e-3
+    checkpoints: int = 20
+    held_out_particles: int = 10
+    burn_in: int = 200  # steps that an estimator's own networks get to settle at the reference
+    gradient_draws: int = 150
+    seed: int = 0
+
+    def with_steps(self, steps: int) -> Settings:
+        """The same, with `steps` in every backend."""
+        return replace(self, steps=dict.fromkeys(self.steps, steps))
+
+    def smoke(self) -> Settings:
+        """A few seconds of everything, to see that it works; the figures mean nothing."""
+        return replace(self.with_steps(20), checkpoints=4, held_out_particles=2, burn_in=4, gradient_draws=8)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train. `stock` names an ELBO of the library itself; otherwise it is `EstimatorELBO`."""
+
+    label: str
+    estimators: Mapping[str, Any] = field(default_factory=dict)
+    num_particles: int = 1
+    stock: str | None = None
+
+
+def ours(binary: Any, num_particles: int = 1) -> Row:
+    """`binary` at both layers of binary latents, the pathwise estimator at the continuous one."""
+    label = repr(binary) + (f", {num_particles} particles" if num_particles > 1 else "")
+    return Row(label, {"top": binary, "low": binary, "style": Pathwise()}, num_particles)
+
+
+def stock(name: str) -> Row:
+    """The library's own ELBO of that name."""
+    return Row(f"{name} (stock)", stock=name)
+
+
+#: Every row's gradient variance is measured at the parameters that this row ends with.
+REFERENCE = ours(DisARM())
+
+OURS = (
+    ours(Reinforce()),
+    ours(Reinforce(MovingAverage())),
+    ours(Reinforce(MovingAverage() + Learned())),
+    ours(Reinforce(LeaveOneOut()), num_particles=2),
+    REFERENCE,
+    ours(RELAXWithModel()),
+)
+
+ROWS: Mapping[str, tuple[Row, ...]] = {
+    "numpyro": (stock("TraceGraph_ELBO"), *OURS),
+    "pyro": (stock("Trace_ELBO"), stock("TraceGraph_ELBO"), *OURS),
+}
 
 
 @dataclass
@@ -54,24 +123,9 @@ class Experiment:
     reconstructions: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-class Watcher(Protocol):
-    """Told how the run goes on; the progress bars are one."""
-
-    def start(self, result: Result) -> None:
-        """A row begins (its compilation, if any, comes first)."""
-
-    def advance(self, result: Result) -> None:
-        """A checkpoint was added to the row's curve."""
-
-    def measure(self, result: Result) -> None:
-        """Training is over, the gradient is being measured."""
-
-    def finish(self, result: Result) -> None:
-        """The row is complete."""
-
-
-def run(backends: list[str], settings: Settings, watcher: Watcher) -> Experiment:
-    """Every row of every backend; the results come in the order of the table."""
+def run(backends: list[str], settings: Settings, watcher: Any) -> Experiment:
+    """Every row of every backend; the results come in the order of the table. ``watcher`` is told how it goes
+    (`display.Bars`)."""
     digits = load(settings.seed)
     initial = initial_parameters(digits.train, settings.seed)
     experiment = Experiment(settings, originals=digits.one_of_each() / digits.train.max())
@@ -92,14 +146,14 @@ def run(backends: list[str], settings: Settings, watcher: Watcher) -> Experiment
                     reference = reference or trainer.parameters()
                     experiment.reconstructions[backend] = trainer.reconstruct(digits.one_of_each())
                 watcher.measure(result)
-                result.gradient_variance = trainer.gradient_variance(reference)
+                result.gradient_variance = _variance(trainer.gradients(reference), settings)
             watcher.finish(result)
             results[row.label] = result
         experiment.results += [results[row.label] for row in rows]
     return experiment
 
 
-def _train(trainer, result: Result, digits: Digits, settings: Settings, watcher: Watcher) -> None:
+def _train(trainer, result: Result, digits: Digits, settings: Settings, watcher: Any) -> None:
     minibatches = digits.minibatches(result.steps, settings.batch_size, settings.seed)
     chunks = min(settings.checkpoints, result.steps)
     seconds = []
@@ -110,3 +164,11 @@ def _train(trainer, result: Result, digits: Digits, settings: Settings, watcher:
         watcher.advance(result)
     steady = result.milliseconds_per_step / 1e3
     result.compile_seconds = max(0.0, (seconds[0] - steady) * result.curve[0][0])
+
+
+def _variance(gradients: Any, settings: Settings) -> float:
+    """Of the guide's parameters in total, in (nats per image)², the loss being the minibatch's mean."""
+    chunks = [chunk for _, chunk in gradients.draws(settings.gradient_draws, settings.seed)]
+    guide = [name for name in gradients.names if name.startswith("guide.")]
+    parts = (np.concatenate([chunk[name] for chunk in chunks]).var(0, ddof=1, dtype=float).sum() for name in guide)
+    return float(sum(parts)) / settings.batch_size**2

@@ -12,9 +12,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ppl_estimators.demo.digits import SIDE
-from ppl_estimators.demo.experiment import BACKENDS, Experiment, Result
-from ppl_estimators.demo.rows import REFERENCE
+from ppl_estimators.demo.experiment import BACKENDS, REFERENCE, Experiment, Result
+from ppl_estimators.demo.network import SIDE
 from ppl_estimators.figures import BLUE, BROWN, FAINT, GREEN, INK, ORANGE, PINK, SKY, VERMILLION, heading, quiet
 
 STOCK_COLOURS = {"Trace_ELBO (stock)": BROWN, "TraceGraph_ELBO (stock)": INK}

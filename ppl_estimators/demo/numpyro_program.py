@@ -10,8 +10,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 
-from ppl_estimators.demo.digits import DOTS
-from ppl_estimators.demo.network import STYLE
+from ppl_estimators.demo.network import DOTS, STYLE
 
 
 def program(initial: Mapping[str, np.ndarray]) -> tuple[Callable, Callable]:

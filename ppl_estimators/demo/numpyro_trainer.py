@@ -5,24 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax, random
-from jax.flatten_util import ravel_pytree
-from numpyro import optim
+from numpyro import infer, optim
 from numpyro.handlers import replay, seed, trace
-from numpyro.infer import ELBO, SVI, Trace_ELBO, TraceGraph_ELBO
+from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.svi import SVIState
 
-from ppl_estimators.demo.digits import Digits
+from ppl_estimators.demo.experiment import Row, Settings
+from ppl_estimators.demo.network import Digits
 from ppl_estimators.demo.numpyro_program import program
-from ppl_estimators.demo.rows import Row
-from ppl_estimators.demo.settings import Settings
 from ppl_estimators.numpyro import EstimatorELBO, with_estimators
-
-STOCK = {"TraceGraph_ELBO": TraceGraph_ELBO}
+from ppl_estimators.numpyro.gradients import Gradients
 
 
 class FrozenAdam(optim.Adam):
@@ -46,9 +44,11 @@ class Trainer:
         self.held_out = jnp.asarray(digits.held_out)
         self.names = frozenset(initial)
         self.model, self.guide = program(initial)
-        self.elbo = make_elbo(row)
-        if row.needs_hook:
+        if row.stock is None:
+            self.elbo = EstimatorELBO(num_particles=row.num_particles)
             self.guide = with_estimators(self.guide, row.estimators)
+        else:
+            self.elbo = vars(infer)[row.stock]()
         self.svi = SVI(self.model, self.guide, optim.Adam(settings.learning_rate), self.elbo)
         self.state = self.svi.init(random.key(settings.seed), self.train[: settings.batch_size])
 
@@ -58,16 +58,18 @@ class Trainer:
         The first chunk's time includes the compilation.
         """
 
-        def step(state: SVIState, batch: jax.Array) -> tuple[SVIState, None]:
-            return self.svi.update(state, self.train[batch])[0], None
-
-        scan = jax.jit(lambda state, batches: lax.scan(step, state, batches)[0])
-        done = 0
+        scan, done = self._scan(self.svi), 0
         for chunk in np.array_split(minibatches, chunks):
             start = time.perf_counter()
             self.state = jax.block_until_ready(scan(self.state, jnp.asarray(chunk)))
             done += len(chunk)
             yield done, (time.perf_counter() - start) / len(chunk)
+
+    def _scan(self, svi: SVI) -> Any:
+        def step(state: SVIState, batch: jax.Array) -> tuple[SVIState, None]:
+            return svi.update(state, self.train[batch])[0], None
+
+        return jax.jit(lambda state, batches: lax.scan(step, state, batches)[0])
 
     def parameters(self) -> dict[str, np.ndarray]:
         """The model's and the guide's parameters, without what the estimators keep."""
@@ -78,43 +80,18 @@ class Trainer:
         """Nats per held-out image, by the library's own ELBO whatever trained the parameters."""
         return float(evaluate(self.parameters(), self.held_out, self.settings.held_out_particles))
 
-    def gradient_variance(self, reference: Mapping[str, np.ndarray]) -> float:
-        """Total variance of the guide's gradient at `reference`, on the first minibatch.
-
-        In (nats per image)², the loss being the minibatch's mean. First what the estimator keeps is trained on, with
-        the network frozen at `reference`.
-        """
-        settings = self.settings
-        adam = FrozenAdam(settings.learning_rate, self.names)
-        parameters = self.svi.get_params(self.state) | dict(reference)
-        order = (np.arange(settings.burn_in * settings.batch_size) % len(self.train)).reshape(settings.burn_in, -1)
-        batches = np.concatenate([order, np.tile(order[:1], (settings.gradient_draws, 1))])
-        counts = np.maximum(np.arange(1, len(batches) + 1) - settings.burn_in, 0)
-
-        def loss(parameters: dict, kept: dict | None, key: jax.Array, images: jax.Array) -> tuple:
-            if kept is None:
-                return self.elbo.loss(key, parameters, self.model, self.guide, images), None
-            out = self.elbo.loss_with_mutable_state(key, parameters | kept, self.model, self.guide, images)
-            return out["loss"], out["mutable_state"]
-
-        def step(carry: tuple, given: tuple[jax.Array, jax.Array]) -> tuple[tuple, None]:
-            adam_state, kept, key, mean, squares = carry
-            batch, count = given
-            key, own = random.split(key)
-            gradients, kept = jax.grad(loss, has_aux=True)(adam.get_params(adam_state), kept, own, self.train[batch])
-            trained = adam.update(gradients, adam_state)
-            adam_state = jax.tree.map(lambda old, new: jnp.where(count > 0, old, new), adam_state, trained)
-            guide = {name: g for name, g in gradients.items() if name in self.names and name.startswith("guide.")}
-            gradient, _ = ravel_pytree(guide)
-            delta = gradient - mean  # Welford's running moments, from the end of the burn-in on
-            mean = jnp.where(count > 0, mean + delta / jnp.maximum(count, 1), mean)
-            squares = squares + jnp.where(count > 0, delta * (gradient - mean), 0.0)
-            return (adam_state, kept, key, mean, squares), None
-
-        zeros = jnp.zeros(sum(value.size for name, value in reference.items() if name.startswith("guide.")))
-        start = (adam.init(parameters), self.state.mutable_state, self.state.rng_key, zeros, zeros)
-        squares = jax.jit(lambda *given: lax.scan(step, start, given)[0][-1])(batches, counts)
-        return float(squares.sum()) / (settings.gradient_draws - 1) / settings.batch_size**2
+    def gradients(self, reference: Mapping[str, np.ndarray]) -> Gradients:
+        """At `reference`, on the first minibatch. First what the estimator keeps is trained on, with the network frozen
+        there."""
+        settings, images = self.settings, self.train[: self.settings.batch_size]
+        svi = SVI(self.model, self.guide, FrozenAdam(settings.learning_rate, self.names), self.elbo)
+        svi.init(random.key(0), images)
+        parameters = self.svi.get_params(self.state) | {name: jnp.asarray(x) for name, x in reference.items()}
+        state = self.state._replace(optim_state=svi.optim.init(parameters))
+        order = np.arange(settings.burn_in * settings.batch_size) % len(self.train)
+        state = self._scan(svi)(state, order.reshape(settings.burn_in, -1))
+        kept = {"params": svi.get_params(state), "mutable_state": state.mutable_state}
+        return Gradients(self.elbo, self.model, self.guide, (images,), **kept)
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
         """Expected share of ink of each pixel, after one pass through guide and model."""
@@ -128,12 +105,3 @@ def evaluate(parameters: dict[str, jax.Array], images: jax.Array, particles: int
     """Compiled once for all rows: the parameters are the values that the program starts at."""
     model, guide = program(parameters)  # type: ignore[arg-type]  # traced arrays stand where numbers were
     return -Trace_ELBO(num_particles=particles).loss(random.key(2), {}, model, guide, images) / len(images)
-
-
-def make_elbo(row: Row) -> ELBO:
-    """The library's own ELBO, or ours with the row's estimators."""
-    if row.stock is not None:
-        return STOCK[row.stock]()
-    if row.needs_hook:
-        return EstimatorELBO(num_particles=row.num_particles)
-    return EstimatorELBO(row.estimators, num_particles=row.num_particles)

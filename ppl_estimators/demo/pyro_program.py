@@ -9,8 +9,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from ppl_estimators.demo.digits import DOTS
-from ppl_estimators.demo.network import STYLE
+from ppl_estimators.demo.network import DOTS, STYLE
 
 
 def program(initial: Mapping[str, np.ndarray]) -> tuple[Callable, Callable]:

@@ -9,17 +9,15 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from pyro import optim
-from pyro.infer import ELBO, SVI, Trace_ELBO, TraceGraph_ELBO
+from pyro import infer, optim
+from pyro.infer import SVI, Trace_ELBO
 from pyro.poutine import replay, trace
 
-from ppl_estimators.demo.digits import Digits
+from ppl_estimators.demo.experiment import Row, Settings
+from ppl_estimators.demo.network import Digits
 from ppl_estimators.demo.pyro_program import program
-from ppl_estimators.demo.rows import Row
-from ppl_estimators.demo.settings import Settings
 from ppl_estimators.pyro import EstimatorELBO, with_estimators
-
-STOCK = {"Trace_ELBO": Trace_ELBO, "TraceGraph_ELBO": TraceGraph_ELBO}
+from ppl_estimators.pyro.gradients import Gradients
 
 
 class Trainer:
@@ -34,9 +32,14 @@ class Trainer:
         self.held_out = torch.tensor(digits.held_out)
         self.names = frozenset(initial)
         self.model, self.plain_guide = program(initial)
-        self.guide, self.elbo = self.plain_guide, make_elbo(row)
-        if row.needs_hook:
-            self.guide = with_estimators(self.guide, row.estimators)
+        self.elbo: Any
+        self.guide: Any = self.plain_guide
+        if row.stock is None:
+            options: Any = {"num_particles": row.num_particles, "vectorize_particles": row.num_particles > 1}
+            self.elbo = EstimatorELBO(max_plate_nesting=1, **options)
+            self.guide = with_estimators(self.plain_guide, row.estimators)
+        else:
+            self.elbo = vars(infer)[row.stock]()
         self.svi = SVI(self.model, self.guide, optim.Adam({"lr": settings.learning_rate}), self.elbo)
 
     def steps(self, minibatches: np.ndarray, chunks: int) -> Iterator[tuple[int, float]]:
@@ -67,12 +70,9 @@ class Trainer:
         torch.set_rng_state(random_state)
         return -loss / len(self.held_out)
 
-    def gradient_variance(self, reference: Mapping[str, np.ndarray]) -> float:
-        """Total variance of the guide's gradient at `reference`, on the first minibatch.
-
-        In (nats per image)², the loss being the minibatch's mean. First what the estimator keeps is trained on, with
-        the network frozen at `reference`.
-        """
+    def gradients(self, reference: Mapping[str, np.ndarray]) -> Gradients:
+        """At `reference`, on the first minibatch. First what the estimator keeps is trained on, with the network frozen
+        there."""
         settings = self.settings
         with torch.no_grad():
             for name, value in reference.items():
@@ -82,20 +82,7 @@ class Trainer:
         order = np.arange(settings.burn_in * settings.batch_size) % len(self.train)
         for batch in order.reshape(settings.burn_in, settings.batch_size):
             svi.step(self.train[batch])
-
-        images = self.train[: settings.batch_size]
-        kept = [parameter for _, parameter in pyro.get_param_store().named_parameters()]
-        guide = [pyro.param(name) for name in sorted(self.names) if name.startswith("guide.")]
-        mean: Any = 0.0
-        squares: Any = 0.0
-        for draw in range(1, settings.gradient_draws + 1):
-            pyro.infer.util.zero_grads(kept)
-            self.elbo.loss_and_grads(self.model, self.guide, images)
-            gradient = torch.cat([parameter.grad.flatten().double() for parameter in guide])
-            previous, mean = mean, mean + (gradient - mean) / draw  # Welford's running moments
-            squares = squares + (gradient - previous) * (gradient - mean)
-        variance = float(squares.sum()) / (settings.gradient_draws - 1)
-        return variance / settings.batch_size**2
+        return Gradients(self.elbo, self.model, self.guide, (self.train[: settings.batch_size],))
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
         """Expected share of ink of each pixel, after one pass through guide and model."""
@@ -104,17 +91,3 @@ class Trainer:
         with torch.no_grad():
             drawn = trace(self.plain_guide).get_trace(data)
             return np.asarray(replay(self.model, drawn)(data))
-
-
-def make_elbo(row: Row) -> ELBO:
-    """The library's own ELBO, or ours with the row's estimators."""
-    if row.stock is not None:
-        return STOCK[row.stock]()
-    particles: dict[str, Any] = {
-        "num_particles": row.num_particles,
-        "vectorize_particles": row.num_particles > 1,
-        "max_plate_nesting": 1,
-    }
-    if row.needs_hook:
-        return EstimatorELBO(**particles)
-    return EstimatorELBO(row.estimators, **particles)

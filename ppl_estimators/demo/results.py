@@ -10,9 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ppl_estimators.demo.experiment import Experiment, Result
-from ppl_estimators.demo.rows import REFERENCE
-from ppl_estimators.demo.settings import Settings
+from ppl_estimators.demo.experiment import REFERENCE, Experiment, Result, Settings
 
 PACKAGES = ("ppl-estimators", "pyro-ppl", "torch", "numpyro", "jax", "jaxlib", "numpy")
 
