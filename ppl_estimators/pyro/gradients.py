@@ -300,8 +300,9 @@ class _Minibatch(Messenger):
         self.seed, self.seen = seed, dict[str, Array]()
 
     def _pyro_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg) and msg["value"] is None and msg["fn"].subsample_size < msg["fn"].size:
-            name, law = msg["name"], msg["fn"]
+        name, law = msg["name"], msg["fn"]
+        # a plate that was given no subsample_size holds None
+        if site_is_subsample(msg) and msg["value"] is None and (law.subsample_size or law.size) < law.size:
             if name not in self.seen:
                 random = np.random.default_rng([*self.seed, *name.encode()])
                 self.seen[name] = torch.from_numpy(random.permutation(law.size)[: law.subsample_size])
