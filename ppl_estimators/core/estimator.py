@@ -146,6 +146,8 @@ class Estimator(Spec):
     compares: ClassVar[bool] = False
     #: what is subtracted from the cost
     control: ClassVar[Control] = Control.OWN
+    #: named for a site that only the model has: does that ask for the sum over its values?
+    sums: ClassVar[bool] = False
     #: what to use instead, for the error that `check` raises
     instead: ClassVar[str] = "Use Pathwise() if the distribution is reparameterisable, or Reinforce(LeaveOneOut())"
 

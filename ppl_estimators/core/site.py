@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from . import families
@@ -12,12 +12,17 @@ from .ops import Array, Ops
 
 
 class Plate(NamedTuple):
-    """A vectorised plate: ``dim`` counts batch dimensions from the right (-1 is the last)."""
+    """An axis whose elements are apart: ``dim`` counts batch dimensions from the right (-1 is the last).
+
+    A vectorised plate; or the ``values`` of a site of the guide that is enumerated, whose elements are alternatives to
+    each other. Costs along these are weighted by their probabilities, and then summed like all others.
+    """
 
     name: str
     dim: int
     size: int
     scale: float = 1.0  # full size / size, the N/B of subsampling
+    values: bool = False
 
 
 @dataclass
@@ -34,6 +39,22 @@ class Term:
     plates: frozenset[Plate]
     depends_on: frozenset[str]
     order: str | None = None
+    #: along values that the guide enumerates: the cost itself, and their probability, whose product is ``value``
+    cost: Array = None
+    weight: Array = None
+
+    def fixed(self, ops: Ops) -> Term:
+        """Its own gradient dropped; that of the probabilities of enumerated values stays."""
+        if self.weight is None:
+            value = ops.stop_gradient(self.value)
+            return self if value is self.value else replace(self, value=value)
+        return weighed(ops, replace(self, value=ops.stop_gradient(self.cost)), self.weight)
+
+
+def weighed(ops: Ops, term: Term, weight: Array) -> Term:
+    """A term whose value is a cost for each enumerated value, times their probability; what is impossible costs 0."""
+    cost = ops.where(weight > 0, term.value, ops.zeros_like(weight))
+    return replace(term, value=weight * cost, cost=cost, weight=weight)
 
 
 @dataclass

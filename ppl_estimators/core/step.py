@@ -24,7 +24,7 @@ from .keep import Keeps, Kept
 from .objectives import Elsewhere, Locally
 from .ops import Array, Ops
 from .plan import Group, Plan, Settings
-from .site import Costs, Draw, Site, Term
+from .site import Costs, Draw, Site, Term, weighed
 
 #: a library's own record of a site: "name", "fn" (its distribution), "value", "infer"
 Message = Any
@@ -402,19 +402,20 @@ class Step:
 
     def _explicit(self, run: Run) -> Sequence[Term]:
         """The terms whose own gradient counts: -log q of a score site has mean zero and is held fixed."""
-        library, plan = self.library, run.plan
-        fixed: dict[str, Array] = {}
+        library, ops, plan = self.library, self.library.ops, run.plan
+        fixed: dict[str, Term] = {}
         if plan.sticking:
             again = library.guide_again(run.traces, run.source)
             terms = library.terms(again, plan, plan.soft, only=plan.sticking)
-            fixed = {t.site: t.value for t in terms if t.side == "guide" and t.site in plan.sticking}
+            fixed = {t.site: t for t in terms if t.side == "guide" and t.site in plan.sticking}
         explicit = []
         for t in run.terms:
             if t.side == "guide" and t.site in fixed:
-                t = replace(t, value=fixed[t.site])
+                stuck = fixed[t.site]
+                t = stuck if t.weight is None else weighed(ops, replace(t, value=stuck.cost), t.weight)
             elif t.side == "guide" and t.site in plan.estimators and not self.settings.objective.keeps_score:
-                value = t.value if plan.estimators[t.site].value.moves else library.ops.stop_gradient(t.value)
-                t = t if value is t.value else replace(t, value=value)
+                if not plan.estimators[t.site].value.moves:
+                    t = t.fixed(ops)
             explicit.append(t)
         return self._weighed(run, explicit)
 

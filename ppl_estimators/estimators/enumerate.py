@@ -38,6 +38,7 @@ class Enumerate(Estimator):
     """
 
     families: ClassVar[tuple[str, ...] | None] = DISCRETE
+    sums: ClassVar[bool] = True
     instead: ClassVar[str] = "Use Pathwise() if the distribution is reparameterisable, or Reinforce(LeaveOneOut())"
 
     def alternatives(self, site: Site) -> Moves:

@@ -185,12 +185,17 @@ class EstimatorELBO(Configured, ELBO):
         """One evaluation of the loss, before it is evaluated."""
         if self.vectorize_particles and self.max_plate_nesting == math.inf:
             self._guess_max_plate_nesting(model, guide, args, kwargs)
+
+        def guess() -> int:
+            self._guess_max_plate_nesting(model, guide, args, kwargs)
+            return int(self.max_plate_nesting)
+
         settings, several = self.settings, self.vectorize_particles and self.num_particles > 1
         library = PyroLibrary(
             settings, self.randomness, self.memory, self.keeper, model, guide, args, kwargs,
             max_plate_nesting=self.max_plate_nesting, side_by_side=self.vectorize_particles,
             particles=self._vectorized_num_particles if several else None, standalone=standalone,
-            verify=self.verify,
+            verify=self.verify, guess=guess,
         )  # fmt: skip
         return Step(settings, library)
 

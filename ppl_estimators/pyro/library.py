@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 from ..core import averaging
 from ..core.credit import Graph
+from ..core.enumeration import Unplaced, check_objective, warn_of_minibatches
 from ..core.errors import EstimatorError, site_error, warn
 from ..core.estimator import Estimator, Noise
 from ..core.keep import Keeps, Kept
@@ -34,10 +36,11 @@ from .baseline import from_baseline
 from .buffers import Buffers
 from .dependencies import Holdings, Provenance, StopParameters, as_written, reachable
 from .distributions import Law, another, log_q, named, natural_parameters, score_norm
+from .enumeration import Layout
 from .keep import Keeper, read_state
 from .ops import OPS
 from .randomness import Generators, Randomness, SideBySide, Stream
-from .run import Message, Traces, dependencies, enumerated, execute, plates_of, terms_of, view
+from .run import Message, Traces, dependencies, execute, plates_of, terms_of, view
 
 Array = torch.Tensor
 _PARTICLES = "num_particles_vectorized"
@@ -81,6 +84,7 @@ class Memory:
     distrusted: set[Hashable] = field(default_factory=set)  # programs whose dependencies were found incomplete
     broadcasts: Recent = field(default_factory=lambda: Recent(256))
     narrow: set[Hashable] = field(default_factory=set)  # programs that do not broadcast
+    enumerating: set[Hashable] = field(default_factory=set)  # programs some of whose values are laid out side by side
     last: Plan | None = None
 
     def holdings_of(self, program: Hashable) -> Holdings:
@@ -120,17 +124,20 @@ class PyroLibrary:
         particles: Callable[[Any], Any] | None,
         standalone: bool,
         verify: bool,
+        guess: Callable[[], int],
     ):
         self.verify = verify
         self.settings, self.randomness, self.memory, self.keeper = settings, randomness, memory, keeper
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.max_plate_nesting, self.side_by_side, self.standalone = max_plate_nesting, side_by_side, standalone
+        self.guess = guess  # of max_plate_nesting
         self.vectorized = particles is not None
         if particles is not None:
             self.model, self.guide = particles(model), particles(guide)
         self.observes = isinstance(getattr(guide, "guide", guide), GuideMessenger)
         self.subsamples: dict[str, Array] = {}
         self.call = (settings, _code(model), _code(guide), _shape(args), _shape(tuple(sorted(kwargs.items()))))
+        self.program = self.call[1:3]
         self._plan: Plan | None = memory.expected.recall(self.call)
         self._like: Array = torch.zeros(())
         self._used: dict[str, Estimator] = {}
@@ -154,7 +161,7 @@ class PyroLibrary:
         signature = (
             self.settings,
             tuple((n, m.get("kind") or _kind(m), m["fn"].batch_shape, plates_of(m)) for n, m in latents.items()),
-            tuple((k, d, plates_of(getattr(traces, k[0])[k[1]])) for k, d in behind.items()),
+            tuple((k, d, traces.plates(*k)) for k, d in behind.items()),
             bool(follow.control),
         )
         plan = self.memory.plans.recall(signature)
@@ -182,7 +189,7 @@ class PyroLibrary:
     def _behind(self, traces: Traces) -> dict[tuple[str, str], int]:
         """The sites behind each cost term; where that was found to be wrong, all that were drawn before it."""
         behind = dependencies(traces)
-        if self.call[1:3] not in self.memory.distrusted:
+        if self.program not in self.memory.distrusted:
             return behind
         order = self._follow.order
         before = {n: (2 << i) - 1 for i, n in enumerate(order)}
@@ -198,17 +205,17 @@ class PyroLibrary:
     def _made(self, traces: Traces, follow: Provenance, settings: Settings | None = None) -> Plan:
         settings, latents = settings or self.settings, traces.latents()
         depends_on = {k: follow.names(d) for k, d in self._behind(traces).items()}
-        for n, m in latents.items():
-            if m["infer"].get("enumerate"):
-                raise enumerated(n)
         sites = [replace(view(m), requested=self.requested(m)) for m in latents.values()]
         self.memory.seen |= latents.keys()
         others = [*(self.memory.seen - latents.keys()), *traces.model]  # of other structures; observed in this one
         check_keys(self.settings.mapping, list(latents), "EstimatorELBO", others)
         for hooked in {id(h): h for s in sites if (h := s.declared) is not None}.values():
             check_keys(hooked.estimators, list(latents), "with_estimators", others)
-        terms = [Term(side, n, None, plates_of(getattr(traces, side)[n]), d) for (side, n), d in depends_on.items()]
+        terms = [Term(side, n, None, traces.plates(side, n), d) for (side, n), d in depends_on.items()]
         graph = Graph({n: depends_on["guide", n] - {n} for n in latents}, {s.name: s.plates for s in sites})
+        check_objective(settings.objective, terms)
+        if traces.values is not None:
+            warn_of_minibatches(traces.values)
         plan = make_plan(sites, terms, graph, settings, branches=bool(follow.control))
         if settings.average_model:
             averaging.check(plan)
@@ -233,7 +240,7 @@ class PyroLibrary:
     def _attempt(self, one: Callable[[Stream], Any]) -> Any:
         """``one`` with a new stream; None if it cannot be told yet how to draw, and then all is as it was before: what
         was drawn, the minibatch, the buffers of modules."""
-        memory, known, result = self.memory, self._plan is not None, None
+        memory, known, placed, result = self.memory, self._plan is not None, True, None
         self._used, self.subsamples = {}, {}
         memory.generators.look(self.model, self.guide, self.args, self.kwargs, everything=not known)
         before = memory.generators.state(everything=not known)
@@ -242,12 +249,19 @@ class PyroLibrary:
                 result = one(Stream(memory.generators, held))
             except _Unplanned:
                 pass
+            except Unplaced:
+                if self.program in memory.enumerating:
+                    raise
+                memory.enumerating.add(self.program)
+                if math.isinf(self.max_plate_nesting):
+                    self.max_plate_nesting = self.guess()
+                placed = False
         if not known:
             memory.generators.learn(before, memory.generators.state(everything=True))
         if result is None:
             memory.generators.restore(before)
             Buffers.restore(held)
-        return result
+        return result if placed else self._attempt(one)
 
     # ---- one run ------------------------------------------------------------------------------------------------
 
@@ -275,7 +289,15 @@ class PyroLibrary:
             return execute(
                 model, guide, args, kwargs, draw=draw, subsamples=self.subsamples, observes=self.observes,
                 provenance=self._follow if first else None, stream=source if self._recorded or not first else None,
+                layout=self._layout(wide),
             )  # fmt: skip
+
+    def _layout(self, wide: Plate | None = None) -> Layout | None:
+        """Where the values of enumerated sites go in a run, if the program has some."""
+        if self.program not in self.memory.enumerating:
+            return None
+        nesting = int(self.max_plate_nesting) if wide is None else -wide.dim
+        return Layout(nesting, lambda name: (named := self.settings.asked(name, None)) is not None and named.sums)
 
     @contextmanager
     def _once_more(self, source: Stream) -> Iterator[None]:
@@ -299,6 +321,7 @@ class PyroLibrary:
         with as_written(), self._once_more(source), StopParameters():
             return execute(
                 None, self.guide, self.args, self.kwargs, draw=replay, subsamples=self.subsamples, stream=source,
+                layout=self._layout(),
             )  # fmt: skip
 
     def arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -480,11 +503,13 @@ class PyroLibrary:
         self, evaluate: Callable[..., Any], values: Sequence[Values], group: Group, run: Run
     ) -> tuple[dict[str, Array], dict[averaging.Key, Array]] | None:
         """The same in one run; None if the program does not broadcast, which is asked once for each structure."""
-        memory, program = self.memory, self.call[1:3]
+        memory, program = self.memory, self.program
         if program in memory.narrow:
             return None
-        widest = max(len(m["fn"].batch_shape) for r in (run.traces.guide, run.traces.model) for m in r.values())
-        depth = 1 + max(int(self.max_plate_nesting), widest)
+        depth = 1 + int(self.max_plate_nesting)
+        if program not in memory.enumerating:
+            records = (run.traces.guide, run.traces.model)
+            depth = max(depth, 1 + max(len(m["fn"].batch_shape) for r in records for m in r.values()))
         sharing = SideBySide(len(values), depth, memory.generators)
         try:
             found = self._side_by_side(evaluate, values, group, run, sharing)
@@ -638,11 +663,17 @@ class PyroLibrary:
 
     def _structure(self, plan: Plan) -> tuple[Hashable, ...]:
         sites = tuple((n, s.kind) for n, s in plan.sites.items())
-        return self.call[1:3], sites, tuple(plan.depends_on.items())
+        return self.program, sites, tuple(plan.depends_on.items())
 
     def _facts(self, site: Site) -> Site:
         if not self.vectorized:
             return site
+        for values in (p for p in site.plates if p.values):
+            raise site_error(
+                site.name,
+                f"drawn for each value of '{values.name}', which the guide enumerates, by all particles at once",
+                "Pass vectorize_particles=False.",
+            )
         if len(site.batch_shape) != self.max_plate_nesting:
             raise EstimatorError(
                 f"site '{site.name}': batch shape {site.batch_shape} with max_plate_nesting={self.max_plate_nesting}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 
 from ..core import families
+from ..core.enumeration import Enumeration, Unplaced
 from ..core.errors import EstimatorError, site_error
 from ..core.site import Plate, Site, Term
 from .dependencies import Provenance, Sites
-from .distributions import constant, describe, family, is_masked, log_q, relaxed_log_prob, unwrapped
+from .distributions import constant, describe, family, is_masked, log_q, relaxed_log_prob, unmasked, unwrapped
+from .enumeration import Layout, cell, countable, declared, is_enumerated, is_summed
+from .ops import OPS
 from .randomness import Stream
 
 Array = torch.Tensor
@@ -30,24 +34,30 @@ Draw = Callable[[Message], Array]
 
 @dataclass
 class Traces:
-    """Messages of one run, by site name in order of appearance."""
+    """Messages of one run, by site name in order of appearance; ``values`` if some take all their values."""
 
     guide: dict[str, Message] = field(default_factory=dict)
     model: dict[str, Message] = field(default_factory=dict)
     subsamples: dict[str, Array] = field(default_factory=dict)
+    values: Enumeration | None = None
 
     def latents(self) -> dict[str, Message]:
-        return {n: m for n, m in self.guide.items() if not m["is_observed"]}
+        """Sites whose value was drawn."""
+        return {n: m for n, m in self.guide.items() if not m["is_observed"] and not is_enumerated(m)}
+
+    def plates(self, side: str, term: str) -> frozenset[Plate]:
+        """Of a cost term."""
+        if self.values is not None:
+            return self.values.plates(side, term)
+        return plates_of((self.model if side == "model" else self.guide)[term])
 
 
 def plates_of(msg: Message) -> frozenset[Plate]:
-    frames = msg["cond_indep_stack"]
-    if not frames:
-        return frozenset()
+    """The axes along which elements are apart: plates, and values that the guide enumerates."""
+    if "scope" in msg:
+        return declared(msg) | cell(msg).values
     if "plates" not in msg:
-        msg["plates"] = frozenset(
-            Plate(f.name, f.dim, f.size, (f.full_size or f.size) / f.size) for f in frames if f.dim is not None
-        )
+        msg["plates"] = declared(msg)
     plates: frozenset[Plate] = msg["plates"]
     return plates
 
@@ -67,12 +77,12 @@ class _Conduct(Messenger):
         subsamples: dict[str, Array],
         provenance: Provenance | None,
         stream: Stream | None,
+        layout: Layout | None,
     ):
         super().__init__()
         self.side, self.draw, self.record = side, draw, record
-        self.subsamples, self.provenance, self.stream = subsamples, provenance, stream
+        self.subsamples, self.provenance, self.stream, self.layout = subsamples, provenance, stream, layout
         self.parameters: dict[str, Message] = {}
-        self.marked: list[str] = []  # sites that ask to be enumerated
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         super().__exit__(kind, error, traceback)
@@ -87,12 +97,6 @@ class _Conduct(Messenger):
             error.args = (f"{error}\n{where}",)  # as the stock ELBOs do
         else:
             error.add_note(where)
-        if self.marked:
-            names = ", ".join(f"'{n}'" for n in self.marked)
-            error.add_note(
-                f'The {self.side} marks {names} with infer={{"enumerate": ...}}. EstimatorELBO does not enumerate '
-                "marked sites: values there have the shape of one draw. For parallel enumeration use TraceEnum_ELBO."
-            )
 
     def _pyro_sample(self, msg: Message) -> None:
         if self.stream is not None:
@@ -102,10 +106,10 @@ class _Conduct(Messenger):
                 msg["value"], msg["done"] = self.subsamples[msg["name"]], True
             return
         latent = not (msg["is_observed"] or msg["done"])
-        if msg["infer"].get("enumerate") and not msg["is_observed"]:
-            if latent and self.side == "guide":
-                raise enumerated(msg["name"])
-            self.marked.append(msg["name"])
+        if latent and self.layout is None and self.side == "guide" and msg["infer"].get("enumerate"):
+            raise _unplaced(msg)
+        if self.provenance is not None and not latent and is_enumerated(msg):
+            self.provenance.adopt(msg["value"])  # all there are, whatever was drawn
         if self.provenance is not None:
             self._followed(msg, self.provenance, latent)
         elif latent:
@@ -121,7 +125,7 @@ class _Conduct(Messenger):
                 with nullcontext() if clear else follow.again():
                     msg["value"], msg["done"] = self.draw(msg), True
                 deps |= follow.drawn & ~before  # a distribution may itself draw: a network with random weights
-                if msg["name"] not in follow.order:  # the model only replays
+                if msg["name"] not in follow.order and not is_enumerated(msg):  # the model only replays
                     if not clear:
                         deps |= follow.behind((msg["value"],))
                     follow.drawn_at(msg["name"], msg["fn"], msg["value"], deps)
@@ -213,16 +217,20 @@ def execute(
     provenance: Provenance | None = None,
     stream: Stream | None = None,
     observes: bool = False,
+    layout: Layout | None = None,
 ) -> Traces:
     """Run the guide, then the model on the guide's values (unless ``model`` is None).
 
     ``stream``: keeps the generators, at every site, where they were in the particle's first run. ``observes``: the
-    guide is a `GuideMessenger`, which runs the model; its observed sites are the model's.
+    guide is a `GuideMessenger`, which runs the model; its observed sites are the model's. ``layout``: where values of
+    enumerated sites go; a run that finds it needs one raises `Unplaced`.
     """
     traces = Traces(subsamples=subsamples)
     if provenance is not None:
         provenance.begin((guide, model), (args, kwargs))
-    with _Conduct("guide", draw, traces.guide, subsamples, provenance, stream):
+    if layout is not None:
+        guide, model = layout.around(guide, model, traces.guide)
+    with _Conduct("guide", draw, traces.guide, subsamples, provenance, stream, layout):
         guide(*args, **kwargs)
     if observes:
         for name in [n for n, m in traces.guide.items() if m["is_observed"]]:
@@ -231,15 +239,19 @@ def execute(
     def replay(msg: Message) -> Array:
         drawn = traces.guide.get(msg["name"])
         if drawn is None or drawn["is_observed"]:
-            raise _missing(msg)
+            raise _unplaced(msg) if layout is None and countable(msg["fn"]) else _missing(msg)
         msg["infer"] = drawn["infer"]
+        if layout is not None:
+            layout.handed(msg, drawn)
         return drawn["value"]
 
     if model is not None:
-        with _Conduct("model", replay, traces.model, subsamples, provenance, stream):
+        with _Conduct("model", replay, traces.model, subsamples, provenance, stream, layout):
             model(*args, **kwargs)
         if provenance is not None and subsamples:
             _check_minibatches(traces)
+    if layout is not None:
+        traces.values = Enumeration(*({n: cell(m) for n, m in r.items()} for r in (traces.guide, traces.model)))
     return traces
 
 
@@ -267,28 +279,23 @@ def _check_minibatches(traces: Traces) -> None:
                 )
 
 
+def _unplaced(msg: Message) -> Unplaced:
+    return Unplaced(
+        f"site '{msg['name']}': enumerated, or drawn by the model only, and here every site has to be drawn by the guide."
+    )
+
+
 def _missing(msg: Message) -> EstimatorError:
-    if msg["infer"].get("enumerate"):
-        return site_error(
-            msg["name"],
-            'marked infer={"enumerate": ...} in the model and not drawn by the guide: EstimatorELBO cannot sum it out',
-            "Use TraceEnum_ELBO, or remove the mark and draw a site of this name in the guide too.",
+    if countable(msg["fn"]):
+        fix = (
+            'Mark it infer={"enumerate": "parallel"} in the model, or name it, EstimatorELBO({"'
+            + msg["name"]
+            + '": Enumerate()}): it is then summed out exactly. Or add a site of this name to the guide, or observe it '
+            "with obs=..."
         )
-    return site_error(
-        msg["name"],
-        "a latent site of the model that the guide does not draw",
-        "Add a site of this name to the guide (with Enumerate(), a discrete one is summed out exactly given its "
-        "parents), observe it with obs=..., or marginalise it in the model.",
-    )
-
-
-def enumerated(name: str) -> EstimatorError:
-    return site_error(
-        name,
-        'marked infer={"enumerate": ...}, which EstimatorELBO does not sum out',
-        'Remove the mark and choose the estimator Enumerate() for this site: EstimatorELBO({"' + name + '": '
-        "Enumerate()}), or use TraceEnum_ELBO.",
-    )
+    else:
+        fix = "Add a site of this name to the guide, or observe it with obs=..."
+    return site_error(msg["name"], "a latent site of the model that the guide does not draw", fix + ".")
 
 
 def terms_of(
@@ -308,15 +315,24 @@ def terms_of(
     on one of these sites, terms of a branch not taken before included; ``local`` names the score sites, whose values
     no transform may invert from its cache; ``hard`` those whose -log q is differentiated in the value only.
     """
-    terms = []
+    terms: list[Term] = []
+    values = traces.values
+    of_blocks: dict[str, Array] = {}
     for side, record in (("model", traces.model), ("guide", traces.guide)):
         for name, msg in record.items():
-            deps = depends_on.get((side, name), only or frozenset())
+            term = name if values is None else values.term(side, name)
+            deps = depends_on.get((side, term), only or frozenset())
             if only is not None and not deps & only:
                 continue
             try:
                 log_p = _log_prob(side, msg, relaxed, score_only, local, hard)
-                log_p = msg["log_prob"] = scale_and_mask(log_p, msg["scale"], msg["mask"])
+                if side == "model" and values is not None and term in values.blocks:
+                    log_p = of_blocks[name] = msg["log_prob"] = scale_and_mask(log_p, mask=_mask(msg))
+                    if name != values.blocks[term].members[-1]:
+                        continue
+                    log_p = values.total(OPS, term, of_blocks)
+                else:
+                    log_p = msg["log_prob"] = scale_and_mask(log_p, msg["scale"], msg["mask"])
             except EstimatorError:
                 raise
             except Exception as error:
@@ -325,8 +341,18 @@ def terms_of(
                     raise ProgramError(f"{what}:\n{error}\n{shapes(record)}") from error
                 error.add_note(f"{what}.\n{shapes(record)}")
                 raise
-            terms.append(Term(side, name, log_p if side == "model" else -log_p, plates_of(msg), deps))
+            found = Term(side, term, log_p if side == "model" else -log_p, traces.plates(side, term), deps)
+            terms.append(found if values is None else values.weighted(OPS, found, partial(_log_q, traces.guide)))
     return terms
+
+
+def _mask(msg: Message) -> Any:
+    """Of a factor of a sum: values that are summed over keep their probabilities, which sum to one."""
+    return None if is_summed(msg) else msg["mask"]
+
+
+def _log_q(guide: Mapping[str, Message], name: str) -> Array:
+    return log_q(guide[name]["fn"], guide[name]["value"])
 
 
 def _log_prob(
@@ -340,6 +366,8 @@ def _log_prob(
     name, fn, value = msg["name"], msg["fn"], msg["value"]
     followed = msg.pop("log_p", None)
     log_p: Array
+    if is_summed(msg):
+        fn, followed = unmasked(fn), None
     if side == "guide" and name in hard:
         fn, followed = constant(fn), None
     if name in relaxed:
@@ -367,8 +395,15 @@ def _relaxed_log_prob(name: str, fn: Any, value: Array, side: str) -> Array:
 
 def dependencies(traces: Traces) -> dict[tuple[str, str], Sites]:
     """The latent sites behind each cost term, of a run that was followed."""
-    records = (("model", traces.model), ("guide", traces.guide))
-    return {(side, name): msg["behind"] for side, record in records for name, msg in record.items()}
+    found: dict[tuple[str, str], Sites] = {}
+    values = traces.values
+    for side, record in (("model", traces.model), ("guide", traces.guide)):
+        for name, msg in record.items():
+            key = side, name if values is None else values.term(side, name)
+            found[key] = found.get(key, 0) | msg["behind"]
+            for site in () if values is None else values.deciding(side, name):
+                found[key] |= traces.guide[site]["behind"]
+    return found
 
 
 def view(msg: Message) -> Site:

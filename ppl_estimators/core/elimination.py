@@ -1,0 +1,227 @@
+"""Sums over discrete values inside a logarithm: variable elimination with plates.
+
+    log Σ_z Π_f exp f(z)
+
+The factors f are the log probabilities that a summed value z can move. A value is summed out in the innermost plates that
+hold all its factors; what is left is a product over these plates, N/B times that of a minibatch, until a factor outside
+needs it (Obermeyer et al. 2019, "Tensor variable elimination for plated factor graphs"). The order is greedy: always the
+variable whose factors have the smallest product.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from .errors import site_error
+from .ops import Array, Ops
+from .site import Plate
+
+#: a site that is summed out by its name; a plate
+Axis = str | Plate
+
+#: stands for log 0, whose derivative is not a number
+_IMPOSSIBLE = -1e30
+
+
+class Factor(NamedTuple):
+    """A log probability with one axis for each of ``axes``."""
+
+    value: Array
+    axes: tuple[Axis, ...]
+
+    @property
+    def plates(self) -> frozenset[Plate]:
+        return frozenset(a for a in self.axes if isinstance(a, Plate) and not a.values)
+
+    @property
+    def summed(self) -> frozenset[str]:
+        return frozenset(a for a in self.axes if isinstance(a, str))
+
+
+def factor(ops: Ops, log_p: Array, axes: Mapping[int, Axis]) -> Factor:
+    """``log_p [*batch]``, whose dimensions are called ``axes``, counted from the right. Others are summed; a plate along
+    which ``log_p`` is constant counts all its elements."""
+    n = log_p.ndim
+    others = tuple(i for i in range(n) if i - n not in axes and log_p.shape[i] != 1)
+    if others:
+        log_p = ops.sum(log_p, axis=others, keepdims=True)
+    names, shape, full = [], [], []
+    for dim in sorted(axes):
+        axis, size = axes[dim], log_p.shape[dim] if -dim <= n else 1
+        if size == 1 and not (isinstance(axis, Plate) and not axis.values):
+            continue
+        names.append(axis)
+        shape.append(size)
+        full.append(axis.size if isinstance(axis, Plate) else size)
+    log_p = ops.reshape(log_p, tuple(shape))
+    return Factor(log_p if shape == full else ops.broadcast_to(log_p, tuple(full)), tuple(names))
+
+
+def blocks(factors: Sequence[tuple[Axis, ...]]) -> list[tuple[int, ...]]:
+    """The numbers of the factors, given by their axes, that are connected by variables; those without any belong to
+    none."""
+    found: list[tuple[set[str], list[int]]] = []
+    for i, axes in enumerate(factors):
+        names, members = {a for a in axes if isinstance(a, str)}, [i]
+        if not names:
+            continue
+        apart = []
+        for block in found:
+            if block[0] & names:
+                names, members = names | block[0], block[1] + members
+            else:
+                apart.append(block)
+        found = [*apart, (names, members)]
+    return sorted(tuple(sorted(members)) for _, members in found)
+
+
+def remaining(factors: Iterable[tuple[Axis, ...]]) -> frozenset[Plate]:
+    """The axes of the sum over a block: plates that hold all of its factors, and values that the guide enumerates."""
+    axes = [frozenset(a for a in f if isinstance(a, Plate)) for f in factors]
+    values = frozenset(a for f in axes for a in f if a.values)
+    return frozenset.intersection(*axes) | values
+
+
+def probability(ops: Ops, factors: Sequence[Factor], values: frozenset[Plate]) -> Factor:
+    """Π of conditional probabilities, given by their logarithms, of ``values``; those of others are summed over."""
+    renamed = [f._replace(axes=tuple(a.name if a.values and a not in values else a for a in f.axes)) for f in factors]  # type: ignore[union-attr]
+    others = list(dict.fromkeys(name for f in renamed for name in f.summed))
+    both = joined(ops, summed_out(ops, renamed, others))
+    return both._replace(value=ops.exp(both.value))
+
+
+def placed(ops: Ops, f: Factor) -> Array:
+    """A factor with nothing left to sum out, as ``[*batch]``."""
+    axes = tuple(sorted(f.axes, key=lambda a: a.dim))  # type: ignore[union-attr]
+    value = _along(ops, f, axes)
+    shape = [1] * -min((a.dim for a in axes), default=0)  # type: ignore[union-attr]
+    for a, n in zip(axes, value.shape, strict=True):
+        shape[a.dim] = n  # type: ignore[union-attr]
+    return ops.reshape(value, tuple(shape))
+
+
+def marginal(ops: Ops, factors: Sequence[Factor], above: Mapping[Plate, frozenset[Plate]] | None = None) -> Factor:
+    """log Σ Π of a block of factors, in the plates that hold all of them. Axes of values that the guide enumerates stay;
+    ``above`` says in which plates they are."""
+    home: dict[str, frozenset[Plate]] = {}
+    for f in factors:
+        for name in f.summed:
+            home[name] = home.get(name, f.plates) & f.plates
+    root = frozenset.intersection(*(f.plates for f in factors))
+    floor = ops.like(_IMPOSSIBLE, factors[0].value)
+    pending = [Factor(ops.where(f.value > floor, f.value, floor), f.axes) for f in factors]
+    while True:
+        leaf = max((f.plates for f in pending), key=len)
+        here = [f for f in pending if f.plates == leaf]
+        pending = [f for f in pending if f.plates != leaf]
+        messages = summed_out(ops, here, [n for n, plates in home.items() if plates == leaf])
+        if leaf == root:
+            total = joined(ops, [*pending, *messages])
+            value = ops.where(total.value > floor / 2, total.value, ops.full_like(total.value, -math.inf))
+            return Factor(value, total.axes)
+        for message in messages:
+            inner = frozenset().union(*(home[n] for n in message.summed)) if message.summed else root
+            if inner == leaf:
+                names = ", ".join(sorted(message.summed))
+                raise site_error(
+                    min(message.summed),
+                    f"summed out, together with {names}, in plates that cross: the sum has a term for every combination "
+                    "of values in all elements",
+                    "Draw one of them in the guide.",
+                )
+            pending.append(_product(ops, message, leaf - inner, above or {}))
+
+
+def _product(ops: Ops, f: Factor, plates: frozenset[Plate], above: Mapping[Plate, frozenset[Plate]]) -> Factor:
+    """Π over plates, each minibatch standing for its plate."""
+    for axis in f.axes:
+        if plates & above.get(axis, frozenset()):  # type: ignore[call-overload]
+            raise site_error(
+                min(f.summed),
+                f"summed out in the model, outside of a plate of site '{axis.name}', which is enumerated in the guide: "  # type: ignore[union-attr]
+                "the sum has a term for every combination of values in all elements of the plate",
+                f"Remove the mark of '{axis.name}' in the guide: its estimator then draws it.",  # type: ignore[union-attr]
+            )
+    axes = tuple(i for i, a in enumerate(f.axes) if a in plates)
+    scale = math.prod(p.scale for p in plates)
+    value = ops.sum(f.value, axis=axes)
+    return Factor(value * scale if scale != 1 else value, tuple(a for a in f.axes if a not in plates))
+
+
+def joined(ops: Ops, factors: Sequence[Factor]) -> Factor:
+    """Their product."""
+    if len(factors) == 1:
+        return factors[0]
+    axes = tuple(dict.fromkeys(a for f in sorted(factors, key=lambda f: -len(f.axes)) for a in f.axes))
+    total = None
+    for f in factors:
+        x = _along(ops, f, axes)
+        total = x if total is None else total + x
+    return Factor(total, axes)
+
+
+def _along(ops: Ops, f: Factor, axes: tuple[Axis, ...]) -> Array:
+    if f.axes == axes:
+        return f.value
+    own = [a for a in axes if a in f.axes]
+    value = f.value
+    if tuple(own) != f.axes:
+        value = ops.permute_dims(value, tuple(f.axes.index(a) for a in own))
+    sizes = dict(zip(own, value.shape, strict=True))
+    return ops.reshape(value, tuple(sizes.get(a, 1) for a in axes))
+
+
+def summed_out(ops: Ops, factors: Sequence[Factor], variables: Sequence[str]) -> list[Factor]:
+    """The factors that are left when variables are summed out, one after another."""
+    if not variables:
+        return list(factors)
+    sizes = {a: n for f in factors for a, n in zip(f.axes, f.value.shape, strict=True)}
+    steps = _order(tuple(f.axes for f in factors), tuple(variables), tuple(sizes.items()))
+    held = dict(enumerate(factors))
+    for number, (name, members) in enumerate(steps, len(factors)):
+        both = joined(ops, [held.pop(i) for i in members])
+        axes = tuple(a for a in both.axes if a != name)
+        held[number] = Factor(ops.logsumexp(both.value, axis=both.axes.index(name)), axes)
+    return list(held.values())
+
+
+@lru_cache(maxsize=256)
+def _order(
+    factors: tuple[tuple[Axis, ...], ...], variables: tuple[str, ...], sizes: tuple[tuple[Axis, int], ...]
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Which variable to sum out when, and from which factors: those given are 0, 1, ..., and each sum adds the next."""
+    size, axes = dict(sizes), {i: frozenset(f) for i, f in enumerate(factors)}
+    holds: dict[str, dict[int, None]] = {v: {} for v in variables}
+    for i, f in enumerate(factors):
+        for a in f:
+            if a in holds:
+                holds[a][i] = None  # type: ignore[index]
+
+    def price(v: str) -> int:
+        return math.prod(size[a] for a in frozenset().union(*(axes[i] for i in holds[v])))
+
+    rank = {v: i for i, v in enumerate(variables)}
+    prices = {v: price(v) for v in variables}
+    heap = [(prices[v], rank[v], v) for v in variables]
+    heapq.heapify(heap)
+    steps: list[tuple[str, tuple[int, ...]]] = []
+    while heap:
+        paid, _, v = heapq.heappop(heap)
+        if prices.get(v) != paid:  # another price since
+            continue
+        members, new = tuple(holds.pop(v)), len(factors) + len(steps)
+        steps.append((v, members))
+        axes[new] = frozenset().union(*(axes[i] for i in members)) - {v}
+        gone = frozenset(members)
+        del prices[v]
+        for u in axes[new]:
+            if u in holds:
+                kept = {i: None for i in holds[u] if i not in gone}  # type: ignore[index]
+                holds[u] = {**kept, new: None}  # type: ignore[index]
+                prices[u] = price(u)  # type: ignore[index,arg-type]
+                heapq.heappush(heap, (prices[u], rank[u], u))  # type: ignore[index,arg-type]
+    return tuple(steps)

@@ -1,0 +1,173 @@
+"""Cost terms of programs some of whose sites take all their values at once.
+
+A site that only the model has is *summed out*: its log probability and all that its values move are one block, a cost
+term log Σ Π (`core.elimination`). A site that the guide enumerates gives every cost that its values move an axis, along
+which it is weighted by their probabilities: Σ_v q(v) cost(v).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from .elimination import Axis, Factor, blocks, factor, marginal, placed, probability, remaining
+from .errors import EstimatorError, EstimatorWarning, site_error
+from .ops import Array, Ops
+from .site import Plate, Term, weighed
+
+
+class Unplaced(EstimatorError):
+    """A site may have to be enumerated, in a run that has no place for its values."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Where one log probability lies: in which plates, and along which axes of enumerated values. ``summed``: is it
+    that of a site that is summed out?"""
+
+    plates: frozenset[Plate]
+    axes: Mapping[int, Axis] = field(default_factory=dict)
+    summed: bool = False
+    scale: Any = 1.0
+
+    @property
+    def values(self) -> frozenset[Plate]:
+        """Axes of values that the guide enumerates, as plates."""
+        return frozenset(a for a in self.axes.values() if isinstance(a, Plate))
+
+    @property
+    def named(self) -> dict[int, Axis]:
+        """All of its axes, by dimension."""
+        return {**self.axes, **{p.dim: p for p in self.plates}}
+
+    def factor(self, ops: Ops, log_p: Array) -> Factor:
+        return factor(ops, log_p, self.named)
+
+
+class Block(NamedTuple):
+    """Sites of the model that are one cost term; it goes by the name of the first that is summed out."""
+
+    members: tuple[str, ...]
+    plates: frozenset[Plate]
+
+
+class Enumeration:
+    """The cells of one run, and what they say of its cost terms."""
+
+    def __init__(self, guide: Mapping[str, Cell], model: Mapping[str, Cell]):
+        self.guide, self.model = guide, model
+        self.blocks: dict[str, Block] = {}
+        axes = {n: tuple(c.named.values()) for n, c in model.items()}
+        names = list(axes)
+        if any(c.summed for c in model.values()):
+            for numbers in blocks(list(axes.values())):
+                members = tuple(names[i] for i in numbers)
+                first = next(n for n in members if model[n].summed)
+                self.blocks[first] = Block(members, remaining([axes[n] for n in members]))
+        self.inside = {n: name for name, b in self.blocks.items() for n in b.members}
+        self._weights: dict[frozenset[Plate], Array] = {}
+
+    def term(self, side: str, name: str) -> str:
+        """The term that a site's log probability is part of."""
+        return self.inside.get(name, name) if side == "model" else name
+
+    def plates(self, side: str, term: str) -> frozenset[Plate]:
+        """The axes of a term."""
+        if side == "model" and term in self.blocks:
+            return self.blocks[term].plates
+        cell = (self.model if side == "model" else self.guide)[term]
+        return cell.plates | cell.values
+
+    def deciding(self, side: str, name: str) -> frozenset[str]:
+        """The sites that decide how probable the values are that a site's cost is weighted for."""
+        return frozenset(v.name for v in self._ancestry((self.guide if side == "guide" else self.model)[name].values))
+
+    def _ancestry(self, values: frozenset[Plate]) -> frozenset[Plate]:
+        while True:
+            grown = values.union(*(self.guide[v.name].values for v in values))
+            if grown == values:
+                return values
+            values = grown
+
+    def total(self, ops: Ops, name: str, log_p: Mapping[str, Array]) -> Array:
+        """The value of a block, scaled. ``log_p``: of its members, masked but for those that are summed out, and not
+        scaled."""
+        block = self.blocks[name]
+        cells = {n: self.model[n] for n in block.members}
+        above = {v: self.guide[v.name].plates for c in cells.values() for v in c.values}
+        sum_ = placed(ops, marginal(ops, [c.factor(ops, log_p[n]) for n, c in cells.items()], above))
+        first = _beyond(cells[name])
+        for other, cell in cells.items():
+            if not _equal(_beyond(cell), first):
+                raise site_error(
+                    name,
+                    f"summed out together with site '{other}', whose log probability has another scale: a sum has one",
+                    "Put both under the same handler, and give it a number.",
+                )
+        scale = math.prod(p.scale for p in block.plates)
+        sum_ = sum_ * scale if scale != 1 else sum_
+        return sum_ if _equal(first, 1.0) else sum_ * first
+
+    def weighted(self, ops: Ops, term: Term, log_q: Callable[[str], Array]) -> Term:
+        """A term along values of the guide, times their probability; ``log_q`` of a site of the guide, neither masked
+        nor scaled."""
+        values = frozenset(p for p in term.plates if p.values)
+        if not values:
+            return term
+        ancestry = self._ancestry(values)
+        for v in ancestry:
+            if outside := self.guide[v.name].plates - term.plates:
+                raise site_error(
+                    v.name,
+                    f"enumerated in the guide inside plate '{min(outside).name}', and the cost of site '{term.site}' "
+                    "outside of it depends on every combination of its elements",
+                    f"Remove the mark of '{v.name}' in the guide: its estimator then draws it.",
+                )
+        if values not in self._weights:
+            factors = [self.guide[v.name].factor(ops, log_q(v.name)) for v in sorted(ancestry)]
+            self._weights[values] = placed(ops, probability(ops, factors, values))
+        return weighed(ops, term, self._weights[values])
+
+
+def warn_of_minibatches(values: Enumeration) -> None:
+    """A site that is summed out above a plate of which a step sees a minibatch: the logarithm of an estimate."""
+    for block in values.blocks.values():
+        cells = {n: values.model[n] for n in block.members}
+        for name, cell in cells.items():
+            inner = [p for c in cells.values() for p in c.plates - cell.plates - block.plates if p.scale != 1]
+            if cell.summed and inner:
+                warnings.warn(
+                    f"site '{name}': summed out above plate '{min(inner).name}', of which a step sees a minibatch. Its "
+                    "elements stand for all of the plate (N/B times their log probability), and the logarithm of that "
+                    "sum is biased. Draw the site in the guide, or pass all of the data.",
+                    EstimatorWarning,
+                    stacklevel=2,
+                )
+
+
+def check_objective(objective: Any, terms: Iterable[Term]) -> None:
+    """A bound of the weights of single draws has no place for a weighted sum over values."""
+    for values in (p for t in terms for p in t.plates if p.values and not objective.counterfactual):
+        raise site_error(
+            values.name,
+            f"enumerated in the guide, and {type(objective).__name__} is a function of the weights of single draws",
+            f"Remove the mark of '{values.name}' in the guide; or use the ELBO.",
+        )
+
+
+def _beyond(cell: Cell) -> Any:
+    """What of a scale is not the N/B of plates."""
+    own = math.prod(p.scale for p in cell.plates)
+    return cell.scale if own == 1 else cell.scale / own
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    try:
+        return math.isclose(a, b, rel_tol=1e-6)
+    except (TypeError, ValueError, RuntimeError):  # several numbers, or one that is not known while tracing
+        return False

@@ -1,0 +1,148 @@
+"""Values of enumerated sites, laid out side by side to the left of all plates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.util import site_is_subsample
+
+from ..core.elimination import Axis
+from ..core.enumeration import Cell
+from ..core.errors import site_error
+from ..core.site import Plate
+from .distributions import unwrapped
+
+Message = dict[str, Any]
+
+
+class Layout:
+    """Where the values of enumerated sites lie in one run of guide and model: Pyro's own handler sees to it, with
+    dimensions that `pyro.markov` uses again.
+
+    ``nesting``: how many dimensions are the plates'. ``asked``: is a site that only the model has to be summed out,
+    though no mark says so?
+    """
+
+    def __init__(self, nesting: int, asked: Callable[[str], bool]):
+        self.nesting, self.asked = nesting, asked
+        self.axes: dict[int, Axis] = {}  # by Pyro's number
+        self._guide, self._model = _Side(self, -1 - nesting, None), _Side(self, None, {})
+
+    def around(self, guide: Any, model: Any, drawn: Mapping[str, Message]) -> tuple[Any, Any]:
+        """Guide and model with enumerated sites laid out; ``drawn`` will hold what the guide drew."""
+        self._model.drawn = drawn
+        return self._guide(guide), model and self._model(model)
+
+    @staticmethod
+    def handed(msg: Message, drawn: Message) -> None:
+        """A message of the model gets the value of the guide's."""
+        msg["infer"] = {**drawn["infer"], "_dim_to_id": dict(drawn["infer"].get("_dim_to_id", {}))}
+        msg["scope"] = {**msg["scope"], **drawn["scope"]}
+
+
+class _Side(EnumMessenger):
+    """``drawn``: what the guide drew, for a run of the model."""
+
+    def __init__(self, layout: Layout, first: int | None, drawn: Mapping[str, Message] | None):
+        super().__init__(first)
+        self.layout, self.drawn = layout, drawn
+
+    def _pyro_sample(self, msg: Message) -> None:
+        if site_is_subsample(msg):
+            return
+        name, known = msg["name"], self.layout.axes
+        wanted = self._wanted(msg)
+        msg["infer"] = {**msg["infer"], "enumerate": "parallel" if wanted else None}
+        super()._pyro_sample(msg)
+        scope = dict(self._param_dims.get(name, {}))
+        if wanted:
+            dim, its = msg["infer"]["_enumerate_dim"], msg["infer"]["_dim_to_id"]
+            size = msg["value"].shape[dim - msg["fn"].event_dim]
+            known[its[dim]] = name if self.drawn is not None else Plate(name, dim, size, values=True)
+            scope |= its
+        msg["scope"] = {d: known[i] for d, i in scope.items() if i in known}
+
+    def _wanted(self, msg: Message) -> bool:
+        name, mark = msg["name"], msg["infer"].get("enumerate")
+        if msg["is_observed"] or msg["value"] is not None or (self.drawn is not None and name in self.drawn):
+            return False
+        if mark:
+            _check_mark(msg, "guide" if self.drawn is None else "model")
+        elif self.drawn is None or not self.layout.asked(name) or not countable(msg["fn"]):
+            return False
+        _check_elements(msg, self.layout.nesting)
+        return True
+
+
+def _check_mark(msg: Message, side: str) -> None:
+    """A mark must mean what it says."""
+    name, infer = msg["name"], msg["infer"]
+    mark = f'infer={{"enumerate": "{infer["enumerate"]}"}}'
+    if infer.get("num_samples"):
+        what = f'marked {mark} with "num_samples", which draws several values instead of summing over all'
+        raise site_error(name, what, "Leave num_samples out, or the mark.")
+    if infer["enumerate"] != "parallel":
+        fix = 'Write infer={"enumerate": "parallel"}.'
+        if side == "guide":
+            fix = (
+                f'Remove the mark and choose EstimatorELBO({{"{name}": Enumerate()}}), which runs the program once for '
+                'each value; or write "parallel".'
+            )
+        raise site_error(name, f"marked {mark}, and values are summed side by side only", fix)
+
+
+def _check_elements(msg: Message, nesting: int) -> None:
+    """All values of one element, or of elements that are independent."""
+    name, fn = msg["name"], msg["fn"]
+    if not countable(fn):
+        what = f"to be summed over all its values, and {type(unwrapped(fn)).__name__} has no finite number of them"
+        raise site_error(name, what, "Remove the mark, and draw it in the guide.")
+    plates, n = {f.dim for f in msg["cond_indep_stack"]}, len(fn.batch_shape)
+    loose = [d for d in range(-min(n, nesting), 0) if d not in plates and fn.batch_shape[d] != 1]
+    if loose or unwrapped(fn).event_shape != fn.event_shape:
+        where = f"batch dimension {loose[0]}, which no plate declares" if loose else "event dimensions"
+        raise site_error(
+            name,
+            f"to be summed over all its values, it has several elements in {where}: every combination would count",
+            "Put the elements in a plate, if they are independent given all else; or remove the mark and draw the site "
+            "in the guide.",
+        )
+
+
+def countable(fn: Any) -> bool:
+    """Has a distribution finitely many values, which it lists?"""
+    return bool(getattr(fn, "has_enumerate_support", False))
+
+
+def is_enumerated(msg: Message) -> bool:
+    return msg["infer"].get("_enumerate_dim") is not None
+
+
+def is_summed(msg: Message) -> bool:
+    """Is it a site that only the model has, and enumerates?"""
+    return msg.get("scope", {}).get(msg["infer"].get("_enumerate_dim")) == msg["name"]
+
+
+def declared(msg: Message) -> frozenset[Plate]:
+    """The vectorised plates of a message."""
+    frames = msg["cond_indep_stack"]
+    if not frames:
+        return frozenset()
+    return frozenset(
+        Plate(f.name, f.dim, f.size, (f.full_size or f.size) / f.size) for f in frames if f.dim is not None
+    )
+
+
+def cell(msg: Message) -> Cell:
+    """Where a message's log probability lies."""
+    scope = msg.get("scope")
+    if not scope:
+        return Cell(declared(msg), scale=msg["scale"])
+    shape = msg["fn"].batch_shape
+    if msg["value"] is not None:
+        shape = torch.broadcast_shapes(shape, msg["value"].shape[: msg["value"].ndim - msg["fn"].event_dim])
+    axes = {d: a for d, a in scope.items() if -d <= len(shape) and shape[d] != 1}
+    return Cell(declared(msg), axes, is_summed(msg), msg["scale"])
