@@ -20,8 +20,18 @@ from .errors import site_error
 from .ops import Array, Ops
 from .site import Plate
 
-#: a site that is summed out by its name; a plate
-Axis = str | Plate
+class Time(NamedTuple):
+    """The steps of a scan, which runs from the last to the first if ``reverse``. ``carried``: of each value that goes
+    from step to step its names before and after a step, and the number of values. Before the first step it has none:
+    nothing depends on it there."""
+
+    name: str
+    reverse: bool = False
+    carried: tuple[tuple[str, str, int], ...] = ()
+
+
+#: a site that is summed out, by its name; a plate; the steps of a scan
+Axis = str | Plate | Time
 
 #: stands for log 0, whose derivative is not a number
 _IMPOSSIBLE = -1e30
@@ -34,8 +44,9 @@ class Factor(NamedTuple):
     axes: tuple[Axis, ...]
 
     @property
-    def plates(self) -> frozenset[Plate]:
-        return frozenset(a for a in self.axes if isinstance(a, Plate) and not a.values)
+    def inside(self) -> frozenset[Plate | Time]:
+        """The plates and scans that it is inside of."""
+        return frozenset(a for a in self.axes if not isinstance(a, str) and not (isinstance(a, Plate) and a.values))
 
     @property
     def summed(self) -> frozenset[str]:
@@ -52,7 +63,8 @@ def factor(ops: Ops, log_p: Array, axes: Mapping[int, Axis]) -> Factor:
     names, shape, full = [], [], []
     for dim in sorted(axes):
         axis, size = axes[dim], log_p.shape[dim] if -dim <= n else 1
-        if size == 1 and not (isinstance(axis, Plate) and not axis.values):
+        plate = isinstance(axis, Plate) and not axis.values
+        if size == 1 and not plate and not isinstance(axis, Time):
             continue
         names.append(axis)
         shape.append(size)
@@ -88,68 +100,109 @@ def remaining(factors: Iterable[tuple[Axis, ...]]) -> frozenset[Plate]:
 
 def probability(ops: Ops, factors: Sequence[Factor], values: frozenset[Plate]) -> Factor:
     """Π of conditional probabilities, given by their logarithms, of ``values``; those of others are summed over."""
-    renamed = [f._replace(axes=tuple(a.name if a.values and a not in values else a for a in f.axes)) for f in factors]  # type: ignore[union-attr]
+    renamed = [
+        f._replace(axes=tuple(a.name if isinstance(a, Plate) and a.values and a not in values else a for a in f.axes))
+        for f in factors
+    ]
     others = list(dict.fromkeys(name for f in renamed for name in f.summed))
     both = joined(ops, summed_out(ops, renamed, others))
     return both._replace(value=ops.exp(both.value))
 
 
 def placed(ops: Ops, f: Factor) -> Array:
-    """A factor with nothing left to sum out, as ``[*batch]``."""
-    axes = tuple(sorted(f.axes, key=lambda a: a.dim))  # type: ignore[union-attr]
-    value = _along(ops, f, axes)
-    shape = [1] * -min((a.dim for a in axes), default=0)  # type: ignore[union-attr]
-    for a, n in zip(axes, value.shape, strict=True):
-        shape[a.dim] = n  # type: ignore[union-attr]
-    return ops.reshape(value, tuple(shape))
+    """A factor with nothing left to sum out, as ``[*batch]``; the steps of a scan come first."""
+    times = [a for a in f.axes if isinstance(a, Time)]
+    plates = sorted((a for a in f.axes if isinstance(a, Plate)), key=lambda a: a.dim)
+    value = _along(ops, f, (*times, *plates))
+    shape = [1] * -min((a.dim for a in plates), default=0)
+    for a in plates:
+        shape[a.dim] = a.size
+    return ops.reshape(value, (*value.shape[: len(times)], *shape))
 
 
 def marginal(ops: Ops, factors: Sequence[Factor], above: Mapping[Plate, frozenset[Plate]] | None = None) -> Factor:
     """log Σ Π of a block of factors, in the plates that hold all of them. Axes of values that the guide enumerates stay;
     ``above`` says in which plates they are."""
-    home: dict[str, frozenset[Plate]] = {}
+    chains = {t: {n for before, after, _ in t.carried for n in (before, after)} for f in factors for t in f.inside
+              if isinstance(t, Time)}  # fmt: skip
+    home: dict[str, frozenset[Plate | Time]] = {}  # what holds all factors of a variable
     for f in factors:
         for name in f.summed:
-            home[name] = home.get(name, f.plates) & f.plates
-    root = frozenset.intersection(*(f.plates for f in factors))
+            if not any(t in f.inside and name in names for t, names in chains.items()):
+                home[name] = home.get(name, f.inside) & f.inside
+    along: dict[Time, frozenset[Plate | Time]] = {}  # and of all that a scan carries
+    for t, names in chains.items():
+        if carrying := [f.inside for f in factors if t in f.inside and f.summed & names]:
+            along[t] = frozenset.intersection(*carrying)
+            for _, after, _ in t.carried:
+                home[after] = home.get(after, along[t]) & (along[t] - {t})
+    root = frozenset.intersection(*(f.inside for f in factors)) - along.keys()
     floor = ops.like(_IMPOSSIBLE, factors[0].value)
     pending = [Factor(ops.where(f.value > floor, f.value, floor), f.axes) for f in factors]
     while True:
-        leaf = max((f.plates for f in pending), key=len)
-        here = [f for f in pending if f.plates == leaf]
-        pending = [f for f in pending if f.plates != leaf]
-        messages = summed_out(ops, here, [n for n, plates in home.items() if plates == leaf])
+        leaf = max((f.inside for f in pending), key=len)
+        here = [f for f in pending if f.inside == leaf]
+        pending = [f for f in pending if f.inside != leaf]
+        messages = summed_out(ops, here, [n for n, holds in home.items() if holds == leaf])
         if leaf == root:
             total = joined(ops, [*pending, *messages])
             value = ops.where(total.value > floor / 2, total.value, ops.full_like(total.value, -math.inf))
             return Factor(value, total.axes)
-        for message in messages:
-            inner = frozenset().union(*(home[n] for n in message.summed)) if message.summed else root
+        for t in [t for t, holds in along.items() if holds == leaf]:
+            steps = [m for m in messages if m.summed & chains[t]]
+            messages = [m for m in messages if not m.summed & chains[t]]
+            pending.append(_last(ops, joined(ops, steps), t))
+        for m in messages:
+            inner = root.union(*(
+                next((along[t] for t in chains if t in leaf and n in chains[t]), None) or home[n] for n in m.summed
+            ))  # fmt: skip
             if inner == leaf:
-                names = ", ".join(sorted(message.summed))
+                names_ = ", ".join(sorted(m.summed))
                 raise site_error(
-                    min(message.summed),
-                    f"summed out, together with {names}, in plates that cross: the sum has a term for every combination "
-                    "of values in all elements",
+                    min(m.summed),
+                    f"summed out together with others ({names_}) whose plates cross: every combination of values in all "
+                    "elements would count",
                     "Draw one of them in the guide.",
                 )
-            pending.append(_product(ops, message, leaf - inner, above or {}))
+            pending.append(_product(ops, m, leaf - inner, above or {}))
 
 
-def _product(ops: Ops, f: Factor, plates: frozenset[Plate], above: Mapping[Plate, frozenset[Plate]]) -> Factor:
-    """Π over plates, each minibatch standing for its plate."""
+def _product(
+    ops: Ops, f: Factor, over: frozenset[Plate | Time], above: Mapping[Plate, frozenset[Plate]]
+) -> Factor:
+    """Π over plates, each minibatch standing for its plate, and over the steps of scans."""
     for axis in f.axes:
-        if plates & above.get(axis, frozenset()):  # type: ignore[call-overload]
+        if isinstance(axis, Plate) and over & above.get(axis, frozenset()):
             raise site_error(
                 min(f.summed),
-                f"summed out in the model, outside of a plate of site '{axis.name}', which is enumerated in the guide: "  # type: ignore[union-attr]
-                "the sum has a term for every combination of values in all elements of the plate",
-                f"Remove the mark of '{axis.name}' in the guide: its estimator then draws it.",  # type: ignore[union-attr]
+                f"summed out in the model, outside of a plate of site '{axis.name}', which is enumerated in the guide: "
+                "every combination of values in all elements of the plate would count",
+                f"Remove the mark of '{axis.name}' in the guide: its estimator then draws it.",
             )
-    axes = tuple(i for i, a in enumerate(f.axes) if a in plates)
-    scale = math.prod(p.scale for p in plates)
+    axes = tuple(i for i, a in enumerate(f.axes) if a in over)
+    scale = math.prod(p.scale for p in over if isinstance(p, Plate))
     value = ops.sum(f.value, axis=axes)
-    return Factor(value * scale if scale != 1 else value, tuple(a for a in f.axes if a not in plates))
+    return Factor(value * scale if scale != 1 else value, tuple(a for a in f.axes if a not in over))
+
+
+def _last(ops: Ops, f: Factor, time: Time) -> Factor:
+    """Summed over all values that a scan carries but the last, one step after another."""
+    befores, afters, sizes = zip(*time.carried, strict=True)
+    rest = tuple(a for a in f.axes if a != time and a not in befores and a not in afters)
+    size = {**dict(zip(f.axes, f.value.shape, strict=True)), **dict(zip(befores, sizes, strict=True)),
+            **dict(zip(afters, sizes, strict=True))}  # fmt: skip
+    axes = (time, *rest, *befores, *afters)
+    value = ops.broadcast_to(_along(ops, f, axes), tuple(size[a] for a in axes))
+    outer, states = tuple(size[a] for a in rest), math.prod(sizes)
+    value = ops.reshape(value, (size[time], *outer, states, states))
+    if time.reverse:
+        value = ops.flip(value, axis=0)
+
+    def step(total: Array, new: Array) -> Array:
+        return ops.logsumexp(total[..., None] + new, axis=-2)
+
+    total = ops.fold(step, value[0][..., 0, :], value[1:])
+    return Factor(ops.reshape(total, (*outer, *sizes)), (*rest, *afters))
 
 
 def joined(ops: Ops, factors: Sequence[Factor]) -> Factor:

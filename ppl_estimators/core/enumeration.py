@@ -8,13 +8,13 @@ which it is weighted by their probabilities: Σ_v q(v) cost(v).
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .elimination import Axis, Factor, blocks, factor, marginal, placed, probability, remaining
-from .errors import EstimatorError, EstimatorWarning, site_error
+from . import elimination
+from .elimination import Axis, Factor, Time, blocks, factor, marginal, probability, remaining
+from .errors import EstimatorError, site_error, warn
 from .ops import Array, Ops
 from .site import Plate, Term, weighed
 
@@ -39,12 +39,34 @@ class Cell:
         return frozenset(a for a in self.axes.values() if isinstance(a, Plate))
 
     @property
+    def time(self) -> Time | None:
+        """The steps of a scan that it is inside of."""
+        return next((a for a in self.axes.values() if isinstance(a, Time)), None)
+
+    @property
     def named(self) -> dict[int, Axis]:
         """All of its axes, by dimension."""
         return {**self.axes, **{p.dim: p for p in self.plates}}
 
     def factor(self, ops: Ops, log_p: Array) -> Factor:
         return factor(ops, log_p, self.named)
+
+
+def placed(name: str, shape: tuple[int, ...], scope: Mapping[int, Axis], nesting: int) -> dict[int, Axis]:
+    """The axes of enumerated values in a batch shape, whose last ``nesting`` dimensions are the plates'."""
+    axes = {}
+    for dim in range(-len(shape), -nesting):
+        if shape[dim] != 1:
+            if dim not in scope:
+                raise site_error(
+                    name,
+                    f"its log probability has size {shape[dim]} in dimension {dim}, left of all plates, where no "
+                    "enumerated site in its reach has its values",
+                    "In a chain of pyro.markov give a larger history; after a scan use the last value that it carries, "
+                    "not those of its steps; elsewhere count max_plate_nesting dimensions for plates.",
+                )
+            axes[dim] = scope[dim]
+    return axes
 
 
 class Block(NamedTuple):
@@ -81,6 +103,12 @@ class Enumeration:
         cell = (self.model if side == "model" else self.guide)[term]
         return cell.plates | cell.values
 
+    def steps(self, term: str) -> Time | None:
+        """The scan, each of whose steps has a part of a block of its own."""
+        times = {self.model[n].time for n in self.blocks[term].members}
+        time = times.pop()
+        return None if times or (time is not None and time.carried) else time
+
     def deciding(self, side: str, name: str) -> frozenset[str]:
         """The sites that decide how probable the values are that a site's cost is weighted for."""
         return frozenset(v.name for v in self._ancestry((self.guide if side == "guide" else self.model)[name].values))
@@ -98,7 +126,7 @@ class Enumeration:
         block = self.blocks[name]
         cells = {n: self.model[n] for n in block.members}
         above = {v: self.guide[v.name].plates for c in cells.values() for v in c.values}
-        sum_ = placed(ops, marginal(ops, [c.factor(ops, log_p[n]) for n, c in cells.items()], above))
+        sum_ = elimination.placed(ops, marginal(ops, [c.factor(ops, log_p[n]) for n, c in cells.items()], above))
         first = _beyond(cells[name])
         for other, cell in cells.items():
             if not _equal(_beyond(cell), first):
@@ -128,7 +156,7 @@ class Enumeration:
                 )
         if values not in self._weights:
             factors = [self.guide[v.name].factor(ops, log_q(v.name)) for v in sorted(ancestry)]
-            self._weights[values] = placed(ops, probability(ops, factors, values))
+            self._weights[values] = elimination.placed(ops, probability(ops, factors, values))
         return weighed(ops, term, self._weights[values])
 
 
@@ -139,18 +167,16 @@ def warn_of_minibatches(values: Enumeration) -> None:
         for name, cell in cells.items():
             inner = [p for c in cells.values() for p in c.plates - cell.plates - block.plates if p.scale != 1]
             if cell.summed and inner:
-                warnings.warn(
+                warn(
                     f"site '{name}': summed out above plate '{min(inner).name}', of which a step sees a minibatch. Its "
                     "elements stand for all of the plate (N/B times their log probability), and the logarithm of that "
-                    "sum is biased. Draw the site in the guide, or pass all of the data.",
-                    EstimatorWarning,
-                    stacklevel=2,
+                    "sum is biased. Draw the site in the guide, or pass all of the data."
                 )
 
 
 def check_objective(objective: Any, terms: Iterable[Term]) -> None:
     """A bound of the weights of single draws has no place for a weighted sum over values."""
-    for values in (p for t in terms for p in t.plates if p.values and not objective.counterfactual):
+    for values in (p for t in terms for p in t.plates if p.values and objective.keeps_score):
         raise site_error(
             values.name,
             f"enumerated in the guide, and {type(objective).__name__} is a function of the weights of single draws",

@@ -35,6 +35,9 @@ class Ops(Protocol):
     def cumulative_logsumexp(self, x: Array) -> Array:
         """Of the elements up to each, itself included, along the first axis."""
 
+    def fold(self, step: Callable[[Array, Array], Array], start: Array, along: Array) -> Array:
+        """``step(... step(step(start, along[0]), along[1]) ..., along[-1])``."""
+
     def lgamma(self, x: Array) -> Array: ...
 
     def digamma(self, x: Array) -> Array: ...

@@ -17,6 +17,7 @@ from numpyro.handlers import substitute
 
 from ..core import averaging
 from ..core.credit import Graph
+from ..core.enumeration import Unplaced, check_objective
 from ..core.errors import EstimatorError, site_error
 from ..core.estimator import Estimator, Noise
 from ..core.families import DISCRETE, divergence
@@ -29,10 +30,23 @@ from ..core.step import Joined, Run, Values
 from ..core.verify import not_the_same, run_again
 from .dependencies import LOOP, forward, without_derivative
 from .distributions import another, family, log_q, natural_parameters, score_norm
+from .enumeration import Layout
 from .keep import declare, state_name
 from .ops import OPS
 from .randomness import Randomness
-from .run import Keys, Message, Traces, execute, interpreted, noise_key, site_key, survey, terms_of, view
+from .run import (
+    Keys,
+    Message,
+    Traces,
+    execute,
+    interpreted,
+    nesting_of,
+    noise_key,
+    site_key,
+    survey,
+    terms_of,
+    view,
+)
 
 Array = Any
 
@@ -60,6 +74,7 @@ class NumPyroLibrary:
         self.settings, self.randomness, self.key, self.params = settings, randomness, key, params
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.dtypes: Mapping[str, Any] = {}
+        self.nesting: int | None = None  # of plates, in a program some of whose values are laid out side by side
         self._plan = self._survey()
         self._alike = _alike(self._plan)
 
@@ -75,13 +90,19 @@ class NumPyroLibrary:
     def _survey(self) -> Plan:
         """Trace guide and model once, and see which latent values reach which cost terms."""
         plate_key, key = jax.random.split(self.key)
-        found = survey(Keys(key), plate_key, self.params, self.model, self.guide, self.args, self.kwargs)
+        program = Keys(key), plate_key, self.params, self.model, self.guide, self.args, self.kwargs
+        try:
+            found = survey(*program, self._layout)
+        except Unplaced:
+            self.nesting = nesting_of(*program)
+            found = survey(*program, self._layout)
         self.dtypes = found.dtypes
         in_model = [t.site for t in found.terms if t.side == "model"]
         check_keys(self.settings.mapping, list(found.sites), "EstimatorELBO", in_model)
         for hooked in {id(h): h for s in found.sites.values() if (h := s.declared) is not None}.values():
             check_keys(hooked.estimators, list(found.sites), "with_estimators", in_model)
         sites = found.sites
+        check_objective(self.settings.objective, found.terms)
         graph = Graph(found.ancestors, {n: s.plates for n, s in sites.items()}, {n: s.order for n, s in sites.items()})
         plan = make_plan(list(found.sites.values()), found.terms, graph, self.settings, branches=not found.followed)
         going_forward = forward(self.params)
@@ -124,7 +145,16 @@ class NumPyroLibrary:
         if constants:
             params, args, kwargs = jax.tree.map(_constant, (params, args, kwargs))
         chosen = self.model if model else None
-        return execute(source, self._plate_key, params, chosen, self.guide, args, kwargs, draw=draw, in_scan=in_scan)
+        return execute(
+            source, self._plate_key, params, chosen, self.guide, args, kwargs,
+            draw=draw, in_scan=in_scan, layout=self._layout(),
+        )  # fmt: skip
+
+    def _layout(self) -> Layout | None:
+        """Where the values of enumerated sites go in a run, if the program has some."""
+        if self.nesting is None:
+            return None
+        return Layout(self.nesting, lambda n: (named := self.settings.asked(n, None)) is not None and named.sums)
 
     def _in_scan(self, msg: Message) -> Array | None:
         """Values of latent sites inside a scan, where no handler of ours can reach."""

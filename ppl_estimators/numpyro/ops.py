@@ -32,6 +32,9 @@ class JaxOps:
     def cumulative_logsumexp(self, x: Array) -> Array:
         return jax.lax.cumlogsumexp(x, axis=0)
 
+    def fold(self, step: Callable[[Array, Array], Array], start: Array, along: Array) -> Array:
+        return jax.lax.scan(lambda total, x: (step(total, x), None), start, along)[0]
+
     lgamma = staticmethod(jax.scipy.special.gammaln)
     digamma = staticmethod(jax.scipy.special.digamma)
 
@@ -42,6 +45,8 @@ class JaxOps:
         return jax.nn.one_hot(index, categories, dtype=like.dtype)
 
     def take_last(self, x: Array, index: Array) -> Array:
+        rank = max(x.ndim, index.ndim)
+        x, index = (a.reshape(*(1,) * (rank - a.ndim), *a.shape) for a in (x, index))
         return jnp.take_along_axis(x, index, axis=-1)
 
     def like(self, x: Array, template: Array) -> Array:

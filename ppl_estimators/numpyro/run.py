@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -12,18 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro.contrib.control_flow.cond import cond_wrapper
-from numpyro.contrib.control_flow.scan import scan_wrapper
+from numpyro.contrib.control_flow.scan import _promote_scanned_value_shapes, scan_wrapper
 from numpyro.distributions.util import scale_and_mask
 from numpyro.handlers import replay, substitute
 from numpyro.ops.pytree import PytreeTrace
 from numpyro.primitives import Messenger
 from numpyro.util import format_shapes
 
+from ..core.enumeration import Enumeration, Unplaced, warn_of_minibatches
 from ..core.errors import EstimatorError, site_error, warn
-from ..core.families import DISCRETE
 from ..core.site import Plate, Site, Term
 from .dependencies import dependencies, mark, same
-from .distributions import cost_log_prob, describe, ends, family, relaxed_log_prob, sampled_dtype, still
+from .distributions import cost_log_prob, describe, ends, log_q, relaxed_log_prob, sampled_dtype, still, unmasked
+from .enumeration import Layout, cell, countable, is_enumerated, is_summed
+from .ops import OPS
 
 Array = Any
 Message = dict[str, Any]
@@ -34,13 +37,21 @@ Draw = Callable[[Message], Array]
 
 @dataclass
 class Traces:
-    """Messages of one run, by site name in order of appearance."""
+    """Messages of one run, by site name in order of appearance; ``values`` if some take all their values."""
 
     guide: dict[str, Message] = field(default_factory=dict)
     model: dict[str, Message] = field(default_factory=dict)
+    values: Enumeration | None = None
 
     def latents(self) -> dict[str, Message]:
-        return {n: m for n, m in self.guide.items() if _latent(m)}
+        """Sites whose value was drawn."""
+        return {n: m for n, m in self.guide.items() if _latent(m) and not is_enumerated(m)}
+
+    def plates(self, side: str, term: str) -> frozenset[Plate]:
+        """Of a cost term."""
+        if self.values is not None:
+            return self.values.plates(side, term)
+        return _scaled_plates((self.model if side == "model" else self.guide)[term], self)
 
     def mutable(self) -> dict[str, Array]:
         both = {**self.guide, **self.model}
@@ -123,7 +134,9 @@ class _Conduct(Messenger):
         known: Mapping[str, Array] | None = None,
         in_scan: Any = None,
         guide: Mapping[str, Message] | None = None,
+        layout: Layout | None = None,
     ):
+        self.layout = layout
         self.key, self.plate_key, self.draw, self.record, self.in_scan = key, plate_key, draw, record, in_scan
         self.params, self.known, self.guide = params, known or {}, guide
         self.kinds: dict[str, str] = {}  # of what has a name
@@ -155,10 +168,14 @@ class _Conduct(Messenger):
                 f"site '{msg['name']}': a parameter has the same name. Give the site or the parameter another one."
             )
         if kind == "sample" and self.guide is not None and msg["name"] in self.guide:
-            _same_shape(msg["name"], self.guide[msg["name"]], msg)  # before the model works with it
+            nesting = None if self.layout is None else self.layout.nesting
+            _same_shape(msg["name"], self.guide[msg["name"]], msg, nesting)  # before the model works with it
         if kind == "sample" and msg["value"] is None:
-            if self.guide is None and msg["infer"].get("enumerate"):
-                raise enumerated(msg["name"], msg["fn"])
+            if self.layout is not None:
+                msg["value"] = self.layout.around(msg, self.guide)
+            elif self.guide is None and msg["infer"].get("enumerate"):
+                raise unplaced(msg)
+        if kind == "sample" and msg["value"] is None:
             sample_shape = msg["kwargs"].pop("sample_shape", ())
             if sample_shape:
                 msg["fn"] = msg["fn"].expand((*sample_shape, *msg["fn"].batch_shape))
@@ -173,6 +190,8 @@ class _Conduct(Messenger):
             msg["kwargs"]["rng_key"] = site_key(self.key, f"{kind} {self.anonymous}")
             if kind == "control_flow" and self.in_scan is not None:
                 msg["kwargs"]["substitute_stack"].append(("substitute", self.in_scan))
+            if msg.get("fn") is scan_wrapper and self.guide is not None and self.layout is not None:
+                msg["fn"] = partial(self.layout.scan, self.guide, scan_wrapper)
 
     def postprocess_message(self, msg: Message) -> None:
         if msg["type"] == "control_flow":
@@ -185,25 +204,33 @@ class _Conduct(Messenger):
         self.kinds[name] = kind
         if kind in ("sample", "plate", "mutable"):
             self.record[name] = msg.copy()
+            if "time" in msg and kind == "sample":  # a value of the guide's, which was handed over once more
+                self.record[name]["value"] = _promote_scanned_value_shapes(msg["value"], msg["fn"])
 
     def look_inside(self, msg: Message) -> None:
         """Latent sites of NumPyro's scan and cond: no handler of ours reaches them, and what has no value is drawn."""
         traces = jax.tree.leaves(msg["value"], is_leaf=lambda x: isinstance(x, PytreeTrace))
         inside = {n: m for t in traces if isinstance(t, PytreeTrace) for n, m in t.trace.items()}
-        if msg["fn"] is scan_wrapper:
+        if msg["fn"] is not cond_wrapper:
             self.scans += 1
             *_, reverse = msg["args"]
-            scan = Scan(self.scans, bool(reverse), frozenset(n for n, m in inside.items() if _latent(m)))
+            latent = frozenset(n for n, m in inside.items() if _latent(m) and not is_summed(m))
+            scan = Scan(self.scans, bool(reverse), latent)
             for inner in inside.values():
                 inner["scan"] = scan
         for name, inner in inside.items():
-            if not _latent(inner):
+            if not _latent(inner) or is_summed(inner):
                 continue
             if self.guide is None:
                 if inner["infer"].get("enumerate"):
-                    raise enumerated(name, inner["fn"])
+                    raise site_error(
+                        name,
+                        'marked infer={"enumerate": ...} inside a scan or a cond of the guide',
+                        "Remove the mark, its estimator then draws it; or leave the site out of the guide and mark it in "
+                        "the model, which sums it out exactly.",
+                    )
             elif name not in self.guide:
-                _refuse(inner)
+                _refuse(inner, self.layout)
             elif msg["fn"] is cond_wrapper:
                 raise site_error(
                     name,
@@ -223,46 +250,51 @@ def execute(
     *,
     draw: Draw,
     in_scan: Callable[[Message], Any] | None = None,
+    layout: Layout | None = None,
 ) -> Traces:
-    """Run the guide, then the model on the guide's values (unless ``model`` is None)."""
+    """Run the guide, then the model on the guide's values (unless ``model`` is None). ``layout``: where values of
+    enumerated sites go; a run that finds it needs one raises `Unplaced`."""
     traces = Traces()
-    with _Conduct(keys.guide, plate_key, draw, traces.guide, params, keys.known, in_scan):
+    with _Conduct(keys.guide, plate_key, draw, traces.guide, params, keys.known, in_scan, layout=layout):
         substitute(guide, data=dict(params))(*args, **kwargs)
     if model is not None:
         own = {**params, **{n: m["value"] for n, m in traces.guide.items() if m["type"] == "mutable"}}
-        with _Conduct(keys.model, plate_key, _refuse, traces.model, params, guide=traces.guide):
+        refuse = partial(_refuse, layout=layout)
+        with _Conduct(keys.model, plate_key, refuse, traces.model, params, guide=traces.guide, layout=layout):
             drawn = {n: m for n, m in traces.guide.items() if m["type"] in ("sample", "plate")}
             replay(substitute(model, data=own), trace=drawn)(*args, **kwargs)
         _same_sizes(traces)
+    if layout is not None and layout.nesting is not None:
+        cells = [
+            {n: cell(m, _scaled_plates(m, traces), layout) for n, m in record.items() if m["type"] == "sample"}
+            for record in (traces.guide, traces.model)
+        ]
+        traces.values = Enumeration(*cells)
     return traces
 
 
-def _refuse(msg: Message) -> Any:
-    name = msg["name"]
-    if msg["infer"].get("enumerate"):
-        raise site_error(
-            name,
-            'marked infer={"enumerate": ...} in the model and absent from the guide: EstimatorELBO does not sum it out',
-            f"Use TraceEnum_ELBO, or draw it in the guide too: remove the mark and add numpyro.sample('{name}', ...), "
-            "with probabilities of its own, to the guide.",
+def _refuse(msg: Message, layout: Layout | None) -> Any:
+    """A latent site of the model that the guide lacks."""
+    if layout is not None and layout.nesting is None:  # only to look
+        return msg["fn"].sample(msg["kwargs"]["rng_key"]) if msg["value"] is None else msg["value"]
+    if layout is None and countable(msg["fn"]):
+        raise unplaced(msg)
+    name, fix = msg["name"], "observe it with obs=..."
+    if countable(msg["fn"]):
+        fix = (
+            'mark it infer={"enumerate": "parallel"} in the model, or name it, '
+            f'EstimatorELBO({{"{name}": Enumerate()}}): it is then summed out exactly; or {fix}'
         )
     raise site_error(
         name,
         "a latent site of the model that the guide does not draw",
-        f"Add numpyro.sample('{name}', ...) to the guide, observe it with obs=..., or sum it out (TraceEnum_ELBO does, "
-        "for discrete sites).",
+        f"Add numpyro.sample('{name}', ...) to the guide, or {fix}.",
     )
 
 
-def enumerated(name: str, fn: Any) -> EstimatorError:
-    if family(fn) in DISCRETE:
-        fix = f'choose the estimator Enumerate() for this site: EstimatorELBO({{"{name}": Enumerate()}})'
-    else:
-        fix = f'choose an estimator: EstimatorELBO({{"{name}": Reinforce(LeaveOneOut())}}, num_particles=2)'
-    return site_error(
-        name,
-        'marked infer={"enumerate": ...}, which EstimatorELBO does not sum out',
-        f"Remove the mark and {fix}, or use TraceEnum_ELBO.",
+def unplaced(msg: Message) -> Unplaced:
+    return Unplaced(
+        f"site '{msg['name']}': enumerated, or drawn by the model only, and here every site has to be drawn by the guide."
     )
 
 
@@ -285,7 +317,8 @@ def _latent(msg: Message) -> bool:
     return msg["type"] == "sample" and not msg["is_observed"]
 
 
-def _same_shape(name: str, guide: Message, model: Message) -> None:
+def _same_shape(name: str, guide: Message, model: Message, nesting: int | None) -> None:
+    """``nesting``: how many batch dimensions there are that hold no enumerated values."""
     if not _latent(guide) or not _latent(model):
         return
     events = [m["fn"].event_dim for m in (guide, model)]
@@ -296,6 +329,8 @@ def _same_shape(name: str, guide: Message, model: Message) -> None:
             "Use .to_event(n) on both sides alike, and plates for dimensions that are independent.",
         )
     shapes = [tuple(m["fn"].shape(m["kwargs"].get("sample_shape") or ())) for m in (guide, model)]
+    if nesting is not None:
+        shapes = [s[max(0, len(s) - events[0] - nesting) :] for s in shapes]
     if any(a != b for a, b in zip_longest(*map(reversed, shapes), fillvalue=1)):
         fact = f"shape {shapes[0]} in the guide, {shapes[1]} in the model"
         raise site_error(name, fact, "Draw it in the same shape on both sides.")
@@ -354,25 +389,44 @@ def terms_of(
     would drop; ``hard`` those whose -log q is differentiated in the value only.
     """
     terms, everything = [], frozenset(traces.latents())  # of a term that is not in ``depends_on``
+    values = traces.values
+    of_blocks: dict[str, Array] = {}
     for side, sign, record in (("model", 1, traces.model), ("guide", -1, traces.guide)):
         for name, msg in record.items():
             if msg["type"] == "sample":
+                term = name if values is None else values.term(side, name)
                 fn = jax.lax.stop_gradient(msg["fn"]) if side == "guide" and name in hard else msg["fn"]
+                if is_summed(msg):  # its probabilities sum to one
+                    fn = unmasked(fn)
                 try:
                     log_p = (
                         _relaxed_log_prob(name, fn, msg["value"], side)
                         if name in relaxed
                         else cost_log_prob(fn, msg["value"], msg["intermediates"])
                     )
-                    log_p = scale_and_mask(log_p, msg["scale"])
+                    if side == "model" and values is not None and term in values.blocks:
+                        of_blocks[name] = log_p
+                        if name != values.blocks[term].members[-1]:
+                            continue
+                        log_p = values.total(OPS, term, of_blocks)
+                    else:
+                        log_p = scale_and_mask(log_p, msg["scale"])
                 except EstimatorError:
                     raise
                 except (ValueError, TypeError, ArithmeticError) as error:
                     raise _no_log_prob(name, side, record, error) from error
-                deps = frozenset() if depends_on is None else depends_on.get((side, name), everything)
+                deps = frozenset() if depends_on is None else depends_on.get((side, term), everything)
                 value = log_p if sign > 0 else -log_p
-                terms.append(Term(side, name, value, _scaled_plates(msg, traces), deps, _order(side, msg, traces)))
+                order = _order(side, record[term], traces)
+                if values is not None and term in values.blocks and values.steps(term) is None:
+                    order = None
+                found = Term(side, term, value, traces.plates(side, term), deps, order)
+                terms.append(found if values is None else values.weighted(OPS, found, partial(_log_q, traces.guide)))
     return terms
+
+
+def _log_q(guide: Mapping[str, Message], name: str) -> Array:
+    return log_q(guide[name]["fn"], guide[name]["value"])
 
 
 def _order(side: str, msg: Message, traces: Traces) -> str | None:
@@ -424,6 +478,8 @@ def _scaled_plates(msg: Message, traces: Traces) -> frozenset[Plate]:
 def view(msg: Message, traces: Traces | None = None) -> Site:
     """The site's facts and arrays, from its message."""
     plates = plates_of(msg) if traces is None else _scaled_plates(msg, traces)
+    if traces is not None and traces.values is not None:
+        plates |= traces.values.guide[msg["name"]].values
     site = describe(msg["name"], msg["fn"], plates, msg["scale"], msg["infer"], msg["value"])
     scan = msg.get("scan")
     return site if scan is None or scan.reverse else replace(site, order=f"scan {scan.number}")
@@ -454,6 +510,34 @@ class Survey:
         return {(t.side, t.site): t.depends_on for t in self.terms}
 
 
+def nesting_of(
+    keys: Keys,
+    plate_key: Array,
+    params: Mapping[str, Array],
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> int:
+    """How many dimensions the sites of a program have, none of them enumerated."""
+    found = []
+
+    def draw(msg: Message) -> Array:
+        return msg["fn"].sample(msg["kwargs"]["rng_key"])
+
+    def look() -> None:
+        look_only = Layout(None, lambda name: False)
+        traces = execute(keys, plate_key, params, model, guide, args, kwargs, draw=draw, layout=look_only)
+        both = [m for m in (*traces.guide.values(), *traces.model.values()) if m["type"] == "sample"]
+        found.extend(len(m["fn"].batch_shape) - ("scan" in m) for m in both)
+
+    if interpreted():
+        look()
+    else:
+        jax.eval_shape(look)
+    return max(found, default=0)
+
+
 _PARAMETERS = ""  # the mark of every parameter
 
 
@@ -470,6 +554,7 @@ def survey(
     guide: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    layout: Callable[[], Layout | None],
 ) -> Survey:
     """Run guide and model once, and see which latent values reach which cost terms."""
     followed = not interpreted()
@@ -484,7 +569,9 @@ def survey(
 
     def program() -> Any:
         marked = jax.tree.map(lambda x: mark(x, _PARAMETERS), dict(params)) if followed else params
-        traces = execute(keys, plate_key, marked, model, guide, args, kwargs, draw=draw, in_scan=in_scan)
+        traces = execute(
+            keys, plate_key, marked, model, guide, args, kwargs, draw=draw, in_scan=in_scan, layout=layout()
+        )
         latents = traces.latents()
         in_model = [n for n in latents if n in traces.model and _latent(traces.model[n])]
         for n in in_model:
@@ -492,7 +579,9 @@ def survey(
         terms = terms_of(traces)
         seen["sites"] = {n: still(view(m, traces), m["fn"]) for n, m in latents.items()}
         seen["dtypes"] = {n: sampled_dtype(m["fn"]) for n, m in latents.items()}
-        seen["terms"] = [replace(t, value=None) for t in terms]
+        seen["terms"] = [replace(t, value=None, cost=None, weight=None) for t in terms]
+        if traces.values is not None:
+            warn_of_minibatches(traces.values)
         seen["order"] = [n for n, m in traces.guide.items() if m["type"] == "sample"]
         auxiliary = {n for n, m in latents.items() if m["infer"].get("is_auxiliary")}
         seen["odd"] = [n for n in latents if (n in in_model) == (n in auxiliary)], auxiliary

@@ -10,7 +10,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.util import site_is_subsample
 
 from ..core.elimination import Axis
-from ..core.enumeration import Cell
+from ..core.enumeration import Cell, placed
 from ..core.errors import site_error
 from ..core.site import Plate
 from .distributions import unwrapped
@@ -64,6 +64,7 @@ class _Side(EnumMessenger):
             known[its[dim]] = name if self.drawn is not None else Plate(name, dim, size, values=True)
             scope |= its
         msg["scope"] = {d: known[i] for d, i in scope.items() if i in known}
+        msg["nesting"] = self.layout.nesting
 
     def _wanted(self, msg: Message) -> bool:
         name, mark = msg["name"], msg["infer"].get("enumerate")
@@ -138,11 +139,10 @@ def declared(msg: Message) -> frozenset[Plate]:
 
 def cell(msg: Message) -> Cell:
     """Where a message's log probability lies."""
-    scope = msg.get("scope")
-    if not scope:
+    if "scope" not in msg:
         return Cell(declared(msg), scale=msg["scale"])
     shape = msg["fn"].batch_shape
     if msg["value"] is not None:
         shape = torch.broadcast_shapes(shape, msg["value"].shape[: msg["value"].ndim - msg["fn"].event_dim])
-    axes = {d: a for d, a in scope.items() if -d <= len(shape) and shape[d] != 1}
+    axes = placed(msg["name"], shape, msg["scope"], msg["nesting"])
     return Cell(declared(msg), axes, is_summed(msg), msg["scale"])

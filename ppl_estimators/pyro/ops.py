@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -43,6 +43,9 @@ class TorchOps:
 
     def cumulative_logsumexp(self, x: Array) -> Array:
         return torch.logcumsumexp(x, 0)
+
+    def fold(self, step: Callable[[Array, Array], Array], start: Array, along: Array) -> Array:
+        return reduce(step, along, start)
 
     lgamma = staticmethod(torch.lgamma)
     digamma = staticmethod(torch.digamma)

@@ -1,0 +1,246 @@
+"""Values of enumerated sites, laid out side by side to the left of all plates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from numpyro.contrib.control_flow.scan import _promote_fn_shapes
+from numpyro.primitives import Messenger
+
+from ..core.elimination import Axis, Time
+from ..core.enumeration import Cell, placed
+from ..core.errors import site_error
+from ..core.site import Plate
+from .distributions import unwrapped
+
+Array = Any
+Message = dict[str, Any]
+
+_FAR = 56  # so many dimensions of an array, and some to spare
+_GAP = 4  # so far are those of a scan apart: more than a value has event dimensions, and its rank tells which is its first
+
+
+class Layout:
+    """Where the values of enumerated sites lie in one run of guide and model.
+
+    ``nesting``: how many dimensions are the plates'; None for a run that finds out, and draws what it has to.
+    ``asked``: is a site that only the model has to be summed out, though no mark says so?
+    """
+
+    def __init__(self, nesting: int | None, asked: Callable[[str], bool]):
+        self.nesting, self.asked = nesting, asked
+        self.axes: dict[int, Axis] = {}  # by dimension
+        self._dims: dict[str, int] = {}
+        self._next = -1 - (nesting or 0)
+        self._scans = 0
+
+    def around(
+        self, msg: Message, drawn: Mapping[str, Message] | None, *, gap: int = 1, unmarked: bool = False
+    ) -> Array | None:
+        """All values of a site, if it is to be enumerated; ``drawn`` is what the guide drew, for a run of the model.
+        ``unmarked``: does a site that only the model has need no mark?"""
+        if not self._wanted(msg, drawn, unmarked):
+            return None
+        name, fn = msg["name"], msg["fn"]
+        _check_elements(msg, self.nesting)
+        support = fn.enumerate_support(expand=False)
+        size, event, dim = support.shape[0], support.shape[1 + len(fn.batch_shape) :], self.place(name, gap)
+        self.axes[dim] = name if drawn is not None else Plate(name, dim, size, values=True)
+        msg["enumerated"], msg["summed"] = dim, drawn is not None
+        return jnp.reshape(support, (size, *(1,) * (-1 - dim), *event))
+
+    def place(self, name: str, gap: int = 1) -> int:
+        """A dimension of its own."""
+        if name not in self._dims:
+            self._dims[name] = self._next - gap + 1
+            self._next -= gap
+            if self._next < -_FAR:
+                raise site_error(
+                    name,
+                    f"enumerated beside {len(self.axes)} others, each along a dimension of its own, of which an array "
+                    f"has {_FAR} at most",
+                    "Draw the steps of a chain in numpyro.contrib.control_flow.scan, or mark fewer sites.",
+                )
+        return self._dims[name]
+
+    def _wanted(self, msg: Message, drawn: Mapping[str, Message] | None, unmarked: bool) -> bool:
+        name, mark = msg["name"], msg["infer"].get("enumerate")
+        if self.nesting is None or (drawn is not None and name in drawn):
+            return False
+        if mark:
+            _check_mark(msg)
+            return True
+        return drawn is not None and (unmarked or self.asked(name)) and countable(msg["fn"])
+
+    # ---- scans of the model -----------------------------------------------------------------------------------------
+
+    def scan(self, drawn: Mapping[str, Message], scan_wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+        """NumPyro's scan, some of whose sites may be summed out.
+
+        A value that goes from step to step lies along one dimension when a step begins, and along another, that of the
+        site, when it ends; there it is moved from the one to the other. After the scan it lies where a step would begin.
+        """
+        f, first, xs, length, reverse = args
+        kwargs.pop("history", None)  # of the steps that a step may look back at one is supported, and that is checked
+        self._scans += 1
+        found = _Scan(self, drawn, f"scan {self._scans}")
+        run = partial(scan_wrapper, xs=xs, length=length, reverse=reverse, **kwargs)
+        outside = dict(self.axes)
+        try:
+            carry = found.begin(run, f, first)
+            if not found.sizes:
+                return run(f, carry)
+            (steps, key, last), (trace, ys) = run(found.step(f, carry), carry)
+            inside = {**self.axes, **{found.before(n): _before(n) for n in found.carried}}
+        finally:
+            self.axes = outside
+        time = Time(found.name, bool(reverse), tuple((_before(n), n, found.sizes[n]) for n in found.carried))
+        for msg in trace.trace.values():
+            msg["time"], msg["scope"] = time, inside
+        self.axes |= {found.before(n): n for n in found.carried}
+        return (steps, key, last), (trace, ys)
+
+
+def _before(name: str) -> str:
+    return f"{name} before"
+
+
+class _Scan:
+    """What goes from step to step in a scan of the model."""
+
+    def __init__(self, layout: Layout, drawn: Mapping[str, Message], name: str):
+        self.layout, self.drawn, self.name = layout, drawn, name
+        self.sizes: dict[str, int] = {}  # of the sites that are summed out
+        self.carried: dict[str, None] = {}
+
+    def after(self, name: str) -> int:
+        return self.layout.place(name, _GAP)
+
+    def before(self, name: str) -> int:
+        return self.layout.place(_before(name), _GAP)
+
+    def begin(self, run: Any, f: Any, carry: Any) -> Any:
+        """``carry``, wide enough for whatever a step ends with."""
+        while True:
+            ends: list[Any] = []
+
+            def probe(carry: Any, x: Any, ends: list[Any] = ends) -> Any:
+                with _Inside(self):
+                    after, _ = f(carry, x)
+                ends.append(jax.eval_shape(lambda a: jax.tree.map(self.moved, a), after))
+                return carry, None
+
+            jax.eval_shape(lambda carry: run(probe, carry)[0][0], carry)
+            wide = jax.tree.map(_wide, carry, ends[-1])
+            if all(jnp.shape(a) == jnp.shape(b) for a, b in zip(*map(jax.tree.leaves, (carry, wide)), strict=True)):
+                return carry
+            carry = wide
+
+    def step(self, f: Any, carry: Any) -> Any:
+        def step(before: Any, x: Any) -> Any:
+            with _Inside(self):
+                after, y = f(before, x)
+            return jax.tree.map(lambda a, b: jnp.broadcast_to(self.moved(a), jnp.shape(b)), after, before), y
+
+        return step
+
+    def moved(self, x: Any) -> Array:
+        """What a step ends with, as the next begins with it."""
+        x = jnp.asarray(x)
+        ends = {d for n in self.sizes for d in (self.after(n), self.before(n))}
+        events = next((e for d in sorted(ends) if 0 <= (e := x.ndim + d) < _GAP), None)
+        if events is None:
+            return x
+
+        def at(dim: int) -> int:
+            return x.ndim + dim - events
+
+        for n in self.sizes:
+            if at(self.before(n)) >= 0 and x.shape[at(self.before(n))] != 1:
+                raise site_error(
+                    n,
+                    "summed out in a scan that carries what depends on its value of a step before the last",
+                    "Let the scan carry the value itself, of one step; a longer memory is one site with a value for each "
+                    "combination.",
+                )
+        for n in self.sizes:
+            if at(self.after(n)) >= 0 and x.shape[at(self.after(n))] != 1:
+                self.carried.setdefault(n)
+                x = jnp.reshape(x, (*(1,) * max(0, -at(self.before(n))), *x.shape))
+                x = jnp.swapaxes(x, at(self.after(n)), at(self.before(n)))
+        return x
+
+
+def _wide(x: Any, end: Any) -> Any:
+    shape = jnp.broadcast_shapes(jnp.shape(x), end.shape)
+    return x if shape == jnp.shape(x) else jnp.broadcast_to(jnp.asarray(x, end.dtype), shape)
+
+
+class _Inside(Messenger):
+    """Lays out enumerated sites inside a step of a scan of the model."""
+
+    def __init__(self, scan: _Scan):
+        super().__init__()
+        self.scan, self._promote = scan, _promote_fn_shapes()
+
+    def process_message(self, msg: Message) -> None:
+        if msg["type"] != "sample" or msg["value"] is not None or msg["is_observed"]:
+            return
+        # no mark reaches the inside of a scan: NumPyro's own handler marks all that can be enumerated there
+        value = self.scan.layout.around(msg, self.scan.drawn, gap=_GAP, unmarked=True)
+        if value is not None:
+            msg["value"] = value
+            self.scan.sizes[msg["name"]] = value.shape[0]
+            self._promote.postprocess_message(msg)  # or the steps would lie along different dimensions of the two
+
+
+def _check_mark(msg: Message) -> None:
+    """A mark must mean what it says."""
+    if msg["infer"]["enumerate"] != "parallel":
+        mark = f'infer={{"enumerate": "{msg["infer"]["enumerate"]}"}}'
+        what = f"marked {mark}, and values are summed side by side only"
+        raise site_error(msg["name"], what, 'Write infer={"enumerate": "parallel"}.')
+
+
+def _check_elements(msg: Message, nesting: int) -> None:
+    """All values of one element, or of elements that are independent."""
+    name, fn = msg["name"], msg["fn"]
+    if not countable(fn):
+        what = f"to be summed over all its values, and {type(unwrapped(fn)).__name__} has no finite number of them"
+        raise site_error(name, what, "Remove the mark, and draw it in the guide.")
+    plates, n = {f.dim for f in msg["cond_indep_stack"]}, len(fn.batch_shape)
+    loose = [d for d in range(-min(n, nesting), 0) if d not in plates and fn.batch_shape[d] != 1]
+    if loose or unwrapped(fn).event_shape != fn.event_shape:
+        where = f"batch dimension {loose[0]}, which no plate declares" if loose else "event dimensions"
+        raise site_error(
+            name,
+            f"to be summed over all its values, it has several elements in {where}: every combination would count",
+            "Put the elements in a plate, if they are independent given all else; or remove the mark and draw the site "
+            "in the guide.",
+        )
+
+
+def countable(fn: Any) -> bool:
+    """Has a distribution finitely many values, which it lists?"""
+    return bool(fn.has_enumerate_support)
+
+
+def is_enumerated(msg: Message) -> bool:
+    return "enumerated" in msg
+
+
+def is_summed(msg: Message) -> bool:
+    """Is it a site that only the model has, and enumerates?"""
+    return msg.get("summed", False)
+
+
+def cell(msg: Message, plates: frozenset[Plate], layout: Layout) -> Cell:
+    """Where a message's log probability lies."""
+    fn, scale, time = msg["fn"], 1.0 if msg["scale"] is None else msg["scale"], msg.get("time")
+    shape = jnp.broadcast_shapes(fn.batch_shape, jnp.shape(msg["value"])[: jnp.ndim(msg["value"]) - fn.event_dim])
+    axes = placed(msg["name"], shape["scan" in msg :], msg.get("scope", layout.axes), layout.nesting)
+    return Cell(plates, axes if time is None else {**axes, -len(shape): time}, is_summed(msg), scale)
