@@ -196,18 +196,33 @@ def test_a_latent_of_the_model_that_the_guide_does_not_draw(lib):
         lib.loss(lib.ELBO(), model, guide)
 
 
+def test_a_forgotten_site_is_summed_out_as_advised(lib):
+    def model(**infer):
+        lib.sample("k", lib.dist.Bernoulli(logits=lib.array(0.3)), infer=infer)
+
+    with pytest.raises(
+        EstimatorError, match=r'mark it infer=\{"enumerate": "parallel"\} in the model, or name it, Est'
+    ):
+        lib.loss(lib.ELBO(), model, lambda: None)
+    assert abs(lib.loss(lib.ELBO(), lambda: model(enumerate="parallel"), lambda: None)) < 1e-6
+    assert abs(lib.loss(lib.ELBO({"k": Enumerate()}), model, lambda: None)) < 1e-6
+
+
 @pytest.mark.parametrize("side", ["model", "guide"])
-def test_enumerated_sites_are_refused_with_the_fix(lib, side):
-    def model():
-        lib.sample("k", lib.dist.Bernoulli(logits=lib.array(0.3)), infer={"enumerate": "parallel"})
+def test_marks_that_cannot_be_meant(lib, side):
+    def program(law, plates=(), **infer):
+        return lambda: lib.sample("k", law, infer={"enumerate": "parallel", **infer})
 
-    def guide():
-        if side == "guide":
-            lib.sample("k", lib.dist.Bernoulli(logits=lib.array(0.3)), infer={"enumerate": "parallel"})
-
-    fix = {"guide": r"Enumerate\(\)", "model": "TraceEnum_ELBO"}[side]  # where the guide lacks it, none of ours helps
-    with pytest.raises(EstimatorError, match=rf"site 'k': marked infer=.*{fix}"):
-        lib.loss(lib.ELBO(), model, guide)
+    bits, array = lib.dist.Bernoulli, lib.array
+    laws = [
+        (program(bits(logits=array(0.3)), enumerate="sequential"), r"values are summed side by side only"),
+        (program(bits(logits=array(0.3)), num_samples=3), "Leave num_samples out"),
+        (program(lib.dist.Normal(array(0.3), 1.0)), "Normal has no finite number of them. Remove the mark"),
+        (program(bits(logits=array([0.3, 1.0])).to_event(1)), "several elements in event dimensions.*in a plate"),
+    ]
+    for marked, message in laws:
+        with pytest.raises(EstimatorError, match=f"site 'k': .*{message}"):
+            lib.loss(lib.ELBO(), marked, marked if side == "guide" else lambda: None)
 
 
 def test_relaxed_values_upstream_of_a_site_that_cannot_be_relaxed(lib):

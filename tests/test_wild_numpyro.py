@@ -618,7 +618,7 @@ def hidden(inside: str, infer: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("inside", ["scan", "cond"])
 @pytest.mark.parametrize("infer", [{}, {"enumerate": "parallel"}], ids=["plain", "marked"])
 def test_a_latent_in_the_models_control_flow_is_never_drawn_from_the_prior(inside, infer):
-    with pytest.raises(EstimatorError, match=r"site 'z': .*(the guide does not draw|absent from the guide)"):
+    with pytest.raises(EstimatorError, match=r"site 'z': .*(the guide does not draw|a step before the last)"):
         loss(hidden(inside, infer), normal("p"))
 
 
@@ -631,23 +631,15 @@ def test_a_latent_in_a_branch_of_both_does_not_take_the_guides_value():
 
 def test_the_refusal_of_a_mark_gives_advice_that_works():
     def program(law: dist.Distribution, **infer: Any) -> Callable[[], None]:
-        def draws() -> None:
-            z = numpyro.sample("z", law, infer=infer)
-            assert jnp.ndim(z) == int(bool(infer))  # as the enumerated program has it
+        return lambda: numpyro.sample("z", law, infer=infer)
 
-        return draws
-
-    for law, advice, estimator in (
-        (dist.Bernoulli(0.3), r"EstimatorELBO\({\"z\": Enumerate\(\)}\)", Enumerate()),
-        (dist.Poisson(2.0), r"EstimatorELBO\({\"z\": Reinforce\(LeaveOneOut\(\)\)}, num", Reinforce(LeaveOneOut())),
-    ):
-        marked, plain = program(law, enumerate="parallel"), program(law)
-        with pytest.raises(EstimatorError, match=f"site 'z': marked .*{advice}"):
-            loss(marked, marked)
-        assert loss(plain, plain, estimators={"z": estimator}, num_particles=2).shape == ()
-        with pytest.raises(EstimatorError, match=r"site 'z': marked .*add numpyro.sample\('z', \.\.\.\)") as caught:
-            loss(marked, normal("u"))
-        assert "Enumerate()" not in str(caught.value)  # which a site that the guide lacks cannot take
+    coin, count = dist.Bernoulli(0.3), dist.Poisson(2.0)
+    with pytest.raises(EstimatorError, match=r"site 'z': .* no finite number of them\. Remove"):
+        loss(program(count, enumerate="parallel"), program(count, enumerate="parallel"))
+    with pytest.raises(EstimatorError, match=r"site 'z': .*EstimatorELBO\({\"z\": Enumerate\(\)}\)"):
+        loss(program(coin), normal("u"))
+    assert loss(program(coin), lambda: None, estimators={"z": Enumerate()}).shape == ()
+    assert loss(program(coin, enumerate="parallel"), lambda: None).shape == ()
 
 
 def test_a_log_probability_that_fails_is_named_and_shows_the_shapes():

@@ -2,10 +2,11 @@
 
     log Σ_z Π_f exp f(z)
 
-The factors f are the log probabilities that a summed value z can move. A value is summed out in the innermost plates that
-hold all its factors; what is left is a product over these plates, N/B times that of a minibatch, until a factor outside
-needs it (Obermeyer et al. 2019, "Tensor variable elimination for plated factor graphs"). The order is greedy: always the
-variable whose factors have the smallest product.
+The factors f are the log probabilities that a summed value z can move. A value is summed out in the innermost plates
+that hold all its factors; what is left is multiplied over these plates, N/B times for a minibatch, until a factor
+outside needs it (Obermeyer et al. 2019, "Tensor variable elimination for plated factor graphs"). The order is greedy:
+always the variable whose factors have the smallest product. Steps of a scan are like a plate, but for what goes from
+step to step, which is summed along the steps.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import NamedTuple
 from .errors import site_error
 from .ops import Array, Ops
 from .site import Plate
+
 
 class Time(NamedTuple):
     """The steps of a scan, which runs from the last to the first if ``reverse``. ``carried``: of each value that goes
@@ -54,8 +56,8 @@ class Factor(NamedTuple):
 
 
 def factor(ops: Ops, log_p: Array, axes: Mapping[int, Axis]) -> Factor:
-    """``log_p [*batch]``, whose dimensions are called ``axes``, counted from the right. Others are summed; a plate along
-    which ``log_p`` is constant counts all its elements."""
+    """``log_p [*batch]``, whose dimensions are called ``axes``, counted from the right. Others are summed; a plate
+    along which ``log_p`` is constant counts all its elements."""
     n = log_p.ndim
     others = tuple(i for i in range(n) if i - n not in axes and log_p.shape[i] != 1)
     if others:
@@ -121,8 +123,8 @@ def placed(ops: Ops, f: Factor) -> Array:
 
 
 def marginal(ops: Ops, factors: Sequence[Factor], above: Mapping[Plate, frozenset[Plate]] | None = None) -> Factor:
-    """log Σ Π of a block of factors, in the plates that hold all of them. Axes of values that the guide enumerates stay;
-    ``above`` says in which plates they are."""
+    """log Σ Π of a block of factors, in the plates that hold all of them. Axes of values that the guide enumerates
+    stay; ``above`` says in which plates they are."""
     chains = {t: {n for before, after, _ in t.carried for n in (before, after)} for f in factors for t in f.inside
               if isinstance(t, Time)}  # fmt: skip
     home: dict[str, frozenset[Plate | Time]] = {}  # what holds all factors of a variable
@@ -153,23 +155,21 @@ def marginal(ops: Ops, factors: Sequence[Factor], above: Mapping[Plate, frozense
             messages = [m for m in messages if not m.summed & chains[t]]
             pending.append(_last(ops, joined(ops, steps), t))
         for m in messages:
-            inner = root.union(*(
-                next((along[t] for t in chains if t in leaf and n in chains[t]), None) or home[n] for n in m.summed
-            ))  # fmt: skip
+            steps_in = frozenset().union(*(along[t] for t in along if t in leaf and m.summed & chains[t]))
+            carried_in = frozenset().union(*(chains[t] for t in along if t in leaf))
+            inner = root.union(steps_in, *(home[n] for n in m.summed - carried_in))
             if inner == leaf:
                 names_ = ", ".join(sorted(m.summed))
                 raise site_error(
                     min(m.summed),
-                    f"summed out together with others ({names_}) whose plates cross: every combination of values in all "
-                    "elements would count",
+                    f"summed out together with others ({names_}) whose plates cross: every combination of values "
+                    "in all elements would count",
                     "Draw one of them in the guide.",
                 )
             pending.append(_product(ops, m, leaf - inner, above or {}))
 
 
-def _product(
-    ops: Ops, f: Factor, over: frozenset[Plate | Time], above: Mapping[Plate, frozenset[Plate]]
-) -> Factor:
+def _product(ops: Ops, f: Factor, over: frozenset[Plate | Time], above: Mapping[Plate, frozenset[Plate]]) -> Factor:
     """Π over plates, each minibatch standing for its plate, and over the steps of scans."""
     for axis in f.axes:
         if isinstance(axis, Plate) and over & above.get(axis, frozenset()):
@@ -252,7 +252,7 @@ def _order(
     for i, f in enumerate(factors):
         for a in f:
             if a in holds:
-                holds[a][i] = None  # type: ignore[index]
+                holds[a][i] = None
 
     def price(v: str) -> int:
         return math.prod(size[a] for a in frozenset().union(*(axes[i] for i in holds[v])))
@@ -273,8 +273,8 @@ def _order(
         del prices[v]
         for u in axes[new]:
             if u in holds:
-                kept = {i: None for i in holds[u] if i not in gone}  # type: ignore[index]
-                holds[u] = {**kept, new: None}  # type: ignore[index]
-                prices[u] = price(u)  # type: ignore[index,arg-type]
-                heapq.heappush(heap, (prices[u], rank[u], u))  # type: ignore[index,arg-type]
+                kept = {i: None for i in holds[u] if i not in gone}
+                holds[u] = {**kept, new: None}
+                prices[u] = price(u)
+                heapq.heappush(heap, (prices[u], rank[u], u))
     return tuple(steps)

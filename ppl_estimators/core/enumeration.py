@@ -22,6 +22,56 @@ from .site import Plate, Term, weighed
 class Unplaced(EstimatorError):
     """A site may have to be enumerated, in a run that has no place for its values."""
 
+    def __init__(self, name: str):
+        super().__init__(
+            f"site '{name}': a latent site of the model that the guide does not draw, or one that is enumerated. Here "
+            "the guide must draw every site: add it there, unmarked."
+        )
+
+
+def missing(name: str, countable: bool) -> EstimatorError:
+    """A latent site that the guide lacks, and that nobody wants to be summed out."""
+    fix = "Add a site of this name to the guide, or observe it with obs=..."
+    if countable:
+        fix += (
+            '; or have it summed out exactly: mark it infer={"enumerate": "parallel"} in the model, or name it, '
+            f'EstimatorELBO({{"{name}": Enumerate()}})'
+        )
+    return site_error(name, "a latent site of the model that the guide does not draw", f"{fix}.")
+
+
+def check_mark(name: str, infer: Mapping[str, Any], side: str) -> None:
+    """A mark must mean what it says."""
+    mark = f'infer={{"enumerate": "{infer["enumerate"]}"}}'
+    if infer.get("num_samples"):
+        what = f'marked {mark} with "num_samples", which draws several values instead of summing over all'
+        raise site_error(name, what, "Leave num_samples out, or the mark.")
+    if infer["enumerate"] != "parallel":
+        fix = 'Write infer={"enumerate": "parallel"}.'
+        if side == "guide":
+            fix = (
+                f'Remove the mark and choose EstimatorELBO({{"{name}": Enumerate()}}), which runs the program once for '
+                'each value; or write "parallel".'
+            )
+        raise site_error(name, f"marked {mark}, and values are summed side by side only", fix)
+
+
+def check_elements(name: str, fn: Any, base: Any, plates: frozenset[int], nesting: int) -> None:
+    """A site is enumerated for all values of one element, or of elements that are independent. ``base`` is its
+    distribution ``fn`` without `to_event`; ``plates`` are their dimensions, of ``nesting`` that there are."""
+    if not getattr(base, "has_enumerate_support", False):
+        what = f"to be summed over all its values, and {type(base).__name__} has no finite number of them"
+        raise site_error(name, what, "Remove the mark, and draw it in the guide.")
+    loose = [d for d in range(-min(len(fn.batch_shape), nesting), 0) if d not in plates and fn.batch_shape[d] != 1]
+    if loose or base.event_shape != fn.event_shape:
+        where = f"batch dimension {loose[0]}, which no plate declares" if loose else "event dimensions"
+        raise site_error(
+            name,
+            f"to be summed over all its values, it has several elements in {where}: every combination would count",
+            "Put the elements in a plate, if they are independent given all else; or remove the mark and draw the site "
+            "in the guide.",
+        )
+
 
 @dataclass(frozen=True)
 class Cell:

@@ -12,7 +12,7 @@ from numpyro.contrib.control_flow.scan import _promote_fn_shapes
 from numpyro.primitives import Messenger
 
 from ..core.elimination import Axis, Time
-from ..core.enumeration import Cell, placed
+from ..core.enumeration import Cell, check_elements, check_mark, placed
 from ..core.errors import site_error
 from ..core.site import Plate
 from .distributions import unwrapped
@@ -21,7 +21,9 @@ Array = Any
 Message = dict[str, Any]
 
 _FAR = 56  # so many dimensions of an array, and some to spare
-_GAP = 4  # so far are those of a scan apart: more than a value has event dimensions, and its rank tells which is its first
+_GAP = (
+    4  # so far are those of a scan apart: more than a value has event dimensions, and its rank tells which is its first
+)
 
 
 class Layout:
@@ -46,7 +48,8 @@ class Layout:
         if not self._wanted(msg, drawn, unmarked):
             return None
         name, fn = msg["name"], msg["fn"]
-        _check_elements(msg, self.nesting)
+        dims = frozenset(f.dim for f in msg["cond_indep_stack"])
+        check_elements(name, fn, unwrapped(fn), dims, self.nesting or 0)
         support = fn.enumerate_support(expand=False)
         size, event, dim = support.shape[0], support.shape[1 + len(fn.batch_shape) :], self.place(name, gap)
         self.axes[dim] = name if drawn is not None else Plate(name, dim, size, values=True)
@@ -72,7 +75,7 @@ class Layout:
         if self.nesting is None or (drawn is not None and name in drawn):
             return False
         if mark:
-            _check_mark(msg)
+            check_mark(name, msg["infer"], "guide" if drawn is None else "model")
             return True
         return drawn is not None and (unmarked or self.asked(name)) and countable(msg["fn"])
 
@@ -82,7 +85,7 @@ class Layout:
         """NumPyro's scan, some of whose sites may be summed out.
 
         A value that goes from step to step lies along one dimension when a step begins, and along another, that of the
-        site, when it ends; there it is moved from the one to the other. After the scan it lies where a step would begin.
+        site, when it ends; there it is moved from this to that. After the scan it lies where a step would begin.
         """
         f, first, xs, length, reverse = args
         kwargs.pop("history", None)  # of the steps that a step may look back at one is supported, and that is checked
@@ -131,7 +134,7 @@ class _Scan:
             def probe(carry: Any, x: Any, ends: list[Any] = ends) -> Any:
                 with _Inside(self):
                     after, _ = f(carry, x)
-                ends.append(jax.eval_shape(lambda a: jax.tree.map(self.moved, a), after))
+                ends.append(jax.eval_shape(partial(jax.tree.map, self.moved), after))
                 return carry, None
 
             jax.eval_shape(lambda carry: run(probe, carry)[0][0], carry)
@@ -164,8 +167,8 @@ class _Scan:
                 raise site_error(
                     n,
                     "summed out in a scan that carries what depends on its value of a step before the last",
-                    "Let the scan carry the value itself, of one step; a longer memory is one site with a value for each "
-                    "combination.",
+                    "Let the scan carry the value itself, of one step; a longer memory is one site with a value for "
+                    "each combination.",
                 )
         for n in self.sizes:
             if at(self.after(n)) >= 0 and x.shape[at(self.after(n))] != 1:
@@ -198,32 +201,6 @@ class _Inside(Messenger):
             self._promote.postprocess_message(msg)  # or the steps would lie along different dimensions of the two
 
 
-def _check_mark(msg: Message) -> None:
-    """A mark must mean what it says."""
-    if msg["infer"]["enumerate"] != "parallel":
-        mark = f'infer={{"enumerate": "{msg["infer"]["enumerate"]}"}}'
-        what = f"marked {mark}, and values are summed side by side only"
-        raise site_error(msg["name"], what, 'Write infer={"enumerate": "parallel"}.')
-
-
-def _check_elements(msg: Message, nesting: int) -> None:
-    """All values of one element, or of elements that are independent."""
-    name, fn = msg["name"], msg["fn"]
-    if not countable(fn):
-        what = f"to be summed over all its values, and {type(unwrapped(fn)).__name__} has no finite number of them"
-        raise site_error(name, what, "Remove the mark, and draw it in the guide.")
-    plates, n = {f.dim for f in msg["cond_indep_stack"]}, len(fn.batch_shape)
-    loose = [d for d in range(-min(n, nesting), 0) if d not in plates and fn.batch_shape[d] != 1]
-    if loose or unwrapped(fn).event_shape != fn.event_shape:
-        where = f"batch dimension {loose[0]}, which no plate declares" if loose else "event dimensions"
-        raise site_error(
-            name,
-            f"to be summed over all its values, it has several elements in {where}: every combination would count",
-            "Put the elements in a plate, if they are independent given all else; or remove the mark and draw the site "
-            "in the guide.",
-        )
-
-
 def countable(fn: Any) -> bool:
     """Has a distribution finitely many values, which it lists?"""
     return bool(fn.has_enumerate_support)
@@ -242,5 +219,5 @@ def cell(msg: Message, plates: frozenset[Plate], layout: Layout) -> Cell:
     """Where a message's log probability lies."""
     fn, scale, time = msg["fn"], 1.0 if msg["scale"] is None else msg["scale"], msg.get("time")
     shape = jnp.broadcast_shapes(fn.batch_shape, jnp.shape(msg["value"])[: jnp.ndim(msg["value"]) - fn.event_dim])
-    axes = placed(msg["name"], shape["scan" in msg :], msg.get("scope", layout.axes), layout.nesting)
+    axes = placed(msg["name"], shape["scan" in msg :], msg.get("scope", layout.axes), layout.nesting or 0)
     return Cell(plates, axes if time is None else {**axes, -len(shape): time}, is_summed(msg), scale)

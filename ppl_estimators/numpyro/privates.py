@@ -4,6 +4,7 @@ it is. A test looks each up, so that a release which drops one is told by its na
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,10 @@ def _infer_in_scan() -> Any:
     return found[0]
 
 
+def _scans() -> Any:
+    return importlib.import_module("numpyro.contrib.control_flow.scan")  # beside the function of the same name
+
+
 PRIVATES: dict[str, tuple[str, Callable[[], Any]]] = {
     # ---- JAX: following values ----------------------------------------------------------------------------------
     "Tracer": ("a value that is not known yet", lambda: jax.core.Tracer),
@@ -51,6 +56,11 @@ PRIVATES: dict[str, tuple[str, Callable[[], Any]]] = {
         lambda: _infer_in_scan()["_scan_current_index"],
     ),
     "PytreeTrace": ("the sites inside a scan or a cond, in the outer trace", lambda: PytreeTrace({}).trace),
+    "_promote_fn_shapes": ("gives a distribution in a scan the rank of its value", lambda: _scans()._promote_fn_shapes),
+    "_promote_scanned_value_shapes": (
+        "and a value that of its distribution",
+        lambda: _scans()._promote_scanned_value_shapes,
+    ),
     "cond_wrapper": ("tells a cond from a scan", lambda: cond_wrapper),
     "_mask": (
         "of a masked distribution",

@@ -20,7 +20,7 @@ from numpyro.ops.pytree import PytreeTrace
 from numpyro.primitives import Messenger
 from numpyro.util import format_shapes
 
-from ..core.enumeration import Enumeration, Unplaced, warn_of_minibatches
+from ..core.enumeration import Enumeration, Unplaced, missing, warn_of_minibatches
 from ..core.errors import EstimatorError, site_error, warn
 from ..core.site import Plate, Site, Term
 from .dependencies import dependencies, mark, same
@@ -174,7 +174,7 @@ class _Conduct(Messenger):
             if self.layout is not None:
                 msg["value"] = self.layout.around(msg, self.guide)
             elif self.guide is None and msg["infer"].get("enumerate"):
-                raise unplaced(msg)
+                raise Unplaced(msg["name"])
         if kind == "sample" and msg["value"] is None:
             sample_shape = msg["kwargs"].pop("sample_shape", ())
             if sample_shape:
@@ -226,8 +226,8 @@ class _Conduct(Messenger):
                     raise site_error(
                         name,
                         'marked infer={"enumerate": ...} inside a scan or a cond of the guide',
-                        "Remove the mark, its estimator then draws it; or leave the site out of the guide and mark it in "
-                        "the model, which sums it out exactly.",
+                        "Remove the mark, its estimator then draws it; or leave the site out of the guide and mark it "
+                        "in the model, which sums it out exactly.",
                     )
             elif name not in self.guide:
                 _refuse(inner, self.layout)
@@ -277,25 +277,7 @@ def _refuse(msg: Message, layout: Layout | None) -> Any:
     """A latent site of the model that the guide lacks."""
     if layout is not None and layout.nesting is None:  # only to look
         return msg["fn"].sample(msg["kwargs"]["rng_key"]) if msg["value"] is None else msg["value"]
-    if layout is None and countable(msg["fn"]):
-        raise unplaced(msg)
-    name, fix = msg["name"], "observe it with obs=..."
-    if countable(msg["fn"]):
-        fix = (
-            'mark it infer={"enumerate": "parallel"} in the model, or name it, '
-            f'EstimatorELBO({{"{name}": Enumerate()}}): it is then summed out exactly; or {fix}'
-        )
-    raise site_error(
-        name,
-        "a latent site of the model that the guide does not draw",
-        f"Add numpyro.sample('{name}', ...) to the guide, or {fix}.",
-    )
-
-
-def unplaced(msg: Message) -> Unplaced:
-    return Unplaced(
-        f"site '{msg['name']}': enumerated, or drawn by the model only, and here every site has to be drawn by the guide."
-    )
+    raise Unplaced(msg["name"]) if layout is None else missing(msg["name"], countable(msg["fn"]))
 
 
 def _same_sizes(traces: Traces) -> None:
@@ -520,7 +502,7 @@ def nesting_of(
     kwargs: Mapping[str, Any],
 ) -> int:
     """How many dimensions the sites of a program have, none of them enumerated."""
-    found = []
+    found: list[int] = []
 
     def draw(msg: Message) -> Array:
         return msg["fn"].sample(msg["kwargs"]["rng_key"])

@@ -10,8 +10,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.util import site_is_subsample
 
 from ..core.elimination import Axis
-from ..core.enumeration import Cell, placed
-from ..core.errors import site_error
+from ..core.enumeration import Cell, check_elements, check_mark, placed
 from ..core.site import Plate
 from .distributions import unwrapped
 
@@ -71,46 +70,12 @@ class _Side(EnumMessenger):
         if msg["is_observed"] or msg["value"] is not None or (self.drawn is not None and name in self.drawn):
             return False
         if mark:
-            _check_mark(msg, "guide" if self.drawn is None else "model")
+            check_mark(name, msg["infer"], "guide" if self.drawn is None else "model")
         elif self.drawn is None or not self.layout.asked(name) or not countable(msg["fn"]):
             return False
-        _check_elements(msg, self.layout.nesting)
+        dims = frozenset(f.dim for f in msg["cond_indep_stack"] if f.dim is not None)
+        check_elements(name, msg["fn"], unwrapped(msg["fn"]), dims, self.layout.nesting)
         return True
-
-
-def _check_mark(msg: Message, side: str) -> None:
-    """A mark must mean what it says."""
-    name, infer = msg["name"], msg["infer"]
-    mark = f'infer={{"enumerate": "{infer["enumerate"]}"}}'
-    if infer.get("num_samples"):
-        what = f'marked {mark} with "num_samples", which draws several values instead of summing over all'
-        raise site_error(name, what, "Leave num_samples out, or the mark.")
-    if infer["enumerate"] != "parallel":
-        fix = 'Write infer={"enumerate": "parallel"}.'
-        if side == "guide":
-            fix = (
-                f'Remove the mark and choose EstimatorELBO({{"{name}": Enumerate()}}), which runs the program once for '
-                'each value; or write "parallel".'
-            )
-        raise site_error(name, f"marked {mark}, and values are summed side by side only", fix)
-
-
-def _check_elements(msg: Message, nesting: int) -> None:
-    """All values of one element, or of elements that are independent."""
-    name, fn = msg["name"], msg["fn"]
-    if not countable(fn):
-        what = f"to be summed over all its values, and {type(unwrapped(fn)).__name__} has no finite number of them"
-        raise site_error(name, what, "Remove the mark, and draw it in the guide.")
-    plates, n = {f.dim for f in msg["cond_indep_stack"]}, len(fn.batch_shape)
-    loose = [d for d in range(-min(n, nesting), 0) if d not in plates and fn.batch_shape[d] != 1]
-    if loose or unwrapped(fn).event_shape != fn.event_shape:
-        where = f"batch dimension {loose[0]}, which no plate declares" if loose else "event dimensions"
-        raise site_error(
-            name,
-            f"to be summed over all its values, it has several elements in {where}: every combination would count",
-            "Put the elements in a plate, if they are independent given all else; or remove the mark and draw the site "
-            "in the guide.",
-        )
 
 
 def countable(fn: Any) -> bool:

@@ -10,6 +10,17 @@ from typing import Any
 import pyro
 import torch
 
+
+def _enumerated() -> tuple[Any, Any]:
+    """Pyro's handler, and the ``infer`` of a site that it enumerated."""
+    handler = pyro.poutine.enum_messenger.EnumMessenger(-1)
+
+    def program() -> None:
+        pyro.sample("z", pyro.distributions.Bernoulli(0.5), infer={"enumerate": "parallel"})
+
+    return handler, pyro.poutine.trace(handler(program)).get_trace().nodes["z"]["infer"]
+
+
 PRIVATES: dict[str, tuple[str, Callable[[], Any]]] = {
     # ---- torch: following values --------------------------------------------------------------------------------
     "_get_current_function_mode": (
@@ -60,6 +71,9 @@ PRIVATES: dict[str, tuple[str, Callable[[], Any]]] = {
     "_params": ("the store's unconstrained tensors by name", lambda: pyro.get_param_store()._params),
     "_constraints": ("the store's constraints by name", lambda: pyro.get_param_store()._constraints),
     "_pyro_params": ("a PyroModule's own names", lambda: pyro.nn.PyroModule()._pyro_params),
+    "_param_dims": ("the dimensions of enumerated values that a site may see", lambda: _enumerated()[0]._param_dims),
+    "_enumerate_dim": ("in a site's infer: where its values lie", lambda: _enumerated()[1]["_enumerate_dim"]),
+    "_dim_to_id": ("in a site's infer: whose values lie where", lambda: _enumerated()[1]["_dim_to_id"]),
     "_guess_max_plate_nesting": (
         "how many plates lie below the particles'",
         lambda: pyro.infer.ELBO._guess_max_plate_nesting,

@@ -16,7 +16,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 
 from ..core import families
-from ..core.enumeration import Enumeration, Unplaced
+from ..core.enumeration import Enumeration, Unplaced, missing
 from ..core.errors import EstimatorError, site_error
 from ..core.site import Plate, Site, Term
 from .dependencies import Provenance, Sites
@@ -107,7 +107,7 @@ class _Conduct(Messenger):
             return
         latent = not (msg["is_observed"] or msg["done"])
         if latent and self.layout is None and self.side == "guide" and msg["infer"].get("enumerate"):
-            raise _unplaced(msg)
+            raise Unplaced(msg["name"])
         if self.provenance is not None and not latent and is_enumerated(msg):
             self.provenance.adopt(msg["value"])  # all there are, whatever was drawn
         if self.provenance is not None:
@@ -239,7 +239,7 @@ def execute(
     def replay(msg: Message) -> Array:
         drawn = traces.guide.get(msg["name"])
         if drawn is None or drawn["is_observed"]:
-            raise _unplaced(msg) if layout is None and countable(msg["fn"]) else _missing(msg)
+            raise Unplaced(msg["name"]) if layout is None else missing(msg["name"], countable(msg["fn"]))
         msg["infer"] = drawn["infer"]
         if layout is not None:
             layout.handed(msg, drawn)
@@ -277,25 +277,6 @@ def _check_minibatches(traces: Traces) -> None:
                     f"and the model has it {there}: the two would speak of different elements",
                     "Give the plate the same name in guide and model, or pass both the same subsample=indices.",
                 )
-
-
-def _unplaced(msg: Message) -> Unplaced:
-    return Unplaced(
-        f"site '{msg['name']}': enumerated, or drawn by the model only, and here every site has to be drawn by the guide."
-    )
-
-
-def _missing(msg: Message) -> EstimatorError:
-    if countable(msg["fn"]):
-        fix = (
-            'Mark it infer={"enumerate": "parallel"} in the model, or name it, EstimatorELBO({"'
-            + msg["name"]
-            + '": Enumerate()}): it is then summed out exactly. Or add a site of this name to the guide, or observe it '
-            "with obs=..."
-        )
-    else:
-        fix = "Add a site of this name to the guide, or observe it with obs=..."
-    return site_error(msg["name"], "a latent site of the model that the guide does not draw", fix + ".")
 
 
 def terms_of(

@@ -1,0 +1,223 @@
+"""Enumerated sites beside sampled ones, in both libraries: against sums written out, and the libraries' own."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as jdist
+import pyro
+import pyro.distributions as tdist
+import pytest
+import torch
+from pyro.ops.contract import einsum
+
+from ppl_estimators import (
+    Constant,
+    Enumerate,
+    Reinforce,
+)
+from ppl_estimators import numpyro as ours_jax
+from ppl_estimators import pyro as ours_torch
+from ppl_estimators.core.elimination import Factor, marginal
+from ppl_estimators.core.site import Plate
+from ppl_estimators.pyro.ops import OPS
+
+MARK = {"enumerate": "parallel"}
+X = [0.3, -1.2]
+
+
+class Torch:
+    sample, plate, dist = staticmethod(pyro.sample), staticmethod(pyro.plate), tdist
+    ELBO, library_source = ours_torch.EstimatorELBO, ours_torch.elbo.Randomness
+    array = staticmethod(lambda x: torch.as_tensor(x, dtype=torch.float64))
+
+    @staticmethod
+    def loss_and_gradient(elbo, model, guide, point):
+        pyro.clear_param_store()
+        for name, value in point.items():
+            pyro.param(name, torch.tensor(value, dtype=torch.float64))
+        loss = elbo.loss_and_grads(model, guide)
+        grads = {n: p.grad for n, p in pyro.get_param_store().named_parameters()}
+        return loss, {n: np.zeros_like(point[n]) if g is None else g.numpy() for n, g in grads.items()}
+
+    @staticmethod
+    def param(name):
+        return pyro.param(name)
+
+
+class Jax:
+    sample, plate, dist = staticmethod(numpyro.sample), staticmethod(numpyro.plate), jdist
+    ELBO, library_source = ours_jax.EstimatorELBO, ours_jax.elbo.Randomness
+    array = staticmethod(lambda x: jnp.asarray(x, float))
+
+    @staticmethod
+    def loss_and_gradient(elbo, model, guide, point):
+        params = {n: jnp.asarray(v, float) for n, v in point.items()}
+        return jax.jit(jax.value_and_grad(lambda p: elbo.loss(jax.random.key(0), p, model, guide)))(params)
+
+    @staticmethod
+    def param(name):
+        return numpyro.param(name, jnp.zeros(()))
+
+
+@pytest.fixture(params=[Torch, Jax], ids=["pyro", "numpyro"])
+def lib(request):
+    with jax.enable_x64(True):
+        pyro.set_rng_seed(0)
+        yield request.param
+        pyro.clear_param_store()
+
+
+# ---- elimination --------------------------------------------------------------------------------------------------
+
+
+def test_elimination_against_pyros_own():
+    """A global variable above two plates, one inside the other, and a pair that depends on each other."""
+    generator = torch.Generator().manual_seed(0)
+    i, j = Plate("i", -1, 2), Plate("j", -2, 3)
+    sizes = {"a": 2, "b": 3, "c": 2, i: 2, j: 3}
+    axes = [("a",), (i, "a", "b"), (j, i, "b", "c"), (j, i, "c"), (i, "b")]
+    factors = [Factor(torch.randn([sizes[a] for a in f], generator=generator, dtype=torch.float64), f) for f in axes]
+    equation = ",".join("".join(a if isinstance(a, str) else a.name for a in f) for f in axes) + "->"
+    (expected,) = einsum(
+        equation, *(f.value for f in factors), plates="ij", backend="pyro.ops.einsum.torch_log", modulo_total=True
+    )
+    torch.testing.assert_close(marginal(OPS, factors).value, expected, rtol=1e-12, atol=0)
+
+
+def test_a_chain_and_a_tree_that_no_product_could_hold():
+    """20 sites of 10 values in a chain, 15 in a tree; impossible values, whose logarithm has no derivative."""
+    generator = torch.Generator().manual_seed(1)
+    table = torch.randn(10, 10, generator=generator, dtype=torch.float64, requires_grad=True)
+    chain = [Factor(table, (f"z{k}", f"z{k + 1}")) for k in range(19)]
+    with torch.no_grad():
+        table[3] = -math.inf
+    message = torch.zeros(10, dtype=torch.float64)
+    for _ in chain:
+        message = torch.logsumexp(table + message, 1)
+    value = marginal(OPS, chain).value
+    torch.testing.assert_close(value, torch.logsumexp(message, 0))
+    (slope,) = torch.autograd.grad(value, table)
+    assert torch.isfinite(slope).all()
+    torch.testing.assert_close(slope.sum(), torch.tensor(19.0, dtype=torch.float64))
+    tree = [Factor(table.detach(), (f"t{(k - 1) // 2}", f"t{k}")) for k in range(1, 15)]
+    up = {k: torch.zeros(10, dtype=torch.float64) for k in range(15)}
+    for k in range(14, 0, -1):
+        up[(k - 1) // 2] = up[(k - 1) // 2] + torch.logsumexp(table.detach() + up[k], 1)
+    torch.testing.assert_close(marginal(OPS, tree).value, torch.logsumexp(up[0], 0))
+
+
+# ---- sums beside draws ----------------------------------------------------------------------------------------------
+
+POINT = {"a": 0.4, "b": [-0.3, 0.8], "c": [0.2, -0.9], "m": [0.6, -0.5]}
+
+
+def mixed(lib):
+    """y enumerated in the guide, above z that is drawn and below g that is; w summed out in the model."""
+    bits, normal, categorical, array = lib.dist.Bernoulli, lib.dist.Normal, lib.dist.Categorical, lib.array
+
+    def model():
+        m = lib.param("m")
+        g = lib.sample("g", bits(logits=array(0.3)))
+        with lib.plate("n", 2):
+            y = lib.sample("y", bits(logits=0.2 + 0.5 * g))
+            z = lib.sample("z", bits(logits=m[0] * y - 0.4))
+            w = lib.sample("w", categorical(logits=rows(lib, z, 0.3 * g, -y)), infer=MARK)
+            lib.sample("x", normal(w + m[1] * y - z + 0.7 * g, 1.0), obs=array(X))
+
+    def guide():
+        b, c = lib.param("b"), lib.param("c")
+        g = lib.sample("g", bits(logits=lib.param("a")))
+        with lib.plate("n", 2):
+            y = lib.sample("y", bits(logits=b[0] + b[1] * g), infer=MARK)
+            lib.sample("z", bits(logits=c[0] + c[1] * y))
+
+    return model, guide
+
+
+def rows(lib, *columns):
+    backend = torch if lib is Torch else jnp
+    return backend.stack(backend.broadcast_arrays(*columns) if lib is Jax else torch.broadcast_tensors(*columns), -1)
+
+
+def mixed_exactly():
+    """The loss and its gradient, every sum written out."""
+    p = {n: torch.tensor(v, dtype=torch.float64, requires_grad=True) for n, v in POINT.items()}
+    one = torch.ones((), dtype=torch.float64)
+
+    def bit(logits, v):
+        return tdist.Bernoulli(logits=logits * one).log_prob(v * one)
+
+    total = 0.0
+    for g in (0, 1):
+        log_q_g = bit(p["a"], g)
+        inner = bit(0.3, g) - log_q_g
+        for x in X:
+            for y, z in itertools.product((0, 1), repeat=2):
+                log_q_y, log_q_z = bit(p["b"][0] + p["b"][1] * g, y), bit(p["c"][0] + p["c"][1] * y, z)
+                law = torch.log_softmax(torch.tensor([z, 0.3 * g, -y], dtype=torch.float64), 0)
+                means = torch.arange(3.0, dtype=torch.float64) + p["m"][1] * y - z + 0.7 * g
+                log_p = bit(0.2 + 0.5 * g, y) + bit(p["m"][0] * y - 0.4, z)
+                log_p = log_p + torch.logsumexp(law + tdist.Normal(means, 1.0).log_prob(x * one), 0)
+                inner = inner + (log_q_y + log_q_z).exp() * (log_p - log_q_z)
+                inner = inner - (log_q_y + log_q_z).exp() * log_q_y
+        total = total + log_q_g.exp() * inner
+    loss = -total
+    return loss.item(), dict(zip(p, (g.numpy() for g in torch.autograd.grad(loss, list(p.values()))), strict=True))
+
+
+class Chosen:
+    """Draws as they are given; the probability of what was drawn."""
+
+    def __init__(self, lib):
+        self.lib, self.values, self.chance = lib, {}, {}
+
+    def value(self, name, fn, *rest, **more):
+        value = self.values[name]
+        self.chance[name] = fn.log_prob(value)
+        return value if self.lib is Torch else (value, [])
+
+
+@pytest.mark.parametrize(
+    "estimators",
+    [{"g": Enumerate(), "z": Reinforce(Constant(0.5))}, {"g": Reinforce(Constant(-1.0)), "z": Enumerate()}],
+    ids=["score", "enumerate"],
+)
+def test_sums_and_draws_in_one_program_are_exact(lib, estimators):
+    """Integrated over all draws, loss and gradient are the sums written out."""
+    model, guide = mixed(lib)
+    elbo = lib.ELBO(estimators, **({"verify": False} if lib is Torch else {}))
+    source = elbo.randomness = Chosen(lib)
+    states = [(g, np.reshape(z, (2, 2))) for g in (0, 1) for z in itertools.product((0, 1), repeat=4)]
+    a, (b, c) = POINT["a"], (POINT["b"], POINT["c"])
+
+    def weight(g, z):  # z for each value of y, and each element
+        p_g, p_z = 1 / (1 + math.exp(-a)), 1 / (1 + np.exp(-(c[0] + c[1] * np.arange(2.0)[:, None])))
+        return (p_g if g else 1 - p_g) * np.prod(np.where(z, p_z, 1 - p_z))
+
+    weights = np.array([weight(g, z) for g, z in states])
+    assert abs(weights.sum() - 1) < 1e-12 and b
+    if lib is Torch:
+        found = []
+        for g, z in states:
+            source.values = {"g": lib.array(g), "z": lib.array(z)}
+            found.append(lib.loss_and_gradient(elbo, model, guide, POINT))
+    else:
+        params = {n: jnp.asarray(v, float) for n, v in POINT.items()}
+
+        def one(g, z):
+            source.values = {"g": g, "z": z}
+            return jax.value_and_grad(lambda p: elbo.loss(jax.random.key(0), p, model, guide))(params)
+
+        losses, grads = jax.jit(jax.vmap(one))(*(jnp.asarray(np.stack(s), int) for s in zip(*states, strict=True)))
+        found = [(losses[i], {n: grads[n][i] for n in grads}) for i in range(len(states))]
+    loss, gradient = mixed_exactly()
+    assert np.dot(weights, [float(f[0]) for f in found]) == pytest.approx(loss, rel=1e-9)
+    for name, exact in gradient.items():
+        mean = sum(w * np.asarray(f[1][name]) for w, f in zip(weights, found, strict=True))
+        np.testing.assert_allclose(mean, exact, rtol=1e-9, atol=1e-9, err_msg=name)
