@@ -379,10 +379,12 @@ ALONE = {
         "site_key": "the same",
         "DuplicateName": "a mistake where NumPyro itself raises an AssertionError",
         "Scan": "Pyro has no scan",
+        "nesting_of": "Pyro's own ELBO counts plates",
         "Survey": "what one trace shows; Pyro learns it from the runs themselves",
         "interpreted": "under jax.disable_jit",
         "survey": "makes it",
     },
+    ("pyro", "enumeration.py"): {"declared": "plates; NumPyro's are looked up in the traces"},
     ("pyro", "distributions.py"): {
         "support_moves": "asks the tensors behind the ends; NumPyro's walk asks it of `ends`",
         "constant": "parameters that lead nowhere; NumPyro stops them before the program runs",
@@ -431,6 +433,7 @@ APART = {"dependencies", "privates"}
 TWIN_FILES = (
     "library",
     "run",
+    "enumeration",
     "distributions",
     "elbo",
     "ops",

@@ -17,7 +17,6 @@ from ..core.errors import site_error
 from ..core.site import Plate
 from .distributions import unwrapped
 
-Array = Any
 Message = dict[str, Any]
 
 _FAR = 56  # so many dimensions of an array, and some to spare
@@ -42,7 +41,7 @@ class Layout:
 
     def around(
         self, msg: Message, drawn: Mapping[str, Message] | None, *, gap: int = 1, unmarked: bool = False
-    ) -> Array | None:
+    ) -> Any | None:
         """All values of a site, if it is to be enumerated; ``drawn`` is what the guide drew, for a run of the model.
         ``unmarked``: does a site that only the model has need no mark?"""
         if not self._wanted(msg, drawn, unmarked):
@@ -151,7 +150,7 @@ class _Scan:
 
         return step
 
-    def moved(self, x: Any) -> Array:
+    def moved(self, x: Any) -> Any:
         """What a step ends with, as the next begins with it."""
         x = jnp.asarray(x)
         ends = {d for n in self.sizes for d in (self.after(n), self.before(n))}
