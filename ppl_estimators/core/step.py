@@ -307,6 +307,12 @@ class Step:
         found = [t for t in terms if t.site not in plan.analytic]
         for name in dict.fromkeys(t.site for t in terms if t.site in plan.analytic):
             ours, theirs = traces.guide[name], traces.model[name]
+            if ("model", name) not in plan.depends_on or any(t.weight is not None for t in terms if t.site == name):
+                raise site_error(
+                    name,
+                    "a closed divergence was asked for, and it depends on values that are summed over",
+                    "Leave the site out of AnalyticKL(...).",
+                )
             try:
                 value = -self.library.divergence(ours, theirs)
             except NotImplementedError as error:
