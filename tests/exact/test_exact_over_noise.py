@@ -163,6 +163,8 @@ def test_optimal_constant_from_other_particles_is_unbiased_and_plug_in_would_not
     np.testing.assert_allclose(moments(-gradient, weights)[0], exact, atol=1e-12)
     b = tables["b"]["value"]
     f, s = np.where(b, f1, f0), b - p
+    others = ((f * s**2).sum(1, keepdims=True) - f * s**2) / ((s**2).sum(1, keepdims=True) - s**2)
+    np.testing.assert_allclose(-np.ravel(gradient), np.mean((f - others) * s, axis=1), atol=1e-12)
     plug_in = np.mean((f - (f * s**2).sum(1, keepdims=True) / (s**2).sum(1, keepdims=True)) * s, axis=1)
     assert abs(weights @ plug_in - exact) > 0.05 * abs(exact)
 

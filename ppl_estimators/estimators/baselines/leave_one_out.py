@@ -36,8 +36,7 @@ class LeaveOneOut(Baseline):
     LeaveOneOut()
 
     Reference: Kool, van Hoof & Welling (2019), "Buy 4 REINFORCE samples, get a baseline for free!" [kool2019buy];
-    Richter et al.
-    (2020), "VarGrad", arXiv:2010.10436.
+    Richter et al. (2020), "VarGrad", arXiv:2010.10436.
     """
 
     from_particles: ClassVar[bool] = True
