@@ -14,11 +14,17 @@ import pyro
 import pyro.distributions as tdist
 import pytest
 import torch
+from numpyro.contrib.control_flow import scan
+from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.ops.contract import einsum
 
 from ppl_estimators import (
     Constant,
     Enumerate,
+    EstimatorError,
+    EstimatorWarning,
+    ImportanceWeighted,
+    LeaveOneOut,
     Reinforce,
 )
 from ppl_estimators import numpyro as ours_jax
@@ -221,3 +227,220 @@ def test_sums_and_draws_in_one_program_are_exact(lib, estimators):
     for name, exact in gradient.items():
         mean = sum(w * np.asarray(f[1][name]) for w, f in zip(weights, found, strict=True))
         np.testing.assert_allclose(mean, exact, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+# ---- against the libraries' own, and sums written out ----------------------------------------------------------------
+
+DATA = torch.tensor([0.3, -1.2, 2.1, 0.8, -0.4, 1.7, 0.2], dtype=torch.float64)
+
+
+def stored(name, value):
+    return pyro.param(name, lambda: torch.tensor(value, dtype=torch.float64))
+
+
+def local_below_global():
+    a, m, w = stored("a", 0.2), stored("m", [[-1.0, 2.0], [0.5, -3.0]]), stored("w", [[0.3, 0.1], [-0.2, 0.4]])
+    g = pyro.sample("g", tdist.Bernoulli(logits=a)).long()
+    with pyro.plate("n", 7):
+        z = pyro.sample("z", tdist.Categorical(logits=w[g]))
+        pyro.sample("x", tdist.Normal(m[g, z], 1.0), obs=DATA)
+
+
+def chain():
+    """With a pathwise draw beside it."""
+    table, m = stored("table", [[0.3, 0.1, 0.2], [-0.2, 0.4, 0.9], [0.1, 0.5, -0.7]]), stored("m", [-1.0, 2.0, 0.3])
+    z, shift = 0, pyro.sample("shift", tdist.Normal(stored("zero", 0.0), 1.0))
+    for t in pyro.markov(range(7)):
+        z = pyro.sample(f"z{t}", tdist.Categorical(logits=table[z]))
+        pyro.sample(f"x{t}", tdist.Normal(m[z] + shift, 1.0), obs=DATA[t])
+
+
+def part_of_the_data():
+    m, shift = stored("m", [-1.0, 2.0, 0.3]), pyro.sample("shift", tdist.Normal(stored("zero", 0.0), 1.0))
+    with pyro.plate("n", 70, subsample=torch.arange(7)), pyro.poutine.mask(mask=torch.arange(7) < 5):
+        z = pyro.sample("z", tdist.Categorical(logits=m), infer=MARK)
+        pyro.sample("x", tdist.Normal(m[z] + shift, 1.0), obs=DATA)
+
+
+def normal():
+    pyro.sample("shift", tdist.Normal(stored("l", 0.4), stored("s", 0.5).exp()))
+
+
+def both():
+    g = pyro.sample("g", tdist.Bernoulli(logits=stored("b", 0.3))).long()
+    with pyro.plate("n", 7):
+        pyro.sample("z", tdist.Categorical(logits=stored("q", [[0.3, 0.7], [0.1, -0.4]])[g]))
+
+
+def only_g():
+    pyro.sample("g", tdist.Bernoulli(logits=stored("b", 0.3)))
+
+
+def nothing():
+    pass
+
+
+@pytest.mark.parametrize(
+    ("model", "guide"),
+    [
+        (local_below_global, nothing),
+        (local_below_global, both),
+        (local_below_global, only_g),
+        (chain, normal),
+        (part_of_the_data, normal),
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_what_pyros_own_elbo_gets_right(model, guide):
+    model, guide = config_enumerate(model), config_enumerate(guide)
+    found = []
+    for elbo in (TraceEnum_ELBO(max_plate_nesting=1), ours_torch.EstimatorELBO(verify=False)):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(3)
+        loss = elbo.loss_and_grads(model, guide)
+        found.append({"": loss, **{n: p.grad.numpy() for n, p in pyro.get_param_store().named_parameters()}})
+    pyro.clear_param_store()
+    for name, stock in found[0].items():
+        np.testing.assert_allclose(found[1][name], stock, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+def test_many_steps_in_pyro_take_time_in_proportion():
+    """T = 300 in one sum, equal to the forward algorithm; dimensions are used again."""
+    x, table = torch.linspace(-1, 1, 300, dtype=torch.float64), torch.eye(4, dtype=torch.float64)
+
+    def model():
+        z = 0
+        for t in pyro.markov(range(300)):
+            z = pyro.sample(f"z{t}", tdist.Categorical(logits=table[z]), infer=MARK)
+            pyro.sample(f"x{t}", tdist.Normal(z.double(), 1.0), obs=x[t])
+
+    law, message = torch.log_softmax(table, 1), None
+    for t in range(300):
+        before = law[0] if message is None else torch.logsumexp(message[:, None] + law, 0)
+        message = before + tdist.Normal(torch.arange(4.0, dtype=torch.float64), 1.0).log_prob(x[t])
+    loss = ours_torch.EstimatorELBO(max_plate_nesting=0).loss(model, nothing)
+    assert loss == pytest.approx(-torch.logsumexp(message, 0).item(), rel=1e-12)
+
+
+def test_scans_in_numpyro_are_the_forward_algorithm():
+    """Two states, one of which a plate holds, another below them in an inner plate, and a global one; the last state is
+    used after the scan; a pathwise draw for each step beside them; backwards."""
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3, 2)))
+        params = {
+            "t": jnp.array([[0.3, 0.1, 0.2], [-0.2, 0.4, 0.9], [0.1, 0.5, -0.7]]),
+            "m": jnp.array([-1.0, 2.0, 0.3]),
+        }
+        last = jnp.array([0.1, 0.2, 0.4])
+
+        def model():
+            t, m = numpyro.param("t", 0.0), numpyro.param("m", 0.0)
+            c = numpyro.sample("c", jdist.Categorical(logits=m), infer=MARK)
+
+            def step(states, values):
+                y = numpyro.sample("y", jdist.Normal(0.5, 1.0))
+                with numpyro.plate("s", 3, dim=-2):
+                    z = numpyro.sample("z", jdist.Categorical(logits=t[states[0]]))
+                    b = numpyro.sample("b", jdist.Bernoulli(logits=0.3 * states[1] + 0.2 * z - 0.1))
+                    with numpyro.plate("k", 2, dim=-1):
+                        w = numpyro.sample("w", jdist.Bernoulli(logits=m[z]))
+                        numpyro.sample("x", jdist.Normal(m[z] + w - b + 0.1 * c + y, 1.0), obs=values)
+                return (z, b), None
+
+            (z, _), _ = scan(step, (0, 0), x, reverse=True)
+            with numpyro.plate("s", 3, dim=-2):
+                numpyro.sample("last", jdist.Normal(m[z] + m[c], 0.3), obs=last[:, None])
+
+        def guide():
+            def step(carry, _):
+                numpyro.sample("y", jdist.Delta(0.25, log_density=0.0))
+                return carry, None
+
+            scan(step, 0, None, length=5, reverse=True)
+
+        def exact(p):
+            t, m = jax.nn.log_softmax(p["t"]), p["m"]
+            z, b, c, w = jnp.arange(3.0)[:, None], jnp.arange(2.0), jnp.arange(3.0)[:, None, None], jnp.arange(2.0)
+            total = jax.nn.log_softmax(m)
+            for s in range(3):
+                message = jnp.full((3, 3, 2), -jnp.inf).at[:, 0, 0].set(0.0)  # [c, z, b]
+                for k in range(4, -1, -1):
+                    law = t[:, None, :, None] + jdist.Bernoulli(
+                        logits=0.3 * b[None, :, None, None] + 0.2 * z[None, None] - 0.1
+                    ).log_prob(b)  # [z, b, z', b']
+                    message = jax.nn.logsumexp(message[..., None, None] + law, axis=(1, 2))
+                    for value in x[k, s]:
+                        mean = (m[:, None] - b + 0.1 * c + 0.25)[..., None] + w
+                        law_w = jdist.Bernoulli(logits=m[:, None, None]).log_prob(w)
+                        message = message + jax.nn.logsumexp(law_w + jdist.Normal(mean, 1.0).log_prob(value), axis=-1)
+                message = message + jdist.Normal(m[:, None] + m[:, None, None], 0.3).log_prob(last[s])
+                total = total + jax.nn.logsumexp(message, axis=(1, 2))
+            return -jax.nn.logsumexp(total) - 5 * jdist.Normal(0.5, 1.0).log_prob(0.25)
+
+        elbo = ours_jax.EstimatorELBO()
+        found = jax.jit(jax.value_and_grad(lambda p: elbo.loss(jax.random.key(0), p, model, guide)))(params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), found, jax.value_and_grad(exact)(params))
+
+
+def test_a_thousand_steps_of_sixteen_states():
+    x, table = jnp.sin(jnp.arange(1000.0)), 2.0 * jnp.eye(16)
+
+    def model():
+        def step(z, value):
+            z = numpyro.sample("z", jdist.Categorical(logits=table[z]))
+            numpyro.sample("x", jdist.Normal(z / 8.0 - 1.0, 0.3), obs=value)
+            return z, None
+
+        scan(step, 0, x)
+
+    law, places = jax.nn.log_softmax(table), jdist.Normal(jnp.arange(16.0) / 8 - 1, 0.3)
+
+    def forward(message, value):
+        return jax.nn.logsumexp(message[:, None] + law, axis=0) + places.log_prob(value), None
+
+    message, _ = jax.lax.scan(forward, law[0] + places.log_prob(x[0]), x[1:])
+    loss = jax.jit(lambda: ours_jax.EstimatorELBO().loss(jax.random.key(0), {}, model, nothing))()
+    assert float(loss) == pytest.approx(-float(jax.nn.logsumexp(message)), rel=1e-4)
+
+
+# ---- minibatches, objectives, refusals ------------------------------------------------------------------------------
+
+
+def test_a_sum_above_a_minibatch_says_that_it_is_biased(lib):
+    def model():
+        g = lib.sample("g", lib.dist.Bernoulli(logits=lib.array(0.2)), infer=MARK)
+        with lib.plate("n", 10, subsample_size=2):
+            lib.sample("x", lib.dist.Normal(g * lib.array(1.0), 1.0), obs=lib.array([0.5, 0.5]))
+
+    def log_p(g):  # the minibatch stands for all ten
+        return tdist.Bernoulli(logits=torch.tensor(0.2).double()).log_prob(torch.tensor(g)) + 10 * tdist.Normal(
+            g, 1.0
+        ).log_prob(torch.tensor(0.5).double())
+
+    with pytest.warns(EstimatorWarning, match="site 'g': summed out above plate 'n', of which a step sees a minibatch"):
+        loss, _ = lib.loss_and_gradient(lib.ELBO(), model, nothing, {})
+    assert float(loss) == pytest.approx(-torch.logaddexp(log_p(0.0), log_p(1.0)).item(), rel=1e-6)
+
+
+def test_bounds_take_sums_in_the_model_and_refuse_those_in_the_guide(lib):
+    model, guide = mixed(lib)
+    estimators = {"*": Reinforce(LeaveOneOut())}
+    with pytest.raises(EstimatorError, match="site 'y': enumerated in the guide, and ImportanceWeighted"):
+        lib.loss_and_gradient(
+            lib.ELBO(estimators, num_particles=2, objective=ImportanceWeighted()), model, guide, POINT
+        )
+
+
+def test_elements_of_a_plate_that_a_cost_outside_depends_on(lib):
+    def guide():
+        with lib.plate("n", 2):
+            lib.sample("y", lib.dist.Bernoulli(logits=lib.array([0.2, 0.3])), infer=MARK)
+
+    def model():
+        w = lib.sample("w", lib.dist.Bernoulli(logits=lib.array(0.2)), infer=MARK)
+        with lib.plate("n", 2):
+            y = lib.sample("y", lib.dist.Bernoulli(logits=lib.array(0.3)))
+            lib.sample("x", lib.dist.Normal(y + w, 1.0), obs=lib.array(X))
+
+    with pytest.raises(EstimatorError, match=r"site 'w': .*outside of a plate of site 'y'.*Remove the mark of 'y'"):
+        lib.loss_and_gradient(lib.ELBO(), model, guide, {})
