@@ -29,6 +29,7 @@ LIBRARIES = ("numpyro", "pyro")
 #: nothing that is right lies beyond six standard errors; a bias of that part of the gradient's length does, with 90%
 SIGMAS, DETECTED, ABLE_TO_SEE = 6.0, 1.28, 0.1
 MAX_DRAWS = 400_000
+RARE = 40_000  # so many before it is believed that there is no other value
 CHUNK = 2_000
 LOSSES, LOSS_SIGMAS = 20, 10.0  # Pyro's loss is that of all lanes, so there are few of them
 MOVED = 0.3  # standard deviation by which what estimators train is moved from its start, where networks are 0
@@ -90,13 +91,14 @@ def _judged(library: str, source: _Draws, answer: Exact, max_draws: int) -> Verd
         sums = sums + source.differences()
         error = sums.error()
         sees = (SIGMAS + DETECTED) * float(np.linalg.norm(error)) / float(np.linalg.norm(target))
-        if sums.broken.any() or sees <= ABLE_TO_SEE or sums.draws >= max_draws:
+        off = np.abs(sums.mean()) - 1e-6 * (1 + np.abs(target))  # of differences; and rounding
+        unseen = bool(((error == 0) & (off > 0)).any()) and sums.draws < RARE  # a value that was always the same so far
+        if sums.broken.any() or (sees <= ABLE_TO_SEE and not unseen) or sums.draws >= max_draws:
             break
     labels = [f"{n}{list(i) if i else ''}" for n, g in answer.gradient.items() for i in np.ndindex(g.shape)]
     if sums.broken.any():
         worst = int(sums.broken.argmax())
         return Verdict(library, "not finite", f"{labels[worst]} in {sums.broken[worst]} draws", sums.draws)
-    off = np.abs(sums.mean()) - 1e-6 * (1 + np.abs(target))  # of differences; and rounding
     if (off > SIGMAS * error).any():
         worst = int((off / np.maximum(error, 1e-12)).argmax())
         found = target[worst] + sums.mean()[worst]
