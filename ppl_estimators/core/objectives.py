@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache
 from typing import ClassVar, Protocol
 
 from .errors import EstimatorError, site_error
@@ -314,7 +314,8 @@ class MultiSample(Objective):
             explicit = explicit + ops.sum((weight - path) * ops.where(weight > 0, held, ops.zeros_like(held)))
         value = ops.sum(bound)
         combined = scale * (ops.stop_gradient(value - explicit) + explicit)
-        return combined, partial(self.local, ops, self.others(ops, collected), scale)
+        others = cache(lambda: self.others(ops, collected))  # of no use where all sites are pathwise
+        return combined, lambda *found: self.local(ops, others(), scale, *found)
 
     def others(self, ops: Ops, collected: Array) -> Array:
         """log Σ_{j ≠ k} w_j^{1−α} for each particle k, ``[K, ...]``."""
