@@ -140,6 +140,20 @@ def test_transforms_that_persist_and_remember(kind, cache_size):
     assert all(x != 0 for x in found[1])
 
 
+def test_a_site_of_some_particles_under_a_bound():
+    """Which of the particles it is that have no cost there is not kept: no number may be made of the others'."""
+
+    def program():
+        if pyro.sample("b", dist.Bernoulli(pyro.param("p", torch.tensor(0.5)))):
+            pyro.sample("z", dist.Bernoulli(pyro.param("r", torch.tensor(0.4))))
+
+    elbo = EstimatorELBO(Reinforce(LeaveOneOut()), num_particles=4, objective=ImportanceWeighted())
+    pyro.set_rng_seed(0)
+    with pytest.raises(EstimatorError, match=r"site 'z': drawn in \d of 4 particles, and a bound compares them all"):
+        for _ in range(20):
+            elbo.loss_and_grads(program, program)
+
+
 @pytest.mark.parametrize("estimator", [Reinforce(LeaveOneOut()), ControlVariate(abs, abs, 0.5)], ids=repr)
 def test_a_delta_has_no_score(estimator):
     def program():

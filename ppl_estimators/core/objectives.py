@@ -334,6 +334,12 @@ class MultiSample(Objective):
         kept: Kept,
     ) -> Local:  # fmt: skip
         k, order = others.shape[0], 1 - self.alpha
+        if log_w.value.shape[0] != k:
+            raise site_error(
+                site.name,
+                f"drawn in {log_w.value.shape[0]} of {k} particles, and a bound compares them all",
+                "Use the ELBO for a program whose sites depend on what is drawn.",
+            )
         others = ops.reshape(others, (k, *(1,) * (log_w.value.ndim - others.ndim), *others.shape[1:]))
         costs = Costs(ops.stop_gradient(self.costs(ops, log_w.value, others, scale)))
         if estimator.control.of_others and not estimator.value.moves:
