@@ -4,14 +4,14 @@ Reparameterisable sites are Pathwise(). With several particles all others are Re
 most two further evaluations are spent for all of them together, where they buy most, in this order of preference:
 
 1. Enumerate(): every value, exactly;
-2. UnorderedSet(3): three categories of many, each once;
+2. UnorderedSet(3): three categories of many, each once, where no site is Pathwise();
 3. StochasticTriple() at single counts: the drawn value and a neighbour;
-4. DisARM() for bits: antithetic pairs, one evaluation for all sites that do not depend on each other. A bit that can
-   join the pair of others is not enumerated beside it at a price of its own.
+4. DisARM() for bits: antithetic pairs, where one evaluation serves all sites: those that do not depend on each other.
 
-Where these do not suffice for every site, both evaluations are further particles (shadows), and all are each other's
-baselines. So no site is ever without a control variate, and sites that are alike get the same. The choice depends on
-the program alone: plate sizes, batches, seeds and the order of calls do not enter.
+Three particles average all noise, that of Pathwise() sites too; sets and pairs that cost as much and lower that of some
+sites only had more of it. Where these do not suffice for every site, both evaluations are further particles (shadows),
+and all are each other's baselines. So no site is ever without a control variate, and sites that are alike get the same.
+The choice depends on the program alone: plate sizes, batches, seeds and the order of calls do not enter.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from .estimators.unordered_set import UnorderedSet
 
 #: further evaluations of model and guide per step, all sites together
 BUDGET = 2
-PAIR = DisARM()
+SET, PAIR = UnorderedSet(3), DisARM()
 #: in order of preference
 OPTIONS: tuple[tuple[Estimator, tuple[str, ...]], ...] = (
     (Enumerate(), DISCRETE),
-    (UnorderedSet(3), (CATEGORICAL, ONEHOT)),
+    (SET, (CATEGORICAL, ONEHOT)),
     (StochasticTriple(), tuple(COUNTS)),
     (PAIR, (BERNOULLI,)),
 )
@@ -60,7 +60,7 @@ class Automatic:
         if not rest:
             return Choice(chosen, situation.particles)
         if situation.particles == 1 and not situation.branches:
-            spent = _spend(rest, terms, graph)
+            spent = _spend(rest, terms, graph, beside=bool(chosen))
             if spent is not None:
                 return Choice({**chosen, **spent}, 1)
         chosen |= dict.fromkeys((s.name for s in rest), Reinforce(LeaveOneOut()))
@@ -73,8 +73,9 @@ class Automatic:
 AUTOMATIC = Automatic()
 
 
-def _spend(sites: Sequence[Site], terms: Sequence[Term], graph: Graph) -> dict[str, Estimator] | None:
-    """Estimators within the budget, the most preferred; None if there are none for every site."""
+def _spend(sites: Sequence[Site], terms: Sequence[Term], graph: Graph, *, beside: bool) -> dict[str, Estimator] | None:
+    """Estimators within the budget, the most preferred; None if there are none for every site. ``beside``: are there
+    others, which have noise of their own?"""
     views = {s.name: replace(s, plates=graph.closed_plates(s.name, terms)) for s in sites}
     kinds: dict[Kind, list[Site]] = {}
     for s in sites:
@@ -92,10 +93,7 @@ def _spend(sites: Sequence[Site], terms: Sequence[Term], graph: Graph) -> dict[s
         return total + len(graph.levels([s.name for s in sites if s.name in shared]))
 
     for options in sorted(product(*map(_options, kinds)), key=_rank):
-        if price(options) <= BUDGET:
-            pairs = [family == BERNOULLI and PAIR in options for family, *_ in kinds]
-            paired = tuple(PAIR if pair else o for o, pair in zip(options, pairs, strict=True))
-            options = paired if price(paired) < price(options) else options
+        if price(options) <= (1 if PAIR in options else BUDGET) and not (beside and SET in options):
             return {s.name: o for o, members in zip(options, kinds.values(), strict=True) for s in members}
     return None
 
