@@ -1,5 +1,5 @@
-"""Puts numbers of `benchmarks/results` where the docs show them: the tables of `docs/performance.md`, between its
-`<!-- results: ... -->` comments, and the demo's table in the README.
+"""Puts numbers of `benchmarks/results` where the docs show them: the tables of `docs/performance.md` and
+`docs/default.md`, between their `<!-- results: ... -->` comments, and the demo's table in the README.
 
     python docs/make_tables.py
 """
@@ -11,18 +11,19 @@ from pathlib import Path
 
 from ppl_estimators.demo import results
 
-PAGE = Path(__file__).parent / "performance.md"
-README = PAGE.parent.parent / "README.md"
+DOCS = Path(__file__).parent
+PAGES = (DOCS / "performance.md", DOCS / "default.md")
+README = DOCS.parent / "README.md"
 RESULTS = README.parent / "benchmarks" / "results"
 DEMO = RESULTS / "demo.json"
 
 
-def page() -> str:
-    """`docs/performance.md` with the tables as they are now."""
+def page(path: Path) -> str:
+    """The page with the tables as they are now."""
     return re.sub(
         r"(<!-- results: (\S+) -->\n).*?(<!-- /results -->)",
         lambda found: f"{found[1]}{tables(RESULTS / found[2])}{found[3]}",
-        PAGE.read_text(encoding="utf-8"),
+        path.read_text(encoding="utf-8"),
         flags=re.DOTALL,
     )
 
@@ -52,6 +53,7 @@ def readme() -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for path in PAGES:
+        path.write_text(page(path), encoding="utf-8")
     README.write_text(readme(), encoding="utf-8")
-    print(f"Wrote the tables of {PAGE.name} and of the demo in {README.name}")
+    print(f"Wrote the tables of {', '.join(p.name for p in PAGES)} and of the demo in {README.name}")
