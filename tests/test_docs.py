@@ -104,6 +104,7 @@ SHORTER = {"from_trace_enum_elbo": ("range(300)", "range(150)")}
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:shape requires ndarray")  # NumPyro's `SVI.init` replays kept state into a scan
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_tutorial_from_the_first_cell_to_the_last(path, monkeypatch):
     monkeypatch.chdir(path.parent)
