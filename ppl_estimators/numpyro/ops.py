@@ -33,7 +33,8 @@ class JaxOps:
         return jax.lax.cumlogsumexp(x, axis=0)
 
     def fold(self, step: Callable[[Array, Array], Array], start: Array, along: Array) -> Array:
-        return jax.lax.scan(lambda total, x: (step(total, x), None), start, along)[0]
+        again = jax.checkpoint(step)  # in the backward pass: cheaper than to fetch what was computed at every step
+        return jax.lax.scan(lambda total, x: (again(total, x), None), start, along)[0]
 
     lgamma = staticmethod(jax.scipy.special.gammaln)
     digamma = staticmethod(jax.scipy.special.digamma)
