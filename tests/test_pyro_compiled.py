@@ -482,6 +482,22 @@ def test_handlers_around_a_step_are_heard():
     assert found[0][-1] < found[0][0] / 2
 
 
+def test_arguments_get_their_gradient():
+    """Features of a network outside of the program."""
+    found = []
+    for compile in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        x, elbo = flat(5)[0], EstimatorELBO(default=DisARM(), compile=compile)
+        for _ in range(4):
+            features = x.clone().requires_grad_()
+            elbo.differentiable_loss(bits, bits_guide, features).backward()
+            found.append(features.grad)
+    for a, b in zip(found[:4], found[4:], strict=True):
+        assert a.abs().sum() > 0
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_numbers_that_change_at_every_step_are_remarked_upon():
     svi = SVI(bits, bits_guide, SGD({"lr": 1e-3}), JitEstimatorELBO(default=Reinforce(MovingAverage()), verify=False))
     with pytest.warns(EstimatorWarning, match="pass them as tensors") as caught:

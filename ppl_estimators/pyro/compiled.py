@@ -132,6 +132,8 @@ class Compiler:
             return None  # handlers may change anything
         facts: list[Hashable] = [settings, *map(_identity, (model, guide)), torch.get_default_dtype()]
         tensors = _flat((args, kwargs), facts)
+        if any(x.requires_grad for x in tensors):
+            return None  # the loss leads to them, and on to whatever they were made from
         steps: _Steps | None = self._known.recall(key := tuple(facts))
         if steps is None:
             self._known.store(key, steps := _Steps((model, guide, args, kwargs)))
