@@ -27,6 +27,7 @@ from ppl_estimators import (
     Constant,
     ControlVariate,
     CoupledImportance,
+    DeltaMethod,
     DisARM,
     DisARMStickBreaking,
     DisARMTree,
@@ -101,6 +102,12 @@ def test_repr_can_be_pasted_back(spec):
     assert {spec: 1}[again] == 1
 
 
+def test_decay_is_short_for_past_steps():
+    assert OptimalConstant(decay=0.9) == OptimalConstant(PastSteps(0.9))
+    assert DeltaMethod(decay=0.9) == DeltaMethod(PastSteps(0.9))
+    assert ControlVariate(abs, abs, decay=0.9) == ControlVariate(abs, abs, PastSteps(0.9)) != ControlVariate(abs, abs)
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=repr)
 def test_specs_are_frozen(spec):
     with pytest.raises((dataclasses.FrozenInstanceError, AttributeError)):
@@ -133,6 +140,7 @@ def test_all_public_names_are_sorted_specs_or_errors():
     ("make", "message"),
     [
         (lambda: MovingAverage(1.0), r"MovingAverage\(decay\) needs 0 <= decay < 1, got 1.0"),
+        (lambda: OptimalConstant(PastSteps(0.9), decay=0.5), "moments or decay, not both"),
         (lambda: PastSteps(-0.1), r"PastSteps\(decay\) needs"),
         (
             lambda: OptimalConstant(0.9),

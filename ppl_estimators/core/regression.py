@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from .keep import Initial, Keeps, guarded
 from .ops import Array, Ops
@@ -73,7 +73,13 @@ class PastSteps(Source):
         return {k: ops.like(old[k], x) + ops.zeros_like(x) for k, x in now.items()}, guarded(ops, old, new)
 
 
-def check_source(spec: Spec, label: str, given: Any) -> None:
+def check_source(spec: Spec, label: str, decay: float | None) -> None:
+    """Of field ``label``; ``decay`` is short for what it means, `PastSteps`."""
+    if decay is not None:
+        if getattr(spec, label) != OtherParticles():
+            raise ValueError(f"{type(spec).__name__} takes {label} or decay, not both.")
+        object.__setattr__(spec, label, PastSteps(decay))
+    given = getattr(spec, label)
     if not isinstance(given, Source):
         raise TypeError(f"{type(spec).__name__}({label}) takes OtherParticles() or PastSteps(0.99), got {given!r}.")
 

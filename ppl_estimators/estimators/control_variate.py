@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, ClassVar
 
 from ..core.densities import check_score
@@ -12,7 +12,7 @@ from ..core.errors import site_error
 from ..core.estimator import Measure
 from ..core.keep import Keeps, Kept
 from ..core.ops import Array, Ops
-from ..core.regression import FEWEST, MOMENTS, OtherParticles, Source, fitted
+from ..core.regression import FEWEST, MOMENTS, OtherParticles, Source, check_source, fitted
 from ..core.site import Costs, Draw, Local, Site
 from .baselines.base import Baseline, WithBaseline
 
@@ -45,16 +45,20 @@ class ControlVariate(WithBaseline):
     h: Callable[[Any], Any]
     mean: Callable[[Any], Any]
     coefficient: float | Source = field(default=OtherParticles())
+    decay: InitVar[float | None] = field(default=None, kw_only=True)
     baseline: Baseline | None = field(default=None, kw_only=True)
 
     own_measures: ClassVar[frozenset[Measure]] = frozenset({Measure.LOG_Q, Measure.FUNCTIONS})
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, decay: float | None) -> None:
         super().__post_init__()
-        if not isinstance(self.coefficient, Source) and not math.isfinite(self.coefficient):
+        fixed = self.coefficient
+        if isinstance(fixed, Source) or decay is not None:
+            check_source(self, "coefficient", decay)
+        elif not math.isfinite(fixed):
             raise ValueError(
                 "ControlVariate(coefficient=...) takes a finite number, OtherParticles() or PastSteps(0.99), got "
-                f"{self.coefficient!r}."
+                f"{fixed!r}."
             )
 
     def check(self, site: Site, particles: int) -> None:

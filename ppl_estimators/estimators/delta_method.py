@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import ClassVar
 
 from ..core.errors import site_error
@@ -45,14 +45,15 @@ class DeltaMethod(WithBaseline):
     """
 
     moments: Source = field(default=OtherParticles())
+    decay: InitVar[float | None] = field(default=None, kw_only=True)
     baseline: Baseline | None = field(default=None, kw_only=True)
 
     families: ClassVar[tuple[str, ...] | None] = (NORMAL,)
     own_measures: ClassVar[frozenset[Measure]] = frozenset({Measure.LOG_Q})
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, decay: float | None) -> None:
         super().__post_init__()
-        check_source(self, "moments", self.moments)
+        check_source(self, "moments", decay)
         if self.baseline is not None and self.baseline.from_particles:
             raise ValueError(
                 f"DeltaMethod(baseline=...) takes a baseline of the past, got {self.baseline!r}: what the expansion "

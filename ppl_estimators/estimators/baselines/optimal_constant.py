@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import ClassVar
 
 from ...core.errors import site_error
@@ -40,11 +40,12 @@ class OptimalConstant(Baseline):
     """
 
     moments: Source = field(default=OtherParticles())
+    decay: InitVar[float | None] = field(default=None, kw_only=True)
 
     measures: ClassVar[frozenset[Measure]] = frozenset({Measure.SCORE_NORM})
 
-    def __post_init__(self) -> None:
-        check_source(self, "moments", self.moments)
+    def __post_init__(self, decay: float | None) -> None:
+        check_source(self, "moments", decay)
 
     @property
     def from_particles(self) -> bool:  # type: ignore[override]
