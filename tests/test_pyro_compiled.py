@@ -514,6 +514,8 @@ def test_a_backend_of_torch_compile(backend):
         elbo = EstimatorELBO(default=DisARM(), compile=compile, verify=False)
         found.append(train(lambda: (bits, bits_guide), elbo, flat(5, 5, 5, 5, 5)))
     assert uses(elbo) == [3]
+    with pytest.raises(ValueError, match="scale"):  # distributions check their parameters, as before
+        dist.Normal(0.0, -1.0)
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
     torch.testing.assert_close(found[1][1]["a"], found[0][1]["a"])
     assert torch.equal(found[1][1]["random state"], found[0][1]["random state"])

@@ -474,7 +474,9 @@ class _Writer:
         if self.backend is not None:
             # the draws of torch
             options: dict[str, Any] | None = {"fallback_random": True} if self.backend == "inductor" else None
+            checks = torch.distributions.Distribution._validate_args
             run = torch.compile(run, backend=self.backend, dynamic=False, options=options)
+            torch.distributions.Distribution.set_default_validate_args(checks)  # the compiler has switched them off
         return Program(
             run, source, [op.func for op in operations], [tensors[v] for v in constants], [tensors[v] for v in written]
         )

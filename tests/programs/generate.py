@@ -46,7 +46,11 @@ COUNTS = ("StochasticTriple()", "SumAroundMode(2)", "SumAroundMode(8)", "Measure
 NORMAL = ("Pathwise()", "Pathwise()", "StickingTheLanding()", "ImplicitPathwise()", "LAX(hidden=3)", "DeltaMethod()",
           "DeltaMethod(PastSteps(0.8))", "EvolutionStrategy()")  # fmt: skip
 #: what an unbiased estimator needs that no site here has
-ELSEWHERE = {"GeneralizedPathwise": "gamma sites", "RejectionPathwise": "gamma sites"}
+ELSEWHERE = {
+    "DoublyReparameterized": "bounds",
+    "GeneralizedPathwise": "gamma sites",
+    "RejectionPathwise": "gamma sites",
+}
 FAMILIES = {"bernoulli": 0.5, "categorical": 0.11, "onehot": 0.13, "binomial": 0.06, "poisson": 0.04, "normal": 0.16}
 POOLS = {
     "bernoulli": DISCRETE + BERNOULLI,
