@@ -50,6 +50,10 @@ PRIVATES: dict[str, tuple[str, Callable[[], Any]]] = {
         "checks values, and reads nothing else out of them",
         lambda: torch.distributions.Distribution._validate_sample,
     ),
+    "_validate_args": (
+        "do distributions check their parameters?",
+        lambda: torch.distributions.Distribution._validate_args,
+    ),
     # ---- torch: modules -----------------------------------------------------------------------------------------
     "_buffers": ("what a module counts, restored before a re-run", lambda: torch.nn.Module()._buffers),
     "_parameters": ("a module's own parameters", lambda: torch.nn.Module()._parameters),
