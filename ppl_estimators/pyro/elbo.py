@@ -16,7 +16,8 @@ from ..core.elbo import Configured
 from ..core.errors import warn
 from ..core.estimator import Estimator
 from ..core.objectives import Objective
-from ..core.step import Run, Step
+from ..core.site import Term
+from ..core.step import Step
 from ..measure.evaluation import Evaluation, arguments, chunks, evaluation
 from ..policy import AUTOMATIC
 from .buffers import Buffers
@@ -110,7 +111,7 @@ class EstimatorELBO(Configured, ELBO):
         return value
 
     def _result(self, model: Any, guide: Any, args: Any, kwargs: Any, *, standalone: bool) -> Result:
-        def evaluate(args: Any, kwargs: Any) -> tuple[Array, Sequence[Run]]:
+        def evaluate(args: Any, kwargs: Any) -> tuple[Array, Sequence[Sequence[Term]]]:
             return self._differentiable(model, guide, args, kwargs, standalone=standalone)
 
         if self.compiler is not None:
@@ -156,21 +157,22 @@ class EstimatorELBO(Configured, ELBO):
 
     def _differentiable(
         self, model: Any, guide: Any, args: Any, kwargs: Any, *, standalone: bool
-    ) -> tuple[Array, Sequence[Run]]:
+    ) -> tuple[Array, Sequence[Sequence[Term]]]:
         with torch.enable_grad():
             loss, states, joined = self.step(model, guide, args, kwargs, standalone=standalone).loss()
             for name, state in states.items():
                 update_state(name, state)
-            return loss, joined.arrays["runs"]
+            # of the runs their terms: all the rest would be in memory during the backward pass
+            return loss, [run.terms for run in joined.arrays["runs"]]
 
-    def _explained(self, start: State, model: Any, guide: Any, args: Any, kwargs: Any) -> Sequence[Run]:
+    def _explained(self, start: State, model: Any, guide: Any, args: Any, kwargs: Any) -> Sequence[Sequence[Term]]:
         """The runs of a compiled step, run as ever: what raises an error there raises it now."""
         memory = self.memory
         after = memory.generators.state()
         memory.generators.restore(start)
         try:
             with torch.no_grad(), Buffers.lent(memory.buffers.held()):
-                runs: Sequence[Run] = self.step(model, guide, args, kwargs).loss()[2].arrays["runs"]
+                runs = [run.terms for run in self.step(model, guide, args, kwargs).loss()[2].arrays["runs"]]
         finally:
             memory.generators.restore(after)
         return runs
@@ -205,12 +207,12 @@ def JitEstimatorELBO(*args: Any, compile: bool | str = True, **kwargs: Any) -> E
     return EstimatorELBO(*args, compile=compile, **kwargs)
 
 
-def _report(runs: Sequence[Run]) -> None:
+def _report(runs: Sequence[Sequence[Term]]) -> None:
     """Warn, by name, of costs that are not finite."""
     bad = [
         f"'{t.site}' ({'log p' if t.side == 'model' else '-log q'})"
-        for run in runs
-        for t in run.terms
+        for terms in runs
+        for t in terms
         if not torch.isfinite(t.value.detach()).all()
     ] or ["(their sum)"]
     warn(

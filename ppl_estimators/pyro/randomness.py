@@ -65,10 +65,13 @@ class Generators:
             self.own = dict.fromkeys(g for g in held if not isinstance(g, random.SystemRandom))
 
     def state(self, *, everything: bool = False) -> State:
+        here = torch.default_generator.get_state()
+        if not (everything or self.foreign or self.own or torch.cuda.is_initialized()):
+            return here, (), None, ()
         devices = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
         foreign = (random.getstate(), np.random.get_state()) if self.foreign or everything else None
         own = tuple((g, _ways(g)[0](g)) for g in self.own)
-        return torch.default_generator.get_state(), tuple(g.get_state() for g in devices), foreign, own
+        return here, tuple(g.get_state() for g in devices), foreign, own
 
     def restore(self, state: State) -> None:
         here, devices, foreign, own = state

@@ -156,8 +156,9 @@ class _Conduct(Messenger):
             follow.resume()
 
     def _pyro_post_sample(self, msg: Message) -> None:
-        name = msg["name"]
+        name, draws = msg["name"], self.side == "guide" and not msg["is_observed"]
         if site_is_subsample(msg):
+            draws = True
             self.subsamples.setdefault(name, msg["value"])
             if self.provenance is not None:
                 self.provenance.adopt(msg["value"])
@@ -169,7 +170,7 @@ class _Conduct(Messenger):
             if self.side == "guide":
                 _check_factor(msg)
             self.record[name] = msg.copy()
-        if self.stream is not None and not msg["is_observed"]:  # nothing was drawn there
+        if self.stream is not None and draws:
             self.stream.after((self.side, name))
 
 
