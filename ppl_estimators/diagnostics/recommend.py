@@ -15,7 +15,7 @@ import ppl_estimators
 from ..backends import Library
 from ..catalogue import ENTRIES, Kind
 from ..core.errors import EstimatorError
-from ..core.estimator import Estimator
+from ..core.estimator import Estimator, Value
 from ..core.plan import Plan
 from .candidates import Program, look, resolve
 from .compare import Compared, Comparison, draw_frontier, reason, row
@@ -86,7 +86,7 @@ class Recommendation(Showable):
         """Python that makes the ELBO, imports included."""
         entries = [f"{json.dumps(k, ensure_ascii=False)}: {e!r}" for k, e in self.mapping.items()]
         call = f"{{{', '.join(entries)}}}, num_particles={self.num_particles}"
-        if len(call) > 70:
+        if len(call) > 58:  # what 80 columns leave
             lines = "".join(f"        {entry},\n" for entry in entries)
             call = f"\n    {{\n{lines}    }},\n    num_particles={self.num_particles},\n"
         used = set(re.findall(r"\w+", " ".join(map(repr, self.mapping.values()))))
@@ -429,7 +429,7 @@ class _Search:
 
         def rank(name: Any) -> tuple[Any, ...]:
             moved = [e for n, e in chosen[name].items() if e != default[n]]
-            return bool(moved), several[name].evaluations, [order.get(e, len(order)) for e in moved]
+            return len(moved), several[name].evaluations, [order.get(e, len(order)) for e in moved]
 
         def alike(a: Compared, b: Compared) -> float:
             if max(a.variance, b.variance) <= 1e-10 * self.loudest:
@@ -459,4 +459,5 @@ def candidates() -> list[Estimator]:
         if e.unbiased and e.kind is not Kind.composition and isinstance(e.subject, Estimator)
         and not e.kept and not any(map(callable, vars(e.subject).values()))
     ]  # fmt: skip
-    return [*found, UNBIASED]
+    same: dict[Value, Estimator] = {}  # for the ELBO a draw of the library's is told by its `value`
+    return [*(e for e in found if not e.value.library or same.setdefault(e.value, e) is e), UNBIASED]
