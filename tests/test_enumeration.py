@@ -246,6 +246,15 @@ def local_below_global():
         pyro.sample("x", tdist.Normal(m[g, z], 1.0), obs=DATA)
 
 
+def apart():
+    """Related in the guide alone: a cost sees z, whose probability takes the sum over g."""
+    pyro.sample("g", tdist.Bernoulli(logits=stored("a", 0.2)))
+    m = stored("m", [-1.0, 2.0])
+    with pyro.plate("n", 7):
+        z = pyro.sample("z", tdist.Categorical(logits=stored("w", [0.3, -0.4])))
+        pyro.sample("x", tdist.Normal(m[z], 1.0), obs=DATA)
+
+
 def chain():
     """With a pathwise draw beside it."""
     table, m = stored("table", [[0.3, 0.1, 0.2], [-0.2, 0.4, 0.9], [0.1, 0.5, -0.7]]), stored("m", [-1.0, 2.0, 0.3])
@@ -286,6 +295,7 @@ def nothing():
         (local_below_global, nothing),
         (local_below_global, both),
         (local_below_global, only_g),
+        (apart, both),
         (chain, normal),
         (part_of_the_data, normal),
     ],
