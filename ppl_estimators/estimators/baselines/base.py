@@ -10,6 +10,7 @@ from ...core.errors import site_error
 from ...core.estimator import Control, Estimator, Measure
 from ...core.keep import Keeps, Kept, prefixed, strip
 from ...core.ops import Array, Ops
+from ...core.particles import of_the_others
 from ...core.site import Site
 from ...core.spec import Spec
 
@@ -70,6 +71,23 @@ class Baseline(Spec):
     @property
     def parts(self) -> tuple[Baseline, ...]:
         return (self,)
+
+
+class OfTheOthers(Baseline):
+    """The mean cost of the other particles."""
+
+    from_particles: ClassVar[bool] = True
+
+    def check(self, site: Site, particles: int) -> None:
+        if particles < 2:
+            raise site_error(
+                site.name,
+                f"{type(self).__name__} needs at least two particles, got num_particles={particles}",
+                "Pass EstimatorELBO(..., num_particles=2) or more, or use Reinforce(MovingAverage()).",
+            )
+
+    def predict(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Array:
+        return of_the_others(ops, cost)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

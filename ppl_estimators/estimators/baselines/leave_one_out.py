@@ -5,17 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...core.errors import site_error
 from ...core.estimator import Control
-from ...core.keep import Kept
-from ...core.ops import Array, Ops
-from ...core.particles import of_the_others
-from ...core.site import Site
-from .base import Baseline
+from .base import OfTheOthers
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LeaveOneOut(Baseline):
+class LeaveOneOut(OfTheOthers):
     """For each particle the mean cost of the *other* particles, per element of the site's plates.
 
     For           several particles; the default there
@@ -39,16 +34,4 @@ class LeaveOneOut(Baseline):
     Richter et al. (2020), "VarGrad", arXiv:2010.10436.
     """
 
-    from_particles: ClassVar[bool] = True
     control: ClassVar[Control] = Control.OTHERS
-
-    def check(self, site: Site, particles: int) -> None:
-        if particles < 2:
-            raise site_error(
-                site.name,
-                f"LeaveOneOut needs at least two particles, got num_particles={particles}",
-                "Pass EstimatorELBO(..., num_particles=2) or more, or use Reinforce(MovingAverage()).",
-            )
-
-    def predict(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Array:
-        return of_the_others(ops, cost)

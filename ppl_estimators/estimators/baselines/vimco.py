@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from ...core.errors import site_error
 from ...core.estimator import Control
-from ...core.keep import Kept
-from ...core.ops import Array, Ops
-from ...core.particles import of_the_others
-from ...core.site import Site
-from .base import Baseline
+from .base import OfTheOthers
 
 _MEANS = {"geometric": Control.GEOMETRIC, "arithmetic": Control.OTHERS}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class VIMCO(Baseline):
+class VIMCO(OfTheOthers):
     """For each particle the bound with a mean of the *other* particles' weights in the place of its own.
 
     For           score functions under a bound of several particles
@@ -36,8 +30,6 @@ class VIMCO(Baseline):
 
     mean: str = "geometric"
 
-    from_particles: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if self.mean not in _MEANS:
             raise ValueError(f'VIMCO(mean=...) takes "geometric" or "arithmetic", got {self.mean!r}.')
@@ -45,14 +37,3 @@ class VIMCO(Baseline):
     @property
     def control(self) -> Control:  # type: ignore[override]
         return _MEANS[self.mean]
-
-    def check(self, site: Site, particles: int) -> None:
-        if particles < 2:
-            raise site_error(
-                site.name,
-                f"VIMCO needs at least two particles, got num_particles={particles}",
-                "Pass EstimatorELBO(..., num_particles=2) or more, or use Reinforce(MovingAverage()).",
-            )
-
-    def predict(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Array:
-        return of_the_others(ops, cost)
