@@ -35,6 +35,7 @@ from ppl_estimators import (
     RELAXWithModel,
     StickingTheLanding,
     UnorderedSet,
+    WakeSleep,
 )
 from ppl_estimators import numpyro as ours_jax
 from ppl_estimators import pyro as ours_torch
@@ -43,6 +44,7 @@ from ppl_estimators import pyro as ours_torch
 class Jax:
     name = "numpyro"
     sample, plate, dist = staticmethod(numpyro.sample), staticmethod(numpyro.plate), jdist
+    factor = staticmethod(numpyro.factor)
     array = staticmethod(jnp.asarray)
     ELBO, hook = ours_jax.EstimatorELBO, staticmethod(ours_jax.with_estimators)
 
@@ -62,6 +64,7 @@ class Jax:
 class Torch:
     name = "pyro"
     sample, plate, dist = staticmethod(pyro.sample), staticmethod(pyro.plate), tdist
+    factor = staticmethod(pyro.factor)
     array = staticmethod(torch.as_tensor)
     ELBO, hook = ours_torch.EstimatorELBO, staticmethod(ours_torch.with_estimators)
 
@@ -255,6 +258,34 @@ def test_bounds_refuse_what_estimates_the_elbo(lib):
     elbo = lib.ELBO({"z": DisARM()}, objective=ImportanceWeighted(), num_particles=2, average_model=True)
     with pytest.raises(EstimatorError, match=r"average_model=True\) averages the gradient of the ELBO"):
         lib.loss(elbo, model, guide)
+
+
+def test_dreams_that_cannot_be(lib):
+    """What the guide cannot be told, what no draw of the model has, and what the model has no value for."""
+
+    def observed(factor=0.0):
+        z = lib.sample("z", lib.dist.Bernoulli(logits=lib.array(0.3)))
+        lib.factor("f", factor * z if factor else lib.array(0.1))
+        lib.sample("x", lib.dist.Bernoulli(logits=1.0 * z), obs=lib.array(1.0))
+
+    def deaf():
+        lib.sample("z", lib.dist.Bernoulli(logits=lib.param("a", lib.array(0.2))))
+
+    def awake(observations=None):
+        deaf()
+
+    def more(observations=None):
+        deaf()
+        lib.sample("u", lib.dist.Normal(lib.array(0.0), 1.0), infer={"is_auxiliary": True})
+
+    elbo = lib.ELBO(objective=WakeSleep(sleep_phi=0.5), num_particles=2)
+    assert lib.loss(elbo, observed, awake, {"a": 0.2}) > 0
+    with pytest.raises(EstimatorError, match=r"calls the guide with observations=.* Give it one, observations=None"):
+        lib.loss(elbo, observed, deaf, {"a": 0.2})
+    with pytest.raises(EstimatorError, match=r"site 'f': a factor of the model that depends on what is drawn"):
+        lib.loss(elbo, lambda: observed(0.5), awake, {"a": 0.2})
+    with pytest.raises(EstimatorError, match=r"site 'u': drawn by the guide only"):
+        lib.loss(elbo, observed, more, {"a": 0.2})
 
 
 def test_plain_score_function_with_one_particle_warns(lib):

@@ -23,6 +23,7 @@ class Unplaced(EstimatorError):
     """A site may have to be enumerated, in a run that has no place for its values."""
 
     def __init__(self, name: str):
+        self.site = name
         super().__init__(
             f"site '{name}': a latent site of the model that the guide does not draw, or one that is enumerated. Here "
             "the guide must draw every site: add it there, unmarked."

@@ -12,7 +12,8 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import ClassVar, Protocol
+from inspect import signature
+from typing import Any, ClassVar, Protocol
 
 from .errors import EstimatorError, site_error
 from .estimator import Control, Estimator, Value
@@ -67,6 +68,10 @@ class Objective(Spec):
     def joint(self, particles: int) -> int:
         """How many of so many particles it is a function of at once: each by itself, if it is their mean."""
         return particles
+
+    def dreams(self) -> float:
+        """The weight of log q at the model's own draws, if the guide learns from them."""
+        return 0.0
 
     def after(self, past: Mapping[str, Array]) -> dict[str, Array]:
         """What it keeps after a step."""
@@ -131,6 +136,33 @@ class EvidenceLowerBound(Additive):
     >>> EvidenceLowerBound()
     EvidenceLowerBound()
     """
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dreamt(Additive):
+    """``weight`` E_p[log q(z | x)], of a program that is turned round: the model draws, the guide is held against it.
+
+    The gradient at held values; of log p nothing counts.
+    """
+
+    weight: float
+
+    moves: ClassVar[bool] = False
+
+    def collect(self, ops: Ops, terms: Sequence[Term]) -> Array:
+        likely = total(ops, [t for t in terms if t.side == "model"])
+        return self.weight * ops.where(ops.isfinite(likely), likely, ops.zeros_like(likely))
+
+
+def check_dreams(guide: Callable[..., Any]) -> None:
+    """Can the guide be told what the model dreams?"""
+    taken = signature(getattr(guide, "guide", guide)).parameters
+    if "observations" not in taken and all(p.kind is not p.VAR_KEYWORD for p in taken.values()):
+        raise EstimatorError(
+            "WakeSleep(sleep_phi=...) calls the guide with observations={site: value}, the data that the model dreams, "
+            "and the guide takes no such argument. Give it one, observations=None, and read the data there when it is "
+            "given; or leave out sleep_phi."
+        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -408,15 +440,21 @@ class WakeSleep(MultiSample):
     With w̃_k the weights w_k = p(x, z_k) / q(z_k) over their sum, the gradient of the loss is
 
         −``wake_theta`` Σ_k w̃_k ∇ log p(x, z_k) − ``wake_phi`` Σ_k w̃_k ∇ log q(z_k),   z_k held fixed
+        −``sleep_phi`` (1/K) Σ_k ∇ log q(z_k; x_k),   z_k, x_k dreamt: drawn from the model, and held fixed
 
     The second part is, but for O(1/K), the gradient of KL(posterior ‖ guide): the guide covers the posterior instead of
-    sitting in a part of it, and no value is differentiated, so discrete sites cost what others do. The loss has the
-    value of the importance-weighted bound, whose gradient this is not. Minibatches are fine: plates that hold every
-    site have weights per element. Sites are Pathwise() or Reinforce(...), of which only the draw counts. There is no
-    sleep phase (data dreamt by the model).
+    sitting in a part of it, and no value is differentiated, so discrete sites cost what others do. The third is that
+    of the mean of the same divergence over the model's own data. The loss has the value of the importance-weighted
+    bound, whose gradient this is not. Minibatches are fine: plates that hold every site have weights per element, and
+    dreams are as large as the minibatch. Sites are Pathwise() or Reinforce(...), of which only the draw counts.
 
-    >>> WakeSleep(wake_phi=0.5)
-    WakeSleep(wake_phi=0.5)
+    ``sleep_phi``: for each particle the model is called as ever, and draws its observed sites too; the guide is called
+    with the keyword ``observations={site: dreamt value}`` besides, as by `pyro.infer.ReweightedWakeSleep`, and has to
+    read its data there: ``def guide(x, observations=None): x = observations["x"] if observations else x``. Pyro's
+    ``insomnia=i`` is ``wake_phi=i, sleep_phi=1 - i``.
+
+    >>> WakeSleep(wake_phi=0.5, sleep_phi=0.5)
+    WakeSleep(wake_phi=0.5, sleep_phi=0.5)
 
     Reference: Bornschein & Bengio (2015), "Reweighted Wake-Sleep", arXiv:1406.2751; Le, Kosiorek, Siddharth, Teh & Wood
     (2019), "Revisiting Reweighted Wake-Sleep for Models with Stochastic Control Flow", arXiv:1805.10469.
@@ -424,13 +462,14 @@ class WakeSleep(MultiSample):
 
     wake_theta: float = 1.0
     wake_phi: float = 1.0
+    sleep_phi: float = 0.0
 
     alpha: float = field(default=0.0, init=False)
 
     moves: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("wake_theta", "wake_phi"):
+        for name in ("wake_theta", "wake_phi", "sleep_phi"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"WakeSleep({name}=...) needs a number of 0 or more, got {getattr(self, name)!r}.")
 
@@ -446,6 +485,9 @@ class WakeSleep(MultiSample):
             raise site_error(
                 site.name, f"WakeSleep weighs several particles, got num_particles={particles}", "Pass 2 or more."
             )
+
+    def dreams(self) -> float:
+        return self.sleep_phi
 
     def weighed(
         self, ops: Ops, terms: Sequence[Term], latent: Container[str], past: Mapping[str, Array]

@@ -17,6 +17,7 @@ from . import averaging, objectives, relaxation, verify
 from .assembly import Evaluated, assemble
 from .averaging import Average
 from .credit import Graph, downstream_costs
+from .enumeration import Unplaced
 from .errors import site_error
 from .estimator import Estimator, Measure, Noise
 from .families import DISCRETE
@@ -67,6 +68,10 @@ class Library(verify.Library, Protocol):
 
     def guide_again(self, traces: Any, source: Any) -> Traces:
         """The guide on the values of a run, its parameters constants."""
+
+    def dream(self, source: Any) -> Traces:
+        """The program turned round: the model draws all its sites, observed ones too, and the guide is run on that. In
+        the traces the model is the guide, and the guide the model."""
 
     def arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """What guide and model are called with."""
@@ -275,7 +280,8 @@ class Step:
             }
             for name, site in run.sites.items()
         }
-        return {"objective": self._collected(explicit), "held": self._held(run), "sites": found}, run
+        collected, held, dreamt = self._collected(explicit), self._held(run), self._dreamt(run)
+        return {"objective": collected, "held": held, "dreamt": dreamt, "sites": found}, run
 
     def run(self, source: Any) -> Run:
         """The particle itself: its values and its cost terms."""
@@ -445,6 +451,32 @@ class Step:
         held = [replace(t, value=stop(t.value)) if f else t for f, t in zip(fixed, terms, strict=True)]
         return self._collected(self._weighed(run, held))
 
+    def _dreamt(self, run: Run) -> Array | None:
+        """What the guide learns from the model's own draws, if the objective wants that."""
+        library, plan, weight = self.library, run.plan, self.settings.objective.dreams()
+        if not weight:
+            return None
+        try:
+            traces = library.dream(run.source)
+        except Unplaced as error:
+            raise site_error(
+                error.site,
+                "drawn by the guide only, and what the model dreams has no value for it",
+                "Leave out sleep_phi, or draw it in the model too.",
+            ) from error
+        for name, msg in traces.guide.items():
+            factor = msg["type"] == "sample" and name not in traces.latents()
+            if factor and plan.depends_on.get(("model", name)) != frozenset():
+                raise site_error(
+                    name,
+                    "a factor of the model that depends on what is drawn, and draws of the model would be without it",
+                    "Make it the log probability of an observed site, or leave out sleep_phi.",
+                )
+        terms = library.terms(traces, plan, frozenset())
+        return objectives.Dreamt(weight).collect(
+            library.ops, [t for t in terms if ("guide", t.site) in plan.depends_on]
+        )
+
     # ---- other values -------------------------------------------------------------------------------------------
 
     def _again(
@@ -610,6 +642,9 @@ class Step:
     def assemble(self, joined: Joined) -> tuple[Array, dict[str, dict[str, Array]]]:
         """The loss and the new states, from what all particles found."""
         value, local = self._combined(joined.arrays["objective"], joined.arrays["held"])
+        if (dreamt := joined.arrays["dreamt"]) is not None:
+            likely = self.library.ops.mean(dreamt)
+            value = value + (likely - self.library.ops.stop_gradient(likely))
         evaluated, kept = {}, {}
         for name, facts in joined.sites.items():
             found = joined.arrays["sites"][name]

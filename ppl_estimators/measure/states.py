@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,12 @@ class Exact:
     states: int
     quadrature_error: float = 0.0
     sites: tuple[str, ...] = ()
+
+    def and_of(self, other: Exact) -> Exact:
+        """With the gradient of another sum added, and its states; the value is this one's."""
+        gradient = {n: g + other.gradient.get(n, 0.0) for n, g in self.gradient.items()}
+        states, error = self.states + other.states, self.quadrature_error + other.quadrature_error
+        return replace(self, gradient=gradient, states=states, quadrature_error=error)
 
 
 @dataclass(frozen=True)

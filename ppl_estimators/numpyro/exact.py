@@ -18,13 +18,13 @@ from numpyro.primitives import Messenger
 
 from ..core import families
 from ..core.errors import EstimatorError, site_error
-from ..core.objectives import Objective
+from ..core.objectives import Dreamt, Objective, check_dreams
 from ..core.site import Term
 from ..measure import quadrature
 from ..measure.states import Count, Exact, Minibatches, check_budget, minibatches_of
 from .distributions import family, log_q, sampled_dtype, unwrapped
 from .ops import OPS
-from .run import Keys, Message, Traces, execute, terms_of
+from .run import Keys, Message, Traces, execute, terms_of, turned
 
 Array = Any
 _CHUNK = 256  # states evaluated side by side
@@ -46,6 +46,18 @@ def exact(
     num_particles: int,
 ) -> Exact:
     """Sum over states."""
+    found = _exact(model, guide, args, kwargs, params, nodes, max_states, minibatches, objective, num_particles)
+    if weight := objective.dreams():
+        check_dreams(guide)
+        turn = (*turned(model, guide), args, kwargs, params, nodes, max_states, minibatches, Dreamt(weight), 1)
+        found = found.and_of(_exact(*turn))
+    return found
+
+
+def _exact(
+    model: Any, guide: Any, args: Any, kwargs: Any, params: Any, nodes: int, max_states: int, minibatches: Any,
+    objective: Objective, num_particles: int,
+) -> Exact:  # fmt: skip
     program = _Program(model, guide, args, dict(kwargs), params, nodes, objective, num_particles)
     batches = minibatches_of(program.subsampled, minibatches)
     states = check_budget(program.counts, {n: len(b) for n, b in batches.items()}, max_states, program.joint)
@@ -164,14 +176,17 @@ class _Program:
         """The logarithm of the weight of a state, and its run."""
         digits = self.digits(state)
 
+        def value(msg: Message, digits: Array) -> Array:
+            found = self.rules[msg["name"]].value(msg["fn"], digits)
+            return found if self.objective.moves else jax.lax.stop_gradient(found)
+
         def draw(msg: Message) -> Array:
-            return self.rules[msg["name"]].value(msg["fn"], digits[msg["name"]])
+            return value(msg, digits[msg["name"]])
 
         def in_scan(msg: Message) -> Array | None:
             if msg["type"] != "sample" or msg["is_observed"]:
                 return None
-            step = digits[msg["name"]][msg["infer"]["_scan_current_index"]]
-            return self.rules[msg["name"]].value(msg["fn"], step)
+            return value(msg, digits[msg["name"]][msg["infer"]["_scan_current_index"]])
 
         traces = execute(
             Keys(jax.random.key(0)), jax.random.key(1), {**self.state, **params},
@@ -179,7 +194,8 @@ class _Program:
             draw=draw, in_scan=in_scan,
         )  # fmt: skip
         weights = [self.rules[n].weigh(m["fn"], digits[n], m["value"]) for n, m in traces.latents().items()]
-        return sum(weights), traces
+        weight = sum(weights)
+        return weight if self.objective.moves else jax.lax.stop_gradient(weight), traces
 
     def particles(self, state: Array, each: int) -> Array:
         """The states of the particles in a joint one, ``each`` the number that one has."""

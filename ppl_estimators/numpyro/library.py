@@ -22,7 +22,7 @@ from ..core.errors import EstimatorError, site_error
 from ..core.estimator import Estimator, Noise
 from ..core.families import DISCRETE, divergence
 from ..core.keep import Keeps, Kept
-from ..core.objectives import NAME
+from ..core.objectives import NAME, check_dreams
 from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings, check_keys, make_plan
 from ..core.site import Site, Term
@@ -45,6 +45,7 @@ from .run import (
     site_key,
     survey,
     terms_of,
+    turned,
     view,
 )
 
@@ -161,6 +162,23 @@ class NumPyroLibrary:
         if msg["type"] != "sample" or msg["is_observed"] or self._plan.estimators[msg["name"]].value.moves:
             return None
         return jax.lax.stop_gradient(msg["fn"].sample(msg["kwargs"]["rng_key"]))
+
+    def dream(self, source: Keys) -> Traces:
+        check_dreams(self.guide)
+
+        def draw(name: str, fn: Any, key: Array) -> Array:
+            return jax.lax.stop_gradient(self.randomness.value(f"dreamt {name}", fn, key)[0])
+
+        def in_scan(msg: Message) -> Array | None:
+            if msg["type"] != "sample" or msg["is_observed"]:
+                return None
+            return jax.lax.stop_gradient(msg["fn"].sample(msg["kwargs"]["rng_key"]))
+
+        keys, (guide, model) = Keys(noise_key(source.model, 0)), turned(self.model, self.guide)
+        return execute(
+            keys, self._plate_key, self.params, guide, model, self.args, self.kwargs,
+            draw=lambda msg: draw(msg["name"], msg["fn"], msg["kwargs"]["rng_key"]), in_scan=in_scan,
+        )  # fmt: skip
 
     def arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         return self.args, self.kwargs

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.contrib.control_flow.cond import cond_wrapper
 from numpyro.contrib.control_flow.scan import _promote_scanned_value_shapes, scan_wrapper
+from numpyro.distributions.distribution import Unit
 from numpyro.distributions.util import scale_and_mask
 from numpyro.handlers import replay, substitute
 from numpyro.ops.pytree import PytreeTrace
@@ -24,7 +25,17 @@ from ..core.enumeration import Enumeration, Unplaced, missing, warn_of_minibatch
 from ..core.errors import EstimatorError, site_error, warn
 from ..core.site import Plate, Site, Term
 from .dependencies import dependencies, mark, same
-from .distributions import cost_log_prob, describe, ends, log_q, relaxed_log_prob, sampled_dtype, still, unmasked
+from .distributions import (
+    cost_log_prob,
+    describe,
+    ends,
+    log_q,
+    relaxed_log_prob,
+    sampled_dtype,
+    still,
+    unmasked,
+    unwrapped,
+)
 from .enumeration import Layout, cell, countable, is_enumerated, is_summed
 from .ops import OPS
 
@@ -237,6 +248,37 @@ class _Conduct(Messenger):
                     "inside numpyro's cond, where the model cannot take the guide's value",
                     "Draw it before the cond, or use jnp.where on its parameters.",
                 )
+
+
+class _Dreaming(Messenger):
+    """Has observed sites drawn, and takes note of their values."""
+
+    def __init__(self, fn: Callable[..., Any], observations: dict[str, Array]):
+        self.observations = observations
+        super().__init__(fn)
+
+    def process_message(self, msg: Message) -> None:
+        if msg["type"] == "control_flow":  # no handler reaches inside
+            msg["args"] = tuple(_Dreaming(x, {}) if callable(x) else x for x in msg["args"])
+        if msg["type"] != "sample":
+            return
+        msg["infer"] = {**msg["infer"], "enumerate": None}
+        if msg["is_observed"] and not isinstance(unwrapped(msg["fn"]), Unit):
+            msg["infer"]["was_observed"], msg["is_observed"], msg["value"] = True, False, None
+
+    def postprocess_message(self, msg: Message) -> None:
+        if msg["type"] == "sample" and msg["infer"].get("was_observed"):
+            self.observations[msg["name"]] = msg["value"]
+
+
+def turned(model: Callable[..., Any], guide: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A program whose guide is the model, all its sites drawn, and whose model is the guide, which is called with
+    ``observations`` besides."""
+    observations: dict[str, Array] = {}
+    return (
+        lambda *args, **kwargs: guide(*args, **{**kwargs, "observations": observations}),
+        _Dreaming(model, observations),
+    )
 
 
 def execute(

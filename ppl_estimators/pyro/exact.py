@@ -19,13 +19,13 @@ from torch.distributions import constraints, transform_to
 
 from ..core import families
 from ..core.errors import EstimatorError, site_error
-from ..core.objectives import Objective
+from ..core.objectives import Dreamt, Objective, check_dreams
 from ..measure import quadrature
 from ..measure.states import Count, Exact, Minibatches, check_budget, minibatches_of
 from .distributions import family, log_q, unwrapped
 from .look import untouched
 from .ops import OPS
-from .run import Message, Traces, execute, terms_of
+from .run import Message, Traces, execute, terms_of, turned
 
 Array = torch.Tensor
 
@@ -47,6 +47,18 @@ def exact(
     num_particles: int,
 ) -> Exact:
     """Sum over states; the parameter store, ``.grad`` and the random state stay as they are."""
+    found = _exact(model, guide, args, kwargs, params, nodes, max_states, minibatches, objective, num_particles)
+    if weight := objective.dreams():
+        check_dreams(guide)
+        turn = (*turned(model, guide), args, kwargs, params, nodes, max_states, minibatches, Dreamt(weight), 1)
+        found = found.and_of(_exact(*turn))
+    return found
+
+
+def _exact(
+    model: Any, guide: Any, args: Any, kwargs: Any, params: Any, nodes: int, max_states: int, minibatches: Any,
+    objective: Objective, num_particles: int,
+) -> Exact:  # fmt: skip
     program = _Program(model, guide, args, dict(kwargs), dict(params or {}), nodes, max_states, minibatches)
     program.objective, program.joint = objective, objective.joint(num_particles)
     with untouched(), torch.enable_grad():
@@ -130,8 +142,8 @@ class _Program:
                 path.append([0, counts[-1].states])
             value, log_weight = rule.take(path[index][0])
             index += 1
-            weights.append(log_weight)
-            return value
+            weights.append(log_weight if self.objective.moves else log_weight.detach())
+            return value if self.objective.moves else value.detach()
 
         traces = execute(
             self.model, self.guide, self.args, self.kwargs, draw=draw, subsamples=subsamples, observes=self.observes

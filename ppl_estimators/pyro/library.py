@@ -26,7 +26,7 @@ from ..core.enumeration import Unplaced, check_objective, warn_of_minibatches
 from ..core.errors import EstimatorError, site_error, warn
 from ..core.estimator import Estimator, Noise
 from ..core.keep import Keeps, Kept
-from ..core.objectives import NAME
+from ..core.objectives import NAME, check_dreams
 from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings, check_keys, make_plan, requested
 from ..core.site import Plate, Site, Term
@@ -40,7 +40,7 @@ from .enumeration import Layout
 from .keep import Keeper, read_state
 from .ops import OPS
 from .randomness import Generators, Randomness, SideBySide, Stream
-from .run import Message, Traces, dependencies, execute, plates_of, terms_of, view
+from .run import Message, Traces, dependencies, execute, plates_of, terms_of, turned, view
 
 Array = torch.Tensor
 _PARTICLES = "num_particles_vectorized"
@@ -129,6 +129,7 @@ class PyroLibrary:
         self.verify = verify
         self.settings, self.randomness, self.memory, self.keeper = settings, randomness, memory, keeper
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.written = guide
         self.max_plate_nesting, self.side_by_side, self.standalone = max_plate_nesting, side_by_side, standalone
         self.guess = guess  # of max_plate_nesting
         self.vectorized = particles is not None
@@ -323,6 +324,16 @@ class PyroLibrary:
                 None, self.guide, self.args, self.kwargs, draw=replay, subsamples=self.subsamples, stream=source,
                 layout=self._layout(),
             )  # fmt: skip
+
+    def dream(self, source: Stream) -> Traces:
+        check_dreams(self.written)
+
+        def draw(msg: Message) -> Array:
+            return self.randomness.value(f"dreamt {msg['name']}", msg["fn"], *msg["args"], **msg["kwargs"]).detach()
+
+        guide, model = turned(self.model, self.guide)
+        with as_written(), Buffers.lent(source.buffers):
+            return execute(guide, model, self.args, self.kwargs, draw=draw, subsamples=self.subsamples)
 
     def arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         return self.args, self.kwargs
@@ -585,7 +596,8 @@ class PyroLibrary:
             sites[name] = self._facts(run.sites[name])
             estimators[name], kept[name] = run.plan.estimators[name], run.kept[name]
             joined[name] = self._joined([a for a, _ in here])
-        collected = {label: self._collected([a.get(label) for a in arrays], total) for label in ("objective", "held")}
+        labels = ("objective", "held", "dreamt")
+        collected = {label: self._collected([a.get(label) for a in arrays], total) for label in labels}
         return Joined({**collected, "sites": joined, "runs": runs}, sites, estimators, kept, total)
 
     def _collected(self, rows: Sequence[Array | None], total: int) -> Array | None:

@@ -207,6 +207,36 @@ def shapes(record: Mapping[str, Message], parameters: Mapping[str, Message] | No
     return table
 
 
+class _Dreaming(Messenger):
+    """Has observed sites drawn, and takes note of their values."""
+
+    def __init__(self, observations: dict[str, Array]):
+        super().__init__()
+        self.observations = observations
+
+    def _pyro_sample(self, msg: Message) -> None:
+        if site_is_subsample(msg):
+            return
+        msg["infer"] = {**msg["infer"], "enumerate": None}
+        if msg["is_observed"] and not isinstance(unwrapped(msg["fn"]), Unit):
+            msg["infer"]["was_observed"] = True
+            msg["is_observed"], msg["done"], msg["value"] = False, False, None
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        if msg["infer"].get("was_observed"):
+            self.observations[msg["name"]] = msg["value"]
+
+
+def turned(model: Callable[..., Any], guide: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A program whose guide is the model, all its sites drawn, and whose model is the guide, which is called with
+    ``observations`` besides."""
+    observations: dict[str, Array] = {}
+    return (
+        lambda *args, **kwargs: guide(*args, **{**kwargs, "observations": observations}),
+        _Dreaming(observations)(model),
+    )
+
+
 def execute(
     model: Callable[..., Any] | None,
     guide: Callable[..., Any],

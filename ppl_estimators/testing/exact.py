@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..backends import Library, of_program
-from ..core.errors import EstimatorError
 from ..core.objectives import EvidenceLowerBound, Objective
 from ..measure.states import Exact, Minibatches
 
@@ -40,7 +39,8 @@ def exact_gradient(
     ``max_states``: the most states to sum, nodes and minibatches included. Pyro runs the program once for each (about
     a millisecond); NumPyro compiles one run and maps it over them.
     ``objective``: another than the ELBO, such as ``ImportanceWeighted()``, of ``num_particles`` particles: the sum then
-    is over every tuple of so many states. One that counts steps stands at the first.
+    is over every tuple of so many states. One that counts steps stands at the first. Of ``WakeSleep()``, whose gradient
+    is that of no function, it is the mean of what a step gives, dreams included, whose observed sites are summed too.
     ``backend``: "pyro" or "numpyro"; found out by whose sample statements run.
     Other keyword arguments go to model and guide.
 
@@ -56,8 +56,6 @@ def exact_gradient(
         raise ValueError(f'exact_gradient(backend=...) takes "pyro" or "numpyro", got {backend!r}.')
     if not 2 <= nodes <= 200:
         raise ValueError(f"exact_gradient(nodes=...) takes 2 to 200 Gauss nodes per element, got {nodes!r}.")
-    if objective is not None and not objective.moves:
-        raise EstimatorError(f"exact_gradient: that of {objective!r} is the gradient of no function.")
     library = of_program(model, guide, args, kwargs) if backend is None else Library(backend)
     exact: Exact = library.part("exact").exact(
         model, guide, args, kwargs, params=params, nodes=nodes, max_states=max_states, minibatches=minibatches,

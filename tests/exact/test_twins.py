@@ -67,10 +67,10 @@ def jax_model():
             numpyro.sample("x", jdist.Normal(1.5 * y + w - 0.5 * z + s, 0.8), obs=x)
 
 
-def jax_guide():
+def jax_guide(observations=None):
     a, c, m = (numpyro.param(k, jnp.asarray(START[k])) for k in "acm")
     with numpyro.plate("data", N, subsample_size=B):
-        x = jnp.asarray(X[INDICES])
+        x = observations["x"] if observations else jnp.asarray(X[INDICES])
         z = numpyro.sample("z", jdist.Bernoulli(logits=a + 0.5 * x))
         w = numpyro.sample("w", jdist.Normal(m[0] + 0.5 * z, jnp.exp(m[1] - 1)))
         numpyro.sample("y", jdist.Bernoulli(logits=c[0] + c[1] * z + c[2] * w))
@@ -87,10 +87,10 @@ def torch_model():
             pyro.sample("x", tdist.Normal(1.5 * y + w - 0.5 * z + s, 0.8), obs=x)
 
 
-def torch_guide():
+def torch_guide(observations=None):
     a, c, m = (pyro.param(k, torch.tensor(START[k])) for k in "acm")
     with pyro.plate("data", N, subsample_size=B):
-        x = torch.tensor(X[INDICES])
+        x = observations["x"] if observations else torch.tensor(X[INDICES])
         z = pyro.sample("z", tdist.Bernoulli(logits=a + 0.5 * x))
         w = pyro.sample("w", tdist.Normal(m[0] + 0.5 * z, torch.exp(m[1] - 1)))
         pyro.sample("y", tdist.Bernoulli(logits=c[0] + c[1] * z + c[2] * w))
@@ -129,10 +129,12 @@ BOUNDS = {
     "past": Renyi(2.0),
     "twice": Renyi(0.5),
     "awake": WakeSleep(wake_phi=0.5),
+    "asleep": WakeSleep(wake_phi=0.5, sleep_phi=0.7),
 }
 MIXES |= {
     "enumerated below": {"z": DisARM(), "y": Enumerate(), "w": Pathwise()},
     "awake": {"z": Reinforce(LeaveOneOut()), "w": Pathwise(), "y": Reinforce(LeaveOneOut())},
+    "asleep": {},
     "twice": {"z": Reinforce(VIMCO()), "w": DoublyReparameterized(), "y": GumbelSoftmax(0.7)},
 }
 
@@ -144,10 +146,12 @@ def noise(rng, particles=1):
     for site in ("z", "y"):
         table[site]["value"] = rng.integers(0, 2, size=(particles, B)).astype(float)
     table["w"]["value"] = rng.normal(size=(particles, B))
+    table |= {f"dreamt {site}": {"value": rng.permutation(table[site]["value"])} for site in ("z", "w", "y")}
+    table["dreamt x"] = {"value": rng.normal(size=(particles, B))}
     return table
 
 
-ALONE = [m for m in MIXES if m not in ("twice", "awake")]  # of one particle
+ALONE = [m for m in MIXES if m not in ("twice", "awake", "asleep")]  # of one particle
 AVERAGED = ("antithetic", "enumerated", "below a counterfactual", "a network for a normal")
 
 
