@@ -22,6 +22,7 @@ from ppl_estimators import (
     StickingTheLanding,
 )
 from ppl_estimators.pyro import EstimatorELBO
+from ppl_estimators.pyro.dependencies import Provenance
 
 pytestmark = [
     pytest.mark.usefixtures("double_precision"),
@@ -194,3 +195,55 @@ def test_alternatives_in_one_vectorised_run_do_not_share_noise_between_sites():
     error = np.std(gradients, axis=0) / np.sqrt(len(gradients))
     assert np.all(np.abs(np.mean(gradients, axis=0) - exact) < 5 * error)
     assert np.all(5 * error < 0.06)  # shared noise moved it by 0.2
+
+
+def test_pathwise_sites_are_followed_until_their_structure_is_known(monkeypatch):
+    """Where no site needs credit, a step follows nobody; what turns up later is found all the same."""
+    followed, parts = [], {"bits": False, "size": 4}
+
+    class Counted(Provenance):
+        def __enter__(self):
+            followed.append(1)
+            return super().__enter__()
+
+    monkeypatch.setattr("ppl_estimators.pyro.library.Provenance", Counted)
+    x = torch.linspace(-1.0, 2.0, 8)
+
+    def model():
+        with pyro.plate("data", 8, subsample_size=parts["size"]) as i:
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+            z = pyro.sample("z", dist.Bernoulli(0.3)) if parts["bits"] else 0.5
+            pyro.sample("x", dist.Normal(w + 2 * z, 1.0), obs=x[i])
+
+    def guide():
+        m, p = pyro.param("m", torch.tensor(0.2)), pyro.param("p", torch.tensor(0.4))
+        with pyro.plate("data", 8, subsample_size=parts["size"]):
+            w = pyro.sample("w", dist.Normal(m, 0.8))
+            if parts["bits"]:
+                pyro.sample("z", dist.Bernoulli(logits=w + p))
+
+    def step(elbo):
+        pyro.set_rng_seed(1)
+        pyro.get_param_store().clear()
+        loss = elbo.loss_and_grads(model, guide)
+        store = pyro.get_param_store().named_parameters()
+        return [loss, *(0.0 if v.grad is None else float(v.grad) for _, v in store)]
+
+    def learned(elbo):
+        """Runs that were followed by each of three steps; each does what a new ELBO's first does."""
+        counts = []
+        for _ in range(3):
+            followed.clear()
+            found = step(elbo)
+            counts.append(len(followed))
+            assert found == step(EstimatorELBO())
+        return counts
+
+    elbo = EstimatorELBO()
+    assert learned(elbo) == [1, 0, 0]
+    parts["size"] = 2  # another minibatch
+    assert learned(elbo) == [1, 0, 0]
+    parts["bits"] = True  # a site that needs credit
+    assert learned(elbo)[1:] == [1, 1]
+    parts["bits"] = False
+    assert learned(elbo) == [1, 0, 0]

@@ -337,17 +337,16 @@ class MultiSample(Objective):
         k, order = collected.shape[0], 1 - self.alpha
         scaled = order * collected
         log_total = ops.logsumexp(scaled, axis=0)
-        bound = (log_total - math.log(k)) / order
-        weight = ops.stop_gradient(ops.exp(scaled - log_total))
-        path = weight if held is None else weight * (self.alpha + order * weight)
-        # of a particle without weight (a draw that the model has no probability for) nothing counts
-        explicit = ops.sum(path * ops.where(weight > 0, collected, ops.zeros_like(collected)))
+        combined = value = ops.sum((log_total - math.log(k)) / order)
         if held is not None:
-            explicit = explicit + ops.sum((weight - path) * ops.where(weight > 0, held, ops.zeros_like(held)))
-        value = ops.sum(bound)
-        combined = scale * (ops.stop_gradient(value - explicit) + explicit)
+            weight = ops.stop_gradient(ops.exp(scaled - log_total))
+            path = weight * (self.alpha + order * weight)
+            # of a particle without weight (a draw that the model has no probability for) nothing counts
+            moving, still = (ops.where(weight > 0, x, ops.zeros_like(x)) for x in (collected, held))
+            explicit = ops.sum(path * moving) + ops.sum((weight - path) * still)
+            combined = ops.stop_gradient(value - explicit) + explicit
         others = cache(lambda: self.others(ops, collected))  # of no use where all sites are pathwise
-        return combined, lambda *found: self.local(ops, others(), scale, *found)
+        return scale * combined, lambda *found: self.local(ops, others(), scale, *found)
 
     def others(self, ops: Ops, collected: Array) -> Array:
         """log Σ_{j ≠ k} w_j^{1−α} for each particle k, ``[K, ...]``."""

@@ -196,6 +196,11 @@ class Plan:
         """Does a step run the program more than once for a particle?"""
         return bool(self.groups or self.sticking)
 
+    @cached_property
+    def uncredited(self) -> bool:
+        """Is the objective, differentiated, the whole estimate? Who depends on whom then plays no part in a step."""
+        return not (self.local or self.reruns or self.analytic or self.branches)
+
     def relaxable(self, name: str) -> bool:
         """Can the site take relaxed values?"""
         return not self.estimators[name].value.moves and self.sites[name].family in RELAXABLE

@@ -96,8 +96,8 @@ class Memory:
 
 
 class _Unplanned(Exception):
-    """A run has come upon what the expected plan does not know, before anything depended on a drawn value: it may be
-    made again, and nothing is selected by that."""
+    """A run has come upon what the expected plan does not know, before anything depended on a drawn value, or where
+    that was not followed. It is made again, from the same random numbers, and nothing is selected by that."""
 
 
 class PyroLibrary:
@@ -142,7 +142,8 @@ class PyroLibrary:
         self._plan: Plan | None = memory.expected.recall(self.call)
         self._like: Array = torch.zeros(())
         self._used: dict[str, Estimator] = {}
-        self._follow: Any = None  # the `Provenance` of the last run that was followed
+        self._credits = self._plan is None or not self._plan.uncredited  # may it matter who depends on whom?
+        self._follow: Any = None  # the `Provenance` of the last first run; None if it was not followed
         self._pinned = False  # no run is thrown away any more
         self._new = self._unchecked = False  # is the structure new; and are its shapes not checked yet?
         self._recorded = False  # is the stream of the last first run known?
@@ -155,20 +156,28 @@ class PyroLibrary:
         return self._plan if self._plan is not None else _nothing_known(self.settings)
 
     def _planned(self, traces: Traces) -> Plan:
-        """The plan for the structure of a run that was followed."""
-        if self._follow.stale() and not self._follow.control and not self._pinned:
+        """The plan for the structure of a run: what is in it and, if it was followed, who depends on whom."""
+        follow = self._follow
+        control = follow is not None and follow.control
+        if follow is not None and follow.stale() and not control and not self._pinned:
             raise _Unplanned
-        latents, behind, follow = traces.latents(), self._behind(traces), self._follow
-        signature = (
+        latents = traces.latents()
+        behind = dict.fromkeys(traces.own_terms()) if follow is None else self._behind(traces)
+        facts = (
             self.settings,
             tuple((n, m.get("kind") or _kind(m), m["fn"].batch_shape, plates_of(m)) for n, m in latents.items()),
-            tuple((k, d, traces.plates(*k)) for k, d in behind.items()),
-            bool(follow.control),
+            tuple((k, traces.plates(*k)) for k in behind),
+            tuple(traces.subsamples),
         )
+        signature = facts, None if follow is None else (tuple(behind.values()), bool(control))
         plan = self.memory.plans.recall(signature)
         if plan is None:
+            if follow is None:
+                raise _Unplanned
             plan = self._made(traces, follow)
             self.memory.plans.store(signature, plan)
+            if plan.uncredited and traces.values is None:  # then the next runs are not followed
+                self.memory.plans.store((facts, None), plan)
             self._unchecked = self._new = True
         if plan is not self._plan or plan is not self.memory.last:
             self.memory.expected.store(self.call, plan)
@@ -178,7 +187,7 @@ class PyroLibrary:
             raise _Unplanned
         others = {n: e for n, e in self._used.items() if plan.estimators[n] is not e}
         if any(plan.estimators[n].structure() != e.structure() for n, e in others.items()):
-            if not follow.control and not self._pinned:  # nothing that was drawn decided which structure it is
+            if not control and not self._pinned:  # nothing that was drawn decided which structure it is
                 self._plan = plan
                 raise _Unplanned
             settings = replace(self.settings, estimators=tuple({**self.settings.mapping, **self._used}.items()))
@@ -275,14 +284,16 @@ class PyroLibrary:
             model, guide = _along(wide)(model), _along(wide)(guide)
         if constants and torch.is_grad_enabled():
             args, kwargs = tree_map(_detached, (args, kwargs))
+        layout = self._layout(wide)
         if first:  # further runs will want to know what this one drew, if there are any
             expected = self._plan
             self._recorded = expected is None or expected.reruns or expected.branches or self._pinned
+            follows = self._credits or self._pinned or layout is not None
         with ExitStack() as stack:
             stack.enter_context(as_written())
             if first:
-                self._follow = Provenance(self.memory.holdings_of(self.call[1:3]))
-                stack.enter_context(self._follow)
+                self._follow = Provenance(self.memory.holdings_of(self.program)) if follows else None
+                stack.enter_context(self._follow or nullcontext())
             else:
                 stack.enter_context(self._once_more(source))
                 if constants and torch.is_grad_enabled():
@@ -290,7 +301,7 @@ class PyroLibrary:
             return execute(
                 model, guide, args, kwargs, draw=draw, subsamples=self.subsamples, observes=self.observes,
                 provenance=self._follow if first else None, stream=source if self._recorded or not first else None,
-                layout=self._layout(wide),
+                layout=layout,
             )  # fmt: skip
 
     def _layout(self, wide: Plate | None = None) -> Layout | None:
@@ -364,6 +375,8 @@ class PyroLibrary:
         msg["kind"] = kind = _kind(msg)
         if facts is not None and facts.kind == kind:
             chosen = plan.estimators[name] if asked is None else asked
+        elif self._follow is None:
+            raise _Unplanned
         else:  # a structure that was not met before
             site, particles = replace(view(msg), requested=asked), self.settings.particles
             chosen = self.settings.alone(site)
@@ -613,6 +626,9 @@ class PyroLibrary:
         """The first particle, drawn once the structure of the program is known as far as its choices need."""
         expected = self._plan
         result = self._attempt(one)
+        if result is None and self._follow is None:  # a structure that was not met before
+            self._credits = True
+            result = self._attempt(one)
         if result is None and self._plan is expected:
             self._survey()
             if self._plan is None:  # a tensor turned up that nobody knew: see `Provenance.stale`
