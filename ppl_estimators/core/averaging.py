@@ -6,6 +6,10 @@ for which Σ_a w_a f(value_a) is an unbiased estimate of E[f]. Its own gradient 
     ∇ 1/G Σ_g Σ_a w_{g,a} t_{g,a},   over the G groups above t.
 
 Each group is unbiased by itself, so their mean is. The value of the term stays that of the drawn particles.
+
+A bound L of several particles is a function of all their terms. Its own gradient is that of the mean over particles k,
+and over all groups, of Σ_a w_{k,a} L, with the log weight that particle k has at value a in the place of its own
+(`core.objectives.MultiSample`).
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from .errors import EstimatorError, warn
+from .errors import EstimatorError, site_error, warn
 from .estimator import Value
 from .families import ONEHOT
 from .ops import Array, Ops
@@ -33,10 +37,13 @@ class Average(NamedTuple):
 
 def check(plan: Plan) -> None:
     """Is there anything to average, and may it be?"""
-    if plan.keeps_score:
-        raise EstimatorError(
-            "EstimatorELBO(average_model=True) averages the gradient of the ELBO, and the objective is another. Leave "
-            "average_model=False for it."
+    if plan.keeps_score and plan.sticking:
+        name = min(plan.sticking)
+        raise site_error(
+            name,
+            f"{plan.estimators[name]!r} under a bound weighs the path of its value, and average_model=True knows one "
+            "weight for all of a particle",
+            "Use Pathwise() here, or leave average_model=False.",
         )
     if plan.branches:
         raise EstimatorError(
@@ -62,6 +69,13 @@ def weights(
         like = 1.0 * draws[name].value if like is None else like  # whose distribution has no logits
         return ops.full_like(ops.indices(number, like), 1 / number, dtype=like.dtype)
     return ops.stop_gradient(asked.weights(ops, sites[name], draws[name]))
+
+
+def possible_at(plan: Plan, group: Group) -> bool:
+    """Have the values of a group weights? For a bound, whose gradient is one of all terms, no value that is drawn again
+    may carry only a part of its own."""
+    partial = [n for n in plan.below(group) if plan.estimators[n].value is Value.PARTIAL]
+    return group.weighed and not (plan.keeps_score and partial)
 
 
 def possible(ops: Ops, site: Site, weight: Array, value: Array, drawn: Array) -> Array:
@@ -92,7 +106,7 @@ def averaged(ops: Ops, terms: Sequence[Term], averages: Sequence[Average]) -> li
     result = []
     for t in terms:
         key = (t.side, t.site)
-        above = [(_aligned(ops, a.weights, t.value), a.terms[key]) for a in averages if key in a.terms]
+        above = [(aligned(ops, a.weights, t.value), a.terms[key]) for a in averages if key in a.terms]
         if above:
             mean = sum(w[0] * t.value + ops.sum(w[1:] * x, axis=0) for w, x in above) / len(above)
             rider = mean - ops.stop_gradient(mean)
@@ -102,7 +116,7 @@ def averaged(ops: Ops, terms: Sequence[Term], averages: Sequence[Average]) -> li
     return result
 
 
-def _aligned(ops: Ops, weights: Array, value: Array) -> Array:
+def aligned(ops: Ops, weights: Array, value: Array) -> Array:
     """``[1 + A, *plates]`` in the rank of ``[1 + A, *batch]``; batch dimensions count from the right."""
     count, *plates = weights.shape
     plates = plates[max(len(plates) - value.ndim, 0) :]

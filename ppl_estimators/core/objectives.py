@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from inspect import signature
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from .errors import EstimatorError, site_error
 from .estimator import Control, Estimator, Value
@@ -38,6 +38,14 @@ class Elsewhere(Protocol):
     def __call__(
         self, terms: Sequence[Term], sites: Sequence[Site], credited: Credited, beside: frozenset[Plate] = ...
     ) -> dict[str, Array]: ...
+
+
+class Weighted(NamedTuple):
+    """What the particles say of one group of sites at the drawn value and others, ``[1 + A, K, *plates]``, and the
+    weights with which a sum over these values is an unbiased estimate of the mean."""
+
+    weights: Array
+    values: Array
 
 
 class Locally(Protocol):
@@ -98,13 +106,16 @@ class Objective(Spec):
         self, ops: Ops, terms: Sequence[Term], moved: Sequence[Site], alone: frozenset[str], credited: Credited
     ) -> Elsewhere:
         """The same where the sites ``moved`` take other values; ``alone`` names those of which each plate element does
-        so by itself. ``terms`` are those at the drawn values."""
+        so by itself. ``terms`` are those at the drawn values, constants unless derivatives are wanted."""
         raise NotImplementedError
 
-    def combine(self, ops: Ops, collected: Array, scale: float, held: Array | None = None) -> tuple[Array, Locally]:
+    def combine(
+        self, ops: Ops, collected: Array, scale: float, held: Array | None = None, averages: Sequence[Weighted] = ()
+    ) -> tuple[Array, Locally]:
         """The objective (a scalar whose gradient is the explicit part), and what makes costs and a surrogate of what
-        the particles say of a site. ``held`` is the same with the values held fixed of sites that leave out the score
-        part of -log q, if there are any and the objective ``keeps_score``."""
+        the particles say of a site. If the objective ``keeps_score``, ``held`` is the same with the values held fixed
+        of sites that leave out the score part of -log q, if there are any, and ``averages`` are what the particles say
+        of values over which the explicit part is averaged."""
         raise NotImplementedError
 
 
@@ -125,7 +136,9 @@ class Additive(Objective):
     ) -> Elsewhere:
         return lambda terms, sites, credited, beside=frozenset(): dict(credited(terms))
 
-    def combine(self, ops: Ops, collected: Array, scale: float, held: Array | None = None) -> tuple[Array, Locally]:
+    def combine(
+        self, ops: Ops, collected: Array, scale: float, held: Array | None = None, averages: Sequence[Weighted] = ()
+    ) -> tuple[Array, Locally]:
         return ops.mean(collected), lambda estimator, *found: estimator.local(ops, *found)
 
 
@@ -292,9 +305,8 @@ class MultiSample(Objective):
         difference of two downstream costs would mix the old and the new values of what moves beside. An element that
         moves alone changes the log weight that it is part of by the difference of its own costs."""
         names, common, scale = frozenset(s.name for s in moved), _common(terms), self.scale(terms)
-        constant = [replace(t, value=ops.stop_gradient(t.value)) for t in terms]
-        still = [t for t in constant if not t.depends_on & names]
-        without = self._without(ops, constant, [s for s in moved if s.name in alone], credited) if alone else {}
+        still = [t for t in terms if not t.depends_on & names]
+        without = self._without(ops, terms, [s for s in moved if s.name in alone], credited) if alone else {}
 
         def at(
             terms: Sequence[Term], sites: Sequence[Site], credited: Credited, beside: frozenset[Plate] = frozenset()
@@ -330,7 +342,9 @@ class MultiSample(Objective):
             found[s.name] = ops.where(count * scale > 0.5, ops.full_like(value, -math.inf), value)
         return found
 
-    def combine(self, ops: Ops, collected: Array, scale: float, held: Array | None = None) -> tuple[Array, Locally]:
+    def combine(
+        self, ops: Ops, collected: Array, scale: float, held: Array | None = None, averages: Sequence[Weighted] = ()
+    ) -> tuple[Array, Locally]:
         """The path of values whose -log q is not differentiated in its parameters weighs α w̃ + (1 − α) w̃² and all else
         w̃: the score part that is left out is the expectation of w̃ under the guide, differentiated, and has a path of
         its own, ∂w̃ = (1 − α) w̃ (1 − w̃) ∂ log w."""
@@ -345,8 +359,31 @@ class MultiSample(Objective):
             moving, still = (ops.where(weight > 0, x, ops.zeros_like(x)) for x in (collected, held))
             explicit = ops.sum(path * moving) + ops.sum((weight - path) * still)
             combined = ops.stop_gradient(value - explicit) + explicit
+        elif averages:
+            several = [self._averaged(ops, collected, *a) for a in averages]
+            explicit = sum(several[1:], several[0]) / len(several)
+            combined = ops.stop_gradient(value - explicit) + explicit
         others = cache(lambda: self.others(ops, collected))  # of no use where all sites are pathwise
         return scale * combined, lambda *found: self.local(ops, others(), scale, *found)
+
+    def _averaged(self, ops: Ops, collected: Array, weights: Array, log_w: Array) -> Array:
+        """The explicit part of 1/K Σ_k Σ_a ω_{k,a} L, particle k having the log weight at value a, the others theirs;
+        in plates that are not common to all terms, of each element in turn, and their mean."""
+        k, order = collected.shape[0], 1 - self.alpha
+        wide = (k, *(1,) * (log_w.ndim - 1 - collected.ndim), *collected.shape[1:])
+        others = ops.reshape(self.others(ops, collected), wide)
+        total = ops.logaddexp(ops.stop_gradient(order * log_w), others)
+        possible = ops.isfinite(total)
+        total = ops.where(possible, total, ops.zeros_like(total))
+        share = ops.where(possible, weights, ops.zeros_like(total)) * math.prod(wide) / math.prod(log_w.shape[1:]) / k
+        own = share * ops.stop_gradient(ops.exp(order * log_w - total))
+        explicit = ops.sum(own * ops.where(own > 0, log_w, ops.zeros_like(log_w)))
+        # of particle j where another is elsewhere: w_j Σ_{k ≠ j} Σ_a ω_{k,a} / total_{k,a}
+        rest = ops.logsumexp(ops.log(share) - total, axis=0)
+        for axis in reversed([i for i, n in enumerate(wide) if n == 1 < rest.shape[i]]):
+            rest = ops.logsumexp(rest, axis=axis)
+        rest = ops.exp(ops.stop_gradient(order * collected) + _of_the_others(ops, ops.reshape(rest, collected.shape)))
+        return explicit + ops.sum(rest * ops.where(rest > 0, collected, ops.zeros_like(collected)))
 
     def others(self, ops: Ops, collected: Array) -> Array:
         """log Σ_{j ≠ k} w_j^{1−α} for each particle k, ``[K, ...]``."""

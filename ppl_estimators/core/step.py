@@ -22,7 +22,7 @@ from .errors import site_error
 from .estimator import Estimator, Measure, Noise
 from .families import DISCRETE
 from .keep import Keeps, Kept
-from .objectives import Elsewhere, Locally
+from .objectives import Elsewhere, Locally, Weighted
 from .ops import Array, Ops
 from .plan import Group, Plan, Settings
 from .site import Costs, Draw, Site, Term, weighed
@@ -191,6 +191,7 @@ class Run:
     terms: list[Term] = field(default_factory=list)
     kept: dict[str, Kept] = field(default_factory=dict)
     averages: list[Average] = field(default_factory=list)
+    weighted: list[Weighted] = field(default_factory=list)
     past: Values = field(default_factory=dict)  # what the objective keeps
 
 
@@ -257,19 +258,20 @@ class Step:
         library, ops, run = self.library, self.library.ops, self.run(source)
         given, costs = self._measured(run), self._costs(run)
         elsewhere: dict[str, dict[str, Array]] = {"alternatives": {}, "relaxed": {}, "relaxed_slope": {}}
-        several = [g for g in run.plan.groups if g.alternatives]
+        several, explicit = [g for g in run.plan.groups if g.alternatives], self._explicit(run)
         compiled = library.compiled
         if compiled is not None and len(several) > 2 and not self.settings.average_model:
             elsewhere["alternatives"] = self._alternatives_of_all(compiled, run, several)
             several = []
         for group in run.plan.groups:
             if group in several:
-                elsewhere["alternatives"] |= self._alternatives(run, group)
+                elsewhere["alternatives"] |= self._alternatives(run, group, explicit)
             elif group.relaxations:
                 relaxed, slopes = self._relaxations(run, group)
                 elsewhere["relaxed"] |= relaxed
                 elsewhere["relaxed_slope"] |= slopes
-        explicit = averaging.averaged(ops, self._explicit(run), run.averages)
+        explicit = averaging.averaged(ops, explicit, run.averages)
+        averages = {"elsewhere": {str(i): w._asdict() for i, w in enumerate(run.weighted)}}
         found = {
             name: {
                 "site": library.arrays(site),
@@ -281,7 +283,7 @@ class Step:
             for name, site in run.sites.items()
         }
         collected, held, dreamt = self._collected(explicit), self._held(run), self._dreamt(run)
-        return {"objective": collected, "held": held, "dreamt": dreamt, "sites": found}, run
+        return {"objective": collected, "held": held, "dreamt": dreamt, "averages": averages, "sites": found}, run
 
     def run(self, source: Any) -> Run:
         """The particle itself: its values and its cost terms."""
@@ -401,12 +403,18 @@ class Step:
             terms = self._weighed(run, run.terms)
             return dict(self.settings.objective.drawn(self.library.ops, terms, sites, credited))
 
-    def _elsewhere(self, run: Run, sites: Sequence[Site], alone: frozenset[str] = frozenset()) -> Elsewhere:
-        """The same, where some sites take other values, each element of those in ``alone`` by itself."""
-        objective, plan = self.settings.objective, run.plan
-        with self.library.differentiating(False):
-            credited = partial(self._downstream, plan.graph, sites)
-            return objective.elsewhere(self.library.ops, self._weighed(run, run.terms), sites, alone, credited)
+    def _elsewhere(
+        self, run: Run, sites: Sequence[Site], alone: frozenset[str] = frozenset(), *,
+        explicit: Sequence[Term] | None = None,
+    ) -> Elsewhere:  # fmt: skip
+        """The same, where some sites take other values, each element of those in ``alone`` by itself; differentiable
+        in what the ``explicit`` terms lead to, if they are given."""
+        objective, plan, ops = self.settings.objective, run.plan, self.library.ops
+        with self.library.differentiating(explicit is not None):
+            terms = self._weighed(run, run.terms) if explicit is None else explicit
+            if explicit is None and plan.keeps_score:
+                terms = [replace(t, value=ops.stop_gradient(t.value)) for t in terms]
+            return objective.elsewhere(ops, terms, sites, alone, partial(self._downstream, plan.graph, sites))
 
     def _downstream(self, graph: Graph, sites: Sequence[Site], terms: Sequence[Term]) -> dict[str, Array]:
         found = downstream_costs(self.library.ops, graph, terms, sites)
@@ -525,13 +533,15 @@ class Step:
         value = self._drawn(run, msg, site, estimator, run.noise.get(name, {}))[0].value
         return value if estimator.value.moves else library.sampled(msg, library.ops.stop_gradient(value))
 
-    def _alternatives(self, run: Run, group: Group) -> dict[str, Array]:
+    def _alternatives(self, run: Run, group: Group, explicit: Sequence[Term]) -> dict[str, Array]:
         """Downstream costs at each counterfactual value, ``[A, *plates]`` per site; where the model's own gradient is
         averaged over these values, what that needs is added to the run."""
         library, ops, plan = self.library, self.library.ops, run.plan
         members = [run.sites[n] for n in group.sites]
-        average = self.settings.average_model and group.weighed
-        like, elsewhere = members[0].logits, self._elsewhere(run, members, plan.alone)
+        average = self.settings.average_model and averaging.possible_at(plan, group)
+        bound = average and plan.keeps_score
+        elsewhere = self._elsewhere(run, members, plan.alone, explicit=explicit if bound else None)
+        like = members[0].logits
         weights = averaging.weights(ops, plan, group, run.sites, run.draws, like) if average else None
 
         def values(index: Any) -> Values:
@@ -550,11 +560,16 @@ class Step:
             terms = self._again(run, group, values, constants=not average, wide=wide)
             beside = frozenset() if wide is None else frozenset([wide])
             costs = elsewhere(terms, sites, partial(self._downstream, graph, sites), beside)
-            counted = averaging.counted(plan, group, terms) if average else []
+            counted = averaging.counted(plan, group, terms) if average and not bound else []
             return costs, {(t.side, t.site): t.value for t in counted}
 
         costs, terms = library.each(evaluate, values, group, run, average)
-        if weights is not None:
+        if bound:
+            drawn = self.settings.objective.drawn(ops, explicit, members[:1], partial(self._downstream, plan.graph))
+            log_w = ops.concat([drawn[members[0].name][None], costs[members[0].name]], axis=0)
+            weights = ops.broadcast_to(averaging.aligned(ops, weights, log_w[0]), log_w.shape)
+            run.weighted.append(Weighted(weights, log_w))
+        elif weights is not None:
             run.averages.append(Average(weights, terms))
         return {n: ops.stop_gradient(c) for n, c in costs.items()}
 
@@ -641,7 +656,8 @@ class Step:
 
     def assemble(self, joined: Joined) -> tuple[Array, dict[str, dict[str, Array]]]:
         """The loss and the new states, from what all particles found."""
-        value, local = self._combined(joined.arrays["objective"], joined.arrays["held"])
+        averages = [Weighted(**a) for a in joined.arrays["averages"]["elsewhere"].values()]
+        value, local = self._combined(joined.arrays["objective"], joined.arrays["held"], averages)
         if (dreamt := joined.arrays["dreamt"]) is not None:
             likely = self.library.ops.mean(dreamt)
             value = value + (likely - self.library.ops.stop_gradient(likely))
@@ -658,9 +674,12 @@ class Step:
         """What the objective needs of one particle; a program without sites has nothing to say."""
         return self.settings.objective.collect(self.library.ops, terms) if terms else self.library.zero()
 
-    def _combined(self, collected: Array, held: Array | None = None) -> tuple[Array, Locally]:
+    def _combined(
+        self, collected: Array, held: Array | None = None, averages: Sequence[Weighted] = ()
+    ) -> tuple[Array, Locally]:
         objective, terms = self.settings.objective, self.library.plan().terms
-        return objective.combine(self.library.ops, collected, objective.scale(terms) if terms else 1.0, held)
+        scale = objective.scale(terms) if terms else 1.0
+        return objective.combine(self.library.ops, collected, scale, held, averages)
 
 
 def _alternative(ops: Ops, estimator: Estimator, site: Site, draw: Draw, index: Any, most: int) -> Array:

@@ -369,7 +369,8 @@ class NumPyroLibrary:
             out = _one_by_one(arrays, keys)
         else:
             out = self.map_particles(arrays, jnp.stack(keys))
-        for found in out["sites"].values():  # as documented: the alternatives first, then the particles
+        # as documented: the alternatives first, then the particles
+        for found in [*out["sites"].values(), *([out["averages"]] if "averages" in out else [])]:
             found["elsewhere"] = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found["elsewhere"])
         return Joined(out, {n: plan.sites[n] for n in out["sites"]}, plan.estimators, kept, count)
 

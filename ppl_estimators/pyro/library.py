@@ -611,7 +611,10 @@ class PyroLibrary:
             joined[name] = self._joined([a for a, _ in here])
         labels = ("objective", "held", "dreamt")
         collected = {label: self._collected([a.get(label) for a in arrays], total) for label in labels}
-        return Joined({**collected, "sites": joined, "runs": runs}, sites, estimators, kept, total)
+        averages = self._joined([a.get("averages", {}) for a in arrays])
+        return Joined(
+            {**collected, "averages": averages, "sites": joined, "runs": runs}, sites, estimators, kept, total
+        )
 
     def _collected(self, rows: Sequence[Array | None], total: int) -> Array | None:
         """What the objective has of each particle, particles first."""

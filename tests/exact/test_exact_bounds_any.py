@@ -214,12 +214,12 @@ def tables_of(program, estimators, k):
     return tables, weights
 
 
-def check(name, estimators, k, objective, noise=None, atol=1e-11):
+def check(name, estimators, k, objective, noise=None, atol=1e-11, **options):
     program = PROGRAMS[name]
     tables, weights = noise or tables_of(program, estimators, k)
     guide = with_estimators(program.guide, estimators)
     params = {"a": jnp.asarray(program.a), "t": jnp.asarray(T)}
-    elbo, kept = InjectedJax(num_particles=k, objective=objective), moved(guide)
+    elbo, kept = InjectedJax(num_particles=k, objective=objective, **options), moved(guide)
     loss, gradient = jax_gradients(elbo, program.model, guide, params, tables, **kept)
 
     def exact(p):
@@ -231,6 +231,7 @@ def check(name, estimators, k, objective, noise=None, atol=1e-11):
     np.testing.assert_allclose(weights @ loss, scale * value, atol=atol)
     wanted = scale * np.concatenate([np.ravel(slope[k]) for k in sorted(slope)])
     np.testing.assert_allclose(weights @ gradient, wanted, atol=atol)
+    return weights @ (gradient - wanted) ** 2
 
 
 def moved(guide):
@@ -262,6 +263,25 @@ CELLS = [
 @pytest.mark.parametrize(("name", "estimators", "k", "objective"), CELLS, ids=str)
 def test_any_estimator_under_any_bound(name, estimators, k, objective):
     check(name, estimators, k, objective)
+
+
+AVERAGED = [
+    ("chain", {"x": Enumerate(), "y": DisARM()}, 2, Renyi(0.5)),
+    ("plate", {"z": Enumerate()}, 3, Renyi(2.0)),
+    ("subsampled", {"z": DisARM()}, 2, Renyi(-0.5)),
+    ("nested", {"z": Enumerate()}, 2, IW),
+]
+
+
+@pytest.mark.parametrize(("name", "estimators", "k", "objective"), AVERAGED, ids=str)
+def test_the_models_own_gradient_averaged_under_a_bound(name, estimators, k, objective):
+    check(name, estimators, k, objective, average_model=True)
+
+
+def test_that_average_has_less_variance():
+    """Of the model's parameter, the last."""
+    averaged, plain = (check("pair", {"*": DisARM()}, 2, IW, average_model=yes) for yes in (True, False))
+    assert averaged[-1] < 0.95 * plain[-1]
 
 
 @pytest.mark.parametrize(

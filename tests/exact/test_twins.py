@@ -161,9 +161,11 @@ def test_twins_agree_for_three_steps_of_state(mix, average):
     agree(mix, average_model=average)
 
 
-@pytest.mark.parametrize("mix", BOUNDS)
-def test_twins_agree_under_a_bound(mix):
-    agree(mix, num_particles=3, objective=BOUNDS[mix])
+@pytest.mark.parametrize(
+    ("mix", "average"), [*((m, False) for m in BOUNDS), ("antithetic", True), ("enumerated below", True)]
+)
+def test_twins_agree_under_a_bound(mix, average):
+    agree(mix, num_particles=3, objective=BOUNDS[mix], average_model=average)
 
 
 def agree(mix, **options):
