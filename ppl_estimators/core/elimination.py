@@ -198,7 +198,7 @@ def _last(ops: Ops, f: Factor, time: Time) -> Factor:
     if time.reverse:
         value = ops.flip(value, axis=0)
 
-    def step(total: Array, new: Array) -> Array:
+    def step(ops: Ops, total: Array, new: Array) -> Array:
         return ops.logsumexp(total[..., None] + new, axis=-2)
 
     total = ops.fold(step, value[0][..., 0, :], value[1:])

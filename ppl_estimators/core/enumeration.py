@@ -175,12 +175,10 @@ class Enumeration:
         """The value of a block, scaled. ``log_p``: of its members, masked but for those that are summed out, and not
         scaled."""
         block = self.blocks[name]
-        cells = {n: self.model[n] for n in block.members}
-        above = {v: self.guide[v.name].plates for c in cells.values() for v in c.values}
-        sum_ = elimination.placed(ops, marginal(ops, [c.factor(ops, log_p[n]) for n, c in cells.items()], above))
-        first = _beyond(cells[name])
-        for other, cell in cells.items():
-            if not _equal(_beyond(cell), first):
+        sum_ = elimination.placed(ops, self.sum(ops, name, log_p))
+        first = _beyond(self.model[name])
+        for other in block.members:
+            if not _equal(_beyond(self.model[other]), first):
                 raise site_error(
                     name,
                     f"summed out together with site '{other}', whose log probability has another scale: a sum has one",
@@ -190,25 +188,45 @@ class Enumeration:
         sum_ = sum_ * scale if scale != 1 else sum_
         return sum_ if _equal(first, 1.0) else sum_ * first
 
+    def sum(self, ops: Ops, name: str, log_p: Mapping[str, Array]) -> Factor:
+        """The logarithm of a block's sum, not scaled."""
+        cells = {n: self.model[n] for n in self.blocks[name].members}
+        above = {v: self.guide[v.name].plates for c in cells.values() for v in c.values}
+        return marginal(ops, [c.factor(ops, log_p[n]) for n, c in cells.items()], above)
+
+    def expected(self, ops: Ops, name: str, log_p: Mapping[str, Array], log_q: Callable[[str], Array]) -> Array:
+        """The same, its mean over values of the guide."""
+        sum_, plates = elimination.placed(ops, self.sum(ops, name, log_p)), self.blocks[name].plates
+        return self.weighted(ops, Term("model", name, sum_, plates, frozenset()), log_q).value
+
     def weighted(self, ops: Ops, term: Term, log_q: Callable[[str], Array]) -> Term:
         """A term along values of the guide, times their probability; ``log_q`` of a site of the guide, neither masked
         nor scaled."""
         values = frozenset(p for p in term.plates if p.values)
-        if not values:
-            return term
+        return weighed(ops, term, self.chance(ops, values, term.plates, term.site, log_q)) if values else term
+
+    def chance(
+        self,
+        ops: Ops,
+        values: frozenset[Plate],
+        plates: frozenset[Plate],
+        site: str,
+        log_q: Callable[[str], Array],
+    ) -> Array:
+        """The probability of values of the guide, for what ``site`` has in ``plates``."""
         ancestry = self._ancestry(values)
         for v in ancestry:
-            if outside := self.guide[v.name].plates - term.plates:
+            if outside := self.guide[v.name].plates - plates:
                 raise site_error(
                     v.name,
-                    f"enumerated in the guide inside plate '{min(outside).name}', and the cost of site '{term.site}' "
+                    f"enumerated in the guide inside plate '{min(outside).name}', and the cost of site '{site}' "
                     "outside of it depends on every combination of its elements",
                     f"Remove the mark of '{v.name}' in the guide: its estimator then draws it.",
                 )
         if values not in self._weights:
             factors = [self.guide[v.name].factor(ops, log_q(v.name)) for v in sorted(ancestry)]
             self._weights[values] = elimination.placed(ops, probability(ops, factors, values))
-        return weighed(ops, term, self._weights[values])
+        return self._weights[values]
 
 
 def warn_of_minibatches(values: Enumeration) -> None:

@@ -35,8 +35,8 @@ class Ops(Protocol):
     def cumulative_logsumexp(self, x: Array) -> Array:
         """Of the elements up to each, itself included, along the first axis."""
 
-    def fold(self, step: Callable[[Array, Array], Array], start: Array, along: Array) -> Array:
-        """``step(... step(step(start, along[0]), along[1]) ..., along[-1])``."""
+    def fold(self, step: Callable[..., Array], start: Array, *along: Array) -> Array:
+        """``step(self, ... step(self, step(self, start, *along[:][0]), *along[:][1]) ..., *along[:][-1])``."""
 
     def lgamma(self, x: Array) -> Array: ...
 

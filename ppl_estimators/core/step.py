@@ -25,6 +25,7 @@ from .keep import Keeps, Kept
 from .objectives import Elsewhere, Locally, Weighted
 from .ops import Array, Ops
 from .plan import Group, Plan, Settings
+from .posterior import Posterior, Tables, Uniform, posterior
 from .site import Costs, Draw, Site, Term, weighed
 
 #: a library's own record of a site: "name", "fn" (its distribution), "value", "infer"
@@ -82,6 +83,12 @@ class Library(verify.Library, Protocol):
     ) -> list[Term]:  # fmt: skip
         """The cost terms, scaled and masked; ``relaxed`` names the sites whose values are relaxed or carry a gradient
         that a discrete log probability would drop, ``only`` restricts to terms that depend on one of these sites."""
+
+    def tables(self, traces: Any) -> Tables:
+        """What the posterior of enumerated values is made of."""
+
+    def uniform(self, source: Any) -> Uniform:
+        """Noise of a particle beside that of its runs."""
 
     def check(self, run: Run) -> None:
         """Whether what is known of the program from a particle's first run is true, where that may be in doubt."""
@@ -238,6 +245,20 @@ class Step:
             states[objectives.NAME] = objective.after(past)
             joined = joined._replace(kept={**joined.kept, objectives.NAME: Kept(state=past)})
         return loss, states, joined
+
+    def posterior(self, count: int) -> Posterior:
+        """What is known of the latent sites after so many runs of the program as it draws itself."""
+        library = self.library
+
+        def one(source: Any) -> tuple[dict[str, Any], Run]:
+            run = Run(source, library.plan())
+            run.traces = library.run(library.own, source, first=True)
+            run.plan = library.plan(run.traces)
+            tables = library.tables(run.traces)
+            found = posterior(library.ops, run.traces.values, tables, library.uniform(source))
+            return {"objective": library.zero(), "sites": {}, "posterior": found._asdict()}, run
+
+        return Posterior(**library.particles(one, count).arrays["posterior"])
 
     def check(self) -> verify.Checked:
         """One particle, and all that can be asked of its program. Raises `EstimatorError`."""

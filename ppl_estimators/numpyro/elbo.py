@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..core.elbo import Configured
 from ..core.errors import EstimatorError, warn
 from ..core.estimator import Estimator
 from ..core.objectives import Objective
+from ..core.posterior import Posterior
 from ..core.site import Term
 from ..core.step import Step
 from ..measure.evaluation import Evaluation, arguments, chunks, evaluation
@@ -151,6 +153,29 @@ class EstimatorELBO(Configured, Trace_ELBO):
                 yield np.concatenate([np.asarray(x) for x, _ in rows]), float(rows[0][1])
 
         return evaluation(each())
+
+    def posterior(
+        self,
+        rng_key: Array,
+        params: Mapping[str, Array],
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        *args: Any,
+        num_samples: int = 1,
+        chunk: int = 100,
+        **kwargs: Any,
+    ) -> Posterior:
+        """The posterior of what is summed, given what the guide draws: marginals, and joint draws of all latent sites.
+
+        In plates, chains and scans: see `Posterior`. What is summed is what a step would sum, by its mark or by its
+        name. ``params``: of `SVI.get_params`. ``chunk``: so many draws are made side by side.
+
+        >>> found = elbo.posterior(key, params, model, guide, data, num_samples=100)  # doctest: +SKIP
+        >>> found.marginals["z"].mean(0), found.samples["z"]  # doctest: +SKIP
+        """
+        plain = copy(self)
+        plain.vectorize_particles_fn = partial(jax.lax.map, batch_size=min(chunk, num_samples))
+        return plain.step(rng_key, params, model, guide, args, kwargs).posterior(num_samples)
 
     def step(self, rng_key: Array, params: Mapping[str, Array], model: Any, guide: Any, args: Any, kwargs: Any) -> Step:
         """One evaluation of the loss, before it is evaluated."""

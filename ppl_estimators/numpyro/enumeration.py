@@ -49,11 +49,11 @@ class Layout:
         name, fn = msg["name"], msg["fn"]
         dims = frozenset(f.dim for f in msg["cond_indep_stack"])
         check_elements(name, fn, unwrapped(fn), dims, self.nesting or 0)
-        support = fn.enumerate_support(expand=False)
-        size, event, dim = support.shape[0], support.shape[1 + len(fn.batch_shape) :], self.place(name, gap)
+        values = support(fn)
+        (size, *event), dim = values.shape, self.place(name, gap)
         self.axes[dim] = name if drawn is not None else Plate(name, dim, size, values=True)
         msg["enumerated"], msg["summed"] = dim, drawn is not None
-        return jnp.reshape(support, (size, *(1,) * (-1 - dim), *event))
+        return jnp.reshape(values, (size, *(1,) * (-1 - dim), *event))
 
     def place(self, name: str, gap: int = 1) -> int:
         """A dimension of its own."""
@@ -203,6 +203,12 @@ class _Inside(Messenger):
 def countable(fn: Any) -> bool:
     """Has a distribution finitely many values, which it lists?"""
     return bool(fn.has_enumerate_support)
+
+
+def support(fn: Any) -> Any:
+    """The values of one element, ``[values, *event]``."""
+    values = fn.enumerate_support(expand=False)
+    return jnp.reshape(values, (values.shape[0], *values.shape[1 + len(fn.batch_shape) :]))
 
 
 def is_enumerated(msg: Message) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from ..core.keep import Keeps, Kept
 from ..core.objectives import NAME, check_dreams
 from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings, check_keys, make_plan
+from ..core.posterior import Tables, Uniform
 from ..core.site import Site, Term
 from ..core.step import Joined, Run, Values
 from ..core.verify import not_the_same, run_again
@@ -44,6 +46,7 @@ from .run import (
     noise_key,
     site_key,
     survey,
+    tables_of,
     terms_of,
     turned,
     view,
@@ -189,6 +192,13 @@ class NumPyroLibrary:
     ) -> list[Term]:  # fmt: skip
         terms = terms_of(traces, plan.depends_on, relaxed, plan.hard)
         return terms if only is None else [t for t in terms if t.depends_on & only]
+
+    def tables(self, traces: Traces) -> Tables:
+        return tables_of(traces)
+
+    def uniform(self, source: Keys) -> Uniform:
+        numbers = count()
+        return lambda *like: self.randomness.uniform(site_key(source.guide, f"uniform {next(numbers)}"), *like)
 
     def check(self, run: Run) -> None:
         """A traced program is the same every time."""

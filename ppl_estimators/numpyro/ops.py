@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -32,9 +33,9 @@ class JaxOps:
     def cumulative_logsumexp(self, x: Array) -> Array:
         return jax.lax.cumlogsumexp(x, axis=0)
 
-    def fold(self, step: Callable[[Array, Array], Array], start: Array, along: Array) -> Array:
-        again = jax.checkpoint(step)  # in the backward pass: cheaper than to fetch what was computed at every step
-        return jax.lax.scan(lambda total, x: (again(total, x), None), start, along)[0]
+    def fold(self, step: Callable[..., Array], start: Array, *along: Array) -> Array:
+        again = jax.checkpoint(partial(step, self))  # in the backward pass: cheaper than to fetch what was computed
+        return jax.lax.scan(lambda total, xs: (again(total, *xs), None), start, along)[0]
 
     lgamma = staticmethod(jax.scipy.special.gammaln)
     digamma = staticmethod(jax.scipy.special.digamma)

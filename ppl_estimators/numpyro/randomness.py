@@ -25,6 +25,10 @@ class Randomness:
         """Noise that estimators asked for, ``[len(names), *shape]`` for as many keys."""
         return jax.vmap(partial(_noise, noise))(keys)
 
+    def uniform(self, key: Array, shape: tuple[int, ...], like: Array) -> Array:
+        """Noise in [0, 1), by which values that were summed are drawn."""
+        return jax.random.uniform(key, shape, dtype=like.dtype)
+
 
 def _noise(noise: Noise, key: Array) -> Array:
     """Uniform noise lies strictly inside (0, 1)."""

@@ -23,6 +23,7 @@ from numpyro.util import format_shapes
 
 from ..core.enumeration import Enumeration, Unplaced, missing, warn_of_minibatches
 from ..core.errors import EstimatorError, site_error, warn
+from ..core.posterior import Tables
 from ..core.site import Plate, Site, Term
 from .dependencies import dependencies, mark, same
 from .distributions import (
@@ -36,7 +37,7 @@ from .distributions import (
     unmasked,
     unwrapped,
 )
-from .enumeration import Layout, cell, countable, is_enumerated, is_summed
+from .enumeration import Layout, cell, countable, is_enumerated, is_summed, support
 from .ops import OPS
 
 Array = Any
@@ -201,8 +202,8 @@ class _Conduct(Messenger):
             msg["kwargs"]["rng_key"] = site_key(self.key, f"{kind} {self.anonymous}")
             if kind == "control_flow" and self.in_scan is not None:
                 msg["kwargs"]["substitute_stack"].append(("substitute", self.in_scan))
-            if msg.get("fn") is scan_wrapper and self.guide is not None and self.layout is not None:
-                msg["fn"] = partial(self.layout.scan, self.guide, scan_wrapper)
+            if msg.get("fn") is scan_wrapper and self.guide is not None:
+                msg["fn"] = _plain_scan if self.layout is None else partial(self.layout.scan, self.guide, scan_wrapper)
 
     def postprocess_message(self, msg: Message) -> None:
         if msg["type"] == "control_flow":
@@ -313,6 +314,17 @@ def execute(
         ]
         traces.values = Enumeration(*cells)
     return traces
+
+
+def _plain_scan(*args: Any, **kwargs: Any) -> Any:
+    """NumPyro's own. Where it sums over values, what is carried may be less at first than at the end of a step; so it
+    may here, where nobody knows yet that there is a sum."""
+    try:
+        return scan_wrapper(*args, **kwargs)
+    except TypeError as error:
+        if "carry" in str(error):
+            raise Unplaced("(in a scan)") from error
+        raise
 
 
 def _refuse(msg: Message, layout: Layout | None) -> Any:
@@ -447,6 +459,22 @@ def terms_of(
                 found = Term(side, term, value, traces.plates(side, term), deps, order)
                 terms.append(found if values is None else values.weighted(OPS, found, partial(_log_q, traces.guide)))
     return terms
+
+
+def tables_of(traces: Traces) -> Tables:
+    """What the posterior of enumerated values is made of."""
+    drawn = {n: (m["value"], m["fn"].event_dim) for n, m in traces.latents().items()}
+    if traces.values is None:
+        return Tables({}, {}, {}, drawn)
+    enumerated = {n: m for n, m in traces.guide.items() if is_enumerated(m)}
+    factors = {n: traces.model[n] for n in traces.values.inside}
+    log_p = {}
+    for name, msg in factors.items():
+        fn = unmasked(msg["fn"]) if is_summed(msg) else msg["fn"]
+        log_p[name] = cost_log_prob(fn, msg["value"], msg["intermediates"])
+    both = {**enumerated, **{n: m for n, m in factors.items() if is_summed(m)}}
+    values = {n: support(m["fn"]) for n, m in both.items()}
+    return Tables(log_p, {n: _log_q(traces.guide, n) for n in enumerated}, values, drawn)
 
 
 def _log_q(guide: Mapping[str, Message], name: str) -> Array:

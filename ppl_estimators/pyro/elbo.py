@@ -16,6 +16,7 @@ from ..core.elbo import Configured
 from ..core.errors import warn
 from ..core.estimator import Estimator
 from ..core.objectives import Objective
+from ..core.posterior import Posterior
 from ..core.site import Term
 from ..core.step import Step
 from ..measure.evaluation import Evaluation, arguments, chunks, evaluation
@@ -154,6 +155,20 @@ class EstimatorELBO(Configured, ELBO):
                 yield np.concatenate(rows), scale
 
         return evaluation(each())
+
+    def posterior(self, model: Any, guide: Any, *args: Any, num_samples: int = 1, **kwargs: Any) -> Posterior:
+        """The posterior of what is summed, given what the guide draws: marginals, and joint draws of all latent sites.
+
+        In plates, chains and scans: see `Posterior`. What is summed is what a step would sum, by its mark or by its
+        name.
+
+        >>> found = elbo.posterior(model, guide, data, num_samples=100)  # doctest: +SKIP
+        >>> found.marginals["z"].mean(0), found.samples["z"]  # doctest: +SKIP
+        """
+        plain = copy(self)
+        plain.memory, plain.vectorize_particles = Memory(), False
+        with torch.no_grad():
+            return plain.step(model, guide, args, kwargs).posterior(num_samples)
 
     def _differentiable(
         self, model: Any, guide: Any, args: Any, kwargs: Any, *, standalone: bool

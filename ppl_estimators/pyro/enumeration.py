@@ -83,6 +83,12 @@ def countable(fn: Any) -> bool:
     return bool(getattr(fn, "has_enumerate_support", False))
 
 
+def support(fn: Any) -> Any:
+    """The values of one element, ``[values, *event]``."""
+    values = fn.enumerate_support(expand=False)
+    return values.reshape(values.shape[0], *values.shape[1 + len(fn.batch_shape) :])
+
+
 def is_enumerated(msg: Message) -> bool:
     return msg["infer"].get("_enumerate_dim") is not None
 

@@ -29,6 +29,7 @@ from ..core.keep import Keeps, Kept
 from ..core.objectives import NAME, check_dreams
 from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings, check_keys, make_plan, requested
+from ..core.posterior import Tables, Uniform
 from ..core.site import Plate, Site, Term
 from ..core.step import Joined, Run, Values
 from ..core.verify import cost_of, equal, look, not_the_same, run_again
@@ -40,7 +41,7 @@ from .enumeration import Layout
 from .keep import Keeper, read_state
 from .ops import OPS
 from .randomness import Generators, Randomness, SideBySide, Stream
-from .run import Message, Traces, dependencies, execute, plates_of, terms_of, turned, view
+from .run import Message, Traces, dependencies, execute, plates_of, tables_of, terms_of, turned, view
 
 Array = torch.Tensor
 _PARTICLES = "num_particles_vectorized"
@@ -367,6 +368,12 @@ class PyroLibrary:
         self._unchecked = False
         return terms
 
+    def tables(self, traces: Traces) -> Tables:
+        return tables_of(traces)
+
+    def uniform(self, source: Stream) -> Uniform:
+        return self.randomness.uniform
+
     # ---- one site -----------------------------------------------------------------------------------------------
 
     def estimator(self, plan: Plan, msg: Message) -> Estimator:
@@ -611,10 +618,8 @@ class PyroLibrary:
             joined[name] = self._joined([a for a, _ in here])
         labels = ("objective", "held", "dreamt")
         collected = {label: self._collected([a.get(label) for a in arrays], total) for label in labels}
-        averages = self._joined([a.get("averages", {}) for a in arrays])
-        return Joined(
-            {**collected, "averages": averages, "sites": joined, "runs": runs}, sites, estimators, kept, total
-        )
+        both = {label: self._joined([a.get(label, {}) for a in arrays]) for label in ("averages", "posterior")}
+        return Joined({**collected, **both, "sites": joined, "runs": runs}, sites, estimators, kept, total)
 
     def _collected(self, rows: Sequence[Array | None], total: int) -> Array | None:
         """What the objective has of each particle, particles first."""

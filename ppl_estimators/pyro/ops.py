@@ -44,8 +44,8 @@ class TorchOps:
     def cumulative_logsumexp(self, x: Array) -> Array:
         return torch.logcumsumexp(x, 0)
 
-    def fold(self, step: Callable[[Array, Array], Array], start: Array, along: Array) -> Array:
-        return reduce(step, along, start)
+    def fold(self, step: Callable[..., Array], start: Array, *along: Array) -> Array:
+        return reduce(lambda total, xs: step(self, total, *xs), zip(*along, strict=True), start)
 
     lgamma = staticmethod(torch.lgamma)
     digamma = staticmethod(torch.digamma)

@@ -38,6 +38,10 @@ class Randomness:
             return torch._standard_gamma(a + 1).log() + u.log() / a
         return u
 
+    def uniform(self, shape: tuple[int, ...], like: Array) -> Array:
+        """Noise in [0, 1), by which values that were summed are drawn."""
+        return torch.rand(shape, dtype=like.dtype, device=like.device)
+
 
 State = tuple[Any, ...]
 

@@ -18,10 +18,11 @@ from pyro.poutine.util import site_is_subsample
 from ..core import families
 from ..core.enumeration import Enumeration, Unplaced, missing
 from ..core.errors import EstimatorError, site_error
+from ..core.posterior import Tables
 from ..core.site import Plate, Site, Term
 from .dependencies import Provenance, Sites
 from .distributions import constant, describe, family, is_masked, log_q, relaxed_log_prob, unmasked, unwrapped
-from .enumeration import Layout, cell, countable, declared, is_enumerated, is_summed
+from .enumeration import Layout, cell, countable, declared, is_enumerated, is_summed, support
 from .ops import OPS
 from .randomness import Stream
 
@@ -360,6 +361,22 @@ def terms_of(
             found = Term(side, term, log_p if side == "model" else -log_p, traces.plates(side, term), deps)
             terms.append(found if values is None else values.weighted(OPS, found, partial(_log_q, traces.guide)))
     return terms
+
+
+def tables_of(traces: Traces) -> Tables:
+    """What the posterior of enumerated values is made of."""
+    drawn = {n: (m["value"], m["fn"].event_dim) for n, m in traces.latents().items()}
+    if traces.values is None:
+        return Tables({}, {}, {}, drawn)
+    enumerated = {n: m for n, m in traces.guide.items() if is_enumerated(m)}
+    factors = {n: traces.model[n] for n in traces.values.inside}
+    nobody: frozenset[str] = frozenset()
+    log_p = {}
+    for name, msg in factors.items():
+        log_p[name] = scale_and_mask(_log_prob("model", msg, nobody, nobody, nobody, nobody), mask=_mask(msg))
+    both = {**enumerated, **{n: m for n, m in factors.items() if is_summed(m)}}
+    values = {n: support(m["fn"]) for n, m in both.items()}
+    return Tables(log_p, {n: _log_q(traces.guide, n) for n in enumerated}, values, drawn)
 
 
 def _mask(msg: Message) -> Any:
