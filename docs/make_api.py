@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import ppl_estimators
+from ppl_estimators.catalogue import ENTRIES, Kind
 from ppl_estimators.core.estimator import Estimator
 from ppl_estimators.core.objectives import Objective
 from ppl_estimators.estimators.baselines.base import Baseline
@@ -116,10 +117,11 @@ def specs() -> str:
 
 def table(objects: dict[str, Any], *, linked: bool = False) -> str:
     rows = ["| name | what it is |", "|---|---|"]
+    pages = {"VarGrad": Kind.score.page, **{entry.name: entry.kind.page for entry in ENTRIES}}
     for name, found in sorted(objects.items(), key=lambda item: item[0].lower()):
         call = f"`{name}{arguments(found) if linked else ''}`"
-        target = "leaveoneout" if name == "VarGrad" else name.lower()
-        rows.append(f"| {f'[{call}](../estimators.md#{target})' if linked else call} | {summary(name, found)} |")
+        target = f"{pages[name]}#{'leaveoneout' if name == 'VarGrad' else name.lower()}" if linked else ""
+        rows.append(f"| {f'[{call}](../{target})' if linked else call} | {summary(name, found)} |")
     return "\n".join(rows) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Writes `docs/estimators.md` and the README's short table from `ppl_estimators.catalogue`.
+"""Writes `docs/estimators.md`, the pages below it and the README's short table from `ppl_estimators.catalogue`.
 
     python docs/make_estimators.py
 
@@ -20,13 +20,15 @@ from ppl_estimators.catalogue import COLUMNS, ENTRIES, LEGEND, Entry, Kind, by_k
 from ppl_estimators.citations import REFERENCES
 
 DOCS = Path(__file__).parent
-PAGE, REFUSED = DOCS / "estimators.md", DOCS / "refused.md"
+PAGE, FOLDER, REFUSED = DOCS / "estimators.md", DOCS / "estimators", DOCS / "refused.md"
 README = DOCS.parent / "README.md"
 START, END = "<!-- estimators:start -->", "<!-- estimators:end -->"
 
+MADE = "<!-- Made by docs/make_estimators.py from docstrings, ppl_estimators/catalogue.py and docs/derivations.md. -->"
+
 HEAD = """# The estimators
 
-<!-- Made by docs/make_estimators.py from the docstrings, ppl_estimators/catalogue.py and docs/derivations.md. -->
+{made}
 
 {legend} The column *keeps* names what is trained or averaged over the steps; the guide hook `with_estimators` declares
 it. `ppl-estimators list` prints the table in a terminal, filtered if you like.
@@ -34,6 +36,8 @@ it. `ppl-estimators list` prints the table in a terminal, filtered if you like.
 """
 
 NOTATION = r"""
+## Notation
+
 In the formulas $f$ is the downstream cost of a site, as a number: the part of the ELBO that the site can move. $q$ is
 the law of its value, $s = \nabla \log q$ its score, $\sigma$ the logistic function, $H$ the step from a relaxed to a
 hard value; what stands behind $\approx$ is the estimate. At Bernoulli sites $b$ is the value, $a$ the logit,
@@ -41,6 +45,23 @@ $p = \sigma(a)$ and $q = 1 - p$. An index $i$ names one of the dependent element
 identity $\nabla\, \mathbb{E}_q[f] = \mathbb{E}_q[f\, \nabla \log q]$ and little else.
 
 `ppl_estimators.citation(...)` gives the BibTeX of the papers behind what you use.
+"""
+
+SITE = """
+<!-- site
+```{{toctree}}
+:hidden:
+
+{pages}
+```
+-->
+"""
+
+PART = """# {title}
+
+{made}
+
+One section for each; [the whole table](../estimators.md), [the notation](../estimators.md#notation).
 """
 
 
@@ -59,25 +80,34 @@ def sections() -> dict[str, list[Entry]]:
     return found
 
 
-def page() -> str:
-    linked = {**COLUMNS, "estimator": lambda entry: f"[`{entry.call}`](#{entry.name.lower()})"}
-    parts = [HEAD.format(legend=LEGEND), markdown(ENTRIES, linked), "\n", NOTATION]
-    texts, kind = derivations(), None
+def pages() -> dict[Path, str]:
+    """The page with the table, and one of sections for each kind."""
+    linked = {**COLUMNS, "estimator": lambda entry: f"[`{entry.call}`]({place(entry.name)})"}
+    kinds: dict[Kind, list[str]] = {}
+    texts = derivations()
     for name, entries in sections().items():
-        if entries[0].kind is not kind:
-            kind = entries[0].kind
-            parts.append(f"\n## {kind.value[0].upper()}{kind.value[1:]}\n")
         if name not in texts:
             raise SystemExit(f"docs/derivations.md has no section '## {name}': say why {name} is unbiased, or is not.")
-        parts.append(section(entries, texts[name]))
-    return wrapped("".join(parts))
+        kinds.setdefault(entries[0].kind, []).append(section(entries, texts[name]))
+    toctree = SITE.format(pages="\n".join(kind.page for kind in kinds))
+    table = HEAD.format(made=MADE, legend=LEGEND) + markdown(ENTRIES, linked) + "\n"
+    found = {PAGE: wrapped(table + NOTATION) + toctree}
+    for kind, parts in kinds.items():
+        title = kind.value[0].upper() + kind.value[1:]
+        found[DOCS / kind.page] = wrapped(PART.format(made=MADE, title=title) + "".join(parts))
+    return found
+
+
+def place(name: str) -> str:
+    """Where the section of a class is, seen from `docs`."""
+    return f"{sections()[name][0].kind.page}#{name.lower()}"
 
 
 def section(entries: list[Entry], derivation: str) -> str:
     entry = entries[0]
     summary, requires, advice, reference = split(entry.docstring)
     formula, _, derivation = derivation.rpartition("\n\n")
-    parts = [f"\n### {entry.name}\n", prose(summary)]
+    parts = [f"\n## {entry.name}\n", prose(summary)]
     if formula:
         parts.append(formula)
     if requires:
@@ -191,7 +221,7 @@ def refused() -> str:
             "" if allowed(ImportanceWeighted().check, site, entry.example, 100) else "refused",
         ]
         if any(cells):
-            rows.append(f"| [`{entry.call}`](estimators.md#{entry.name.lower()}) | {' | '.join(cells)} |")
+            rows.append(f"| [`{entry.call}`]({place(entry.name)}) | {' | '.join(cells)} |")
     before, start, rest = REFUSED.read_text(encoding="utf-8").partition("<!-- refused:start -->\n")
     _, end, after = rest.partition("<!-- refused:end -->")
     return before + start + "\n".join(rows) + "\n" + end + after
@@ -206,7 +236,9 @@ def allowed(check: Callable[..., None], *args: Any) -> bool:
 
 
 def main() -> None:
-    PAGE.write_text(page(), encoding="utf-8")
+    FOLDER.mkdir(exist_ok=True)
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
     REFUSED.write_text(refused(), encoding="utf-8")
     README.write_text(readme(), encoding="utf-8")
     print(f"Wrote {PAGE.name} ({len(sections())} sections) and the table of {README.name}; papers: {REFERENCES.name}")

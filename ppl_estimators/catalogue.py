@@ -52,6 +52,11 @@ class Kind(StrEnum):
     biased = "biased"
     composition = "compositions"
 
+    @property
+    def page(self) -> str:
+        """Of the documentation, below `docs`."""
+        return f"estimators/{re.sub(r'[^a-z]+', '-', self.value.lower())}.md"
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -358,8 +358,11 @@ def test_every_row_has_a_derivation(script):
     assert there <= wanted, f"docs/derivations.md: no row of the catalogue is about {sorted(there - wanted)}"
 
 
-def test_the_page_of_estimators_is_up_to_date(script):
-    assert script.PAGE.read_text(encoding="utf-8") == script.page(), f"docs/estimators.md is old: {REMAKE}"
+def test_the_pages_of_estimators_are_up_to_date(script):
+    pages = script.pages()
+    for page, text in pages.items():
+        assert page.read_text(encoding="utf-8") == text, f"{page.name} is old: {REMAKE}"
+    assert {p for p in pages if p != script.PAGE} == set(script.FOLDER.iterdir()), "a page of no kind"
 
 
 def test_the_page_of_refusals_is_up_to_date(script):
@@ -372,11 +375,11 @@ def test_the_readmes_table_is_up_to_date(script):
 
 
 def test_every_public_estimator_has_a_section(script):
-    headings = set(re.findall(r"^### (\w+)$", script.PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    headings = set(re.findall(r"^## (\w+)$", "\n".join(script.pages().values()), flags=re.MULTILINE))
     public = {name: vars(ppl_estimators)[name] for name in ppl_estimators.__all__}
     wanted = {n for n, c in public.items() if inspect.isclass(c) and issubclass(c, (Estimator, Baseline))}
     assert wanted <= headings, (
-        f"docs/estimators.md has no section for {', '.join(sorted(wanted - headings))}: "
+        f"docs/estimators has no section for {', '.join(sorted(wanted - headings))}: "
         f"see the docstring of ppl_estimators/catalogue.py, then {REMAKE}"
     )
 
