@@ -57,10 +57,12 @@ def check_mark(name: str, infer: Mapping[str, Any], side: str) -> None:
         raise site_error(name, f"marked {mark}, and values are summed side by side only", fix)
 
 
-def check_elements(name: str, fn: Any, base: Any, plates: frozenset[int], nesting: int) -> None:
+def check_elements(
+    name: str, fn: Any, base: Any, countable: bool, plates: frozenset[int], nesting: int
+) -> None:  # fmt: skip
     """A site is enumerated for all values of one element, or of elements that are independent. ``base`` is its
     distribution ``fn`` without `to_event`; ``plates`` are their dimensions, of ``nesting`` that there are."""
-    if not getattr(base, "has_enumerate_support", False):
+    if not countable:
         what = f"to be summed over all its values, and {type(base).__name__} has no finite number of them"
         raise site_error(name, what, "Remove the mark, and draw it in the guide.")
     loose = [d for d in range(-min(len(fn.batch_shape), nesting), 0) if d not in plates and fn.batch_shape[d] != 1]

@@ -14,8 +14,9 @@ from numpyro.primitives import Messenger
 from ..core.elimination import Axis, Time
 from ..core.enumeration import Cell, check_elements, check_mark, placed
 from ..core.errors import site_error
+from ..core.families import ONEHOT
 from ..core.site import Plate
-from .distributions import unwrapped
+from .distributions import family, unwrapped
 
 Message = dict[str, Any]
 
@@ -48,7 +49,7 @@ class Layout:
             return None
         name, fn = msg["name"], msg["fn"]
         dims = frozenset(f.dim for f in msg["cond_indep_stack"])
-        check_elements(name, fn, unwrapped(fn), dims, self.nesting or 0)
+        check_elements(name, fn, unwrapped(fn), countable(fn), dims, self.nesting or 0)
         values = support(fn)
         (size, *event), dim = values.shape, self.place(name, gap)
         self.axes[dim] = name if drawn is not None else Plate(name, dim, size, values=True)
@@ -202,11 +203,14 @@ class _Inside(Messenger):
 
 def countable(fn: Any) -> bool:
     """Has a distribution finitely many values, which it lists?"""
-    return bool(fn.has_enumerate_support)
+    return bool(fn.has_enumerate_support) or family(fn) == ONEHOT
 
 
 def support(fn: Any) -> Any:
-    """The values of one element, ``[values, *event]``."""
+    """The values of one element, ``[values, *event]``. NumPyro's one-hot categorical is a multinomial, which does not
+    list them."""
+    if family(fn) == ONEHOT:
+        return jnp.eye(fn.event_shape[0], dtype=int)
     values = fn.enumerate_support(expand=False)
     return jnp.reshape(values, (values.shape[0], *values.shape[1 + len(fn.batch_shape) :]))
 

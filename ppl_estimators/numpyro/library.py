@@ -101,7 +101,7 @@ class NumPyroLibrary:
             self.nesting = nesting_of(*program)
             found = survey(*program, self._layout)
         self.dtypes = found.dtypes
-        in_model = [t.site for t in found.terms if t.side == "model"]
+        in_model = found.in_model
         check_keys(self.settings.mapping, list(found.sites), "EstimatorELBO", in_model)
         for hooked in {id(h): h for s in found.sites.values() if (h := s.declared) is not None}.values():
             check_keys(hooked.estimators, list(found.sites), "with_estimators", in_model)

@@ -545,7 +545,7 @@ class Survey:
     ``ancestors``: of each latent site, the sites that its value depends on. ``dtypes``: what their samplers return.
     ``stuck``: see `dependencies.Found`. ``followed``: false where values are concrete and cannot be followed
     (`jax.disable_jit`); then everything depends on all that was drawn before it. ``again``: whether the program is the
-    same when it is traced again.
+    same when it is traced again. ``in_model``: the sites of the model.
     """
 
     sites: dict[str, Site]
@@ -555,6 +555,7 @@ class Survey:
     stuck: dict[str, str]
     followed: bool
     again: Callable[[], bool]
+    in_model: Sequence[str]
 
     @property
     def depends_on(self) -> dict[tuple[str, str], frozenset[str]]:
@@ -634,6 +635,7 @@ def survey(
         seen["terms"] = [replace(t, value=None, cost=None, weight=None) for t in terms]
         if traces.values is not None:
             warn_of_minibatches(traces.values)
+        seen["model"] = [n for n, m in traces.model.items() if m["type"] == "sample"]
         seen["order"] = [n for n, m in traces.guide.items() if m["type"] == "sample"]
         auxiliary = {n for n, m in latents.items() if m["infer"].get("is_auxiliary")}
         seen["odd"] = [n for n in latents if (n in in_model) == (n in auxiliary)], auxiliary
@@ -666,6 +668,7 @@ def survey(
         {n: operation for n, operation in stuck.items() if n in drawn},
         followed,
         again,
+        seen["model"],
     )
 
 

@@ -74,7 +74,7 @@ class _Side(EnumMessenger):
         elif self.drawn is None or not self.layout.asked(name) or not countable(msg["fn"]):
             return False
         dims = frozenset(f.dim for f in msg["cond_indep_stack"] if f.dim is not None)
-        check_elements(name, msg["fn"], unwrapped(msg["fn"]), dims, self.layout.nesting)
+        check_elements(name, msg["fn"], unwrapped(msg["fn"]), countable(msg["fn"]), dims, self.layout.nesting)
         return True
 
 

@@ -66,6 +66,11 @@ def estimators(program: Program) -> dict[str, Any]:
     return {z.name: estimator(z.estimator, "e" in z.axes) for z in program.latents if z.estimator is not None}
 
 
+def named(program: Program) -> dict[str, Any]:
+    """Sites that the guide does not know of."""
+    return {z.name: estimator("Enumerate()") for z in program.latents if z.mark == "named"}
+
+
 class InPyro:
     """``minibatch``: of the subsampled plate; where it is not set, the library draws one."""
 
@@ -145,11 +150,13 @@ def build(program: Program, language: Language) -> tuple[Callable[[], None], Cal
     def guide() -> None:
         with _Run(program, language) as run:
             for z in program.latents:
+                if z.summed:
+                    continue
                 natural = run.combined(z.guide, z.axes, run.param(f"q_{z.name}"), z.family)
                 if z.shared:
                     natural = run.moved(natural, z.family, run.like(run.param("shared"), z.axes))
                 spread = run.exp_param(f"s_{z.name}") if z.family == "normal" else None
-                infer = {"is_auxiliary": True} if z.auxiliary else {}
+                infer = {"is_auxiliary": True} if z.auxiliary else {"enumerate": "parallel"} if z.mark else {}
                 run.latent(z, run.law(z, natural, spread), z.under_guide, infer)
             run.factors("guide")
 
@@ -158,8 +165,10 @@ def build(program: Program, language: Language) -> tuple[Callable[[], None], Cal
             for z in program.latents[::-1] if program.reverse_model else program.latents:
                 if not z.auxiliary:
                     categories = CATEGORIES if z.family in ("categorical", "onehot") else 0
-                    natural = run.combined(z.model, z.axes, run.everywhere(prior(z.name, categories), z), z.family)
-                    run.latent(z, run.law(z, natural, None), z.under_model, {})
+                    own = run.param(f"p_{z.name}") if z.summed else run.everywhere(prior(z.name, categories), z)
+                    natural = run.combined(z.model, z.axes, own, z.family)
+                    infer = {"enumerate": "parallel"} if z.mark in ("guide", "model") else {}
+                    run.latent(z, run.law(z, natural, None), z.under_model, infer)
             run.factors("model")
             for x in program.observed:
                 run.observed(x)

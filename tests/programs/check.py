@@ -20,7 +20,7 @@ import numpy as np
 
 from ppl_estimators import EstimatorError, EstimatorWarning
 
-from .build import InNumPyro, InPyro, build, estimators
+from .build import InNumPyro, InPyro, build, estimators, named
 from .description import SIZES, Program, minibatches, parameters, shaped
 from .oracle import Exact, exact
 
@@ -33,6 +33,7 @@ RARE = 40_000  # so many before it is believed that there is no other value
 CHUNK = 2_000
 LOSSES, LOSS_SIGMAS = 20, 10.0  # Pyro's loss is that of all lanes, so there are few of them
 MOVED = 0.3  # standard deviation by which what estimators train is moved from its start, where networks are 0
+EXACT = 1e-9  # where nothing is drawn
 STEPS = 2  # of state, before anything is measured
 
 
@@ -65,9 +66,13 @@ def verdict(program: Program, library: str, answer: Exact | None = None, max_dra
         except EstimatorError as error:
             return Verdict(library, "refused", " ".join(str(error).split()))
         except Exception as error:
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            text = " ".join(str(error).split())[:200]
-            return Verdict(library, type(error).__name__, f"{text}, at {where.filename.split('/')[-1]}:{where.name}")
+            return _raised(library, error)
+
+
+def _raised(library: str, error: Exception) -> Verdict:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())[:200]
+    return Verdict(library, type(error).__name__, f"{text}, at {where.filename.split('/')[-1]}:{where.name}")
 
 
 def retried(program: Program, library: str, answer: Exact, max_draws: int) -> tuple[Program, Verdict, list[str]]:
@@ -82,6 +87,22 @@ def retried(program: Program, library: str, answer: Exact, max_draws: int) -> tu
         refusals.append(f"{library}: {found.detail}")
         latents = tuple(replace(z, estimator=None) if z in changed else z for z in program.latents)
         program = replace(program, latents=latents)
+
+
+def summed_exactly(program: Program, library: str, answer: Exact | None = None) -> Verdict:
+    """The same for a program that draws nothing: its loss and gradient are no estimates."""
+    answer = answer or exact(program)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EstimatorWarning)
+        try:
+            source = {"numpyro": _NumPyroDraws, "pyro": _PyroDraws}[library](program, answer)
+            found = source.once()
+        except EstimatorError as error:
+            return Verdict(library, "refused", " ".join(str(error).split()))
+        except Exception as error:
+            return _raised(library, error)
+    off = np.abs(found - [answer.loss, *source.target]).max()
+    return Verdict(library, "right" if off < EXACT else "biased", f"{off:.1g} off", 1)
 
 
 def _judged(library: str, source: _Draws, answer: Exact, max_draws: int) -> Verdict:
@@ -151,6 +172,10 @@ class _Draws:
         self.losses = self.losses + losses[:, None]
         return rows - self.target
 
+    def once(self) -> np.ndarray:
+        """The loss, then the gradient in the order of the oracle's, where all minibatches were seen."""
+        raise NotImplementedError
+
     def chunk(self) -> tuple[np.ndarray, np.ndarray]:
         """Independent losses ``[any]`` and gradients ``[draws, entries]``, in the order of the oracle's."""
         raise NotImplementedError
@@ -173,7 +198,7 @@ class _NumPyroDraws(_Draws):
 
         super().__init__(program, answer)
         elbo = EstimatorELBO(
-            num_particles=program.particles, vectorize_particles=program.vectorized, average_model=program.average_model
+            named(program), num_particles=program.particles, vectorize_particles=program.vectorized, average_model=program.average_model
         )
         model, guide = build(program, InNumPyro())
         guide = with_estimators(guide, estimators(program))
@@ -214,6 +239,11 @@ class _NumPyroDraws(_Draws):
             rows.append(row)
         return np.asarray(loss), np.concatenate(rows, 1)
 
+    def once(self) -> np.ndarray:
+        loss, rows = self.chunk()  # as many different ones as there are minibatches
+        table = np.column_stack([loss, rows])
+        return table[np.unique(table.round(9), axis=0, return_index=True)[1]].mean(0)
+
 
 class _PyroDraws(_Draws):
     def __init__(self, program: Program, answer: Exact):
@@ -224,6 +254,7 @@ class _PyroDraws(_Draws):
         super().__init__(program, answer)
         self.wide, self.language = program.in_lanes(), InPyro()
         self.elbo = EstimatorELBO(
+            named(program),
             num_particles=program.particles,
             vectorize_particles=program.vectorized,
             max_plate_nesting=len(self.wide.layout),
@@ -257,6 +288,10 @@ class _PyroDraws(_Draws):
         batches = minibatches(self.program)
         drawn = [self._one(batch) for batch in batches]  # all lanes see one minibatch, so a draw is the mean over all
         return np.array([np.mean([loss for loss, _ in drawn])]), np.mean([rows for _, rows in drawn], axis=0)
+
+    def once(self) -> np.ndarray:
+        loss, rows = self.chunk()
+        return np.concatenate([loss, rows[0]])
 
     def _one(self, minibatch: tuple[int, ...]) -> tuple[float, np.ndarray]:
         import pyro

@@ -43,6 +43,8 @@ class Latent:
 
     ``guide``, ``model``: parents on each side. ``tied``: plates along which its parameter is one number. ``shared``:
     its natural parameter also has the program's shared parameter. ``estimator``: code, None for the default.
+    ``mark``: enumerated "parallel" in the "guide"; or summed out, since it is in the model only, where its own
+    parameter is, by a mark ("model") or by name ("named").
     """
 
     name: str
@@ -56,6 +58,12 @@ class Latent:
     shared: bool = False
     auxiliary: bool = False
     estimator: str | None = None
+    mark: str | None = None
+
+    @property
+    def summed(self) -> bool:
+        """Is it in the model only?"""
+        return self.mark in ("model", "named")
 
 
 @dataclass(frozen=True)
@@ -160,7 +168,7 @@ def parameters(program: Program) -> dict[str, tuple[Axes, int]]:
     found: dict[str, tuple[Axes, int]] = {}
     for z in program.latents:
         axes = tuple(a for a in z.axes if a not in z.tied)
-        found[f"q_{z.name}"] = axes, CATEGORIES if z.family in ("categorical", "onehot") else 0
+        found[f"{'p' if z.summed else 'q'}_{z.name}"] = axes, CATEGORIES if z.family in ("categorical", "onehot") else 0
         if z.family == "normal":
             found[f"s_{z.name}"] = axes, 0
     for x in program.observed:

@@ -10,7 +10,7 @@ import numpy as np
 from ppl_estimators.core.estimator import Estimator
 
 from .build import estimator
-from .description import PLATES, Axes, Factor, Latent, Observed, Parents, Program, Under
+from .description import PLATES, SUPPORT, Axes, Factor, Latent, Observed, Parents, Program, Under
 from .oracle import states
 
 Random = np.random.Generator
@@ -169,6 +169,72 @@ def _program(rng: Random) -> Program:
         average_model=bool(rng.random() < 0.15),
         subsampled=str(rng.choice(plates)) if plates and rng.random() < 0.2 else None,
     )  # fmt: skip
+
+
+def with_sums(seed: int, drawn: bool = True) -> Program:
+    """A program some of whose sites take all their values at once: marked in the guide, or in the model only; all of
+    its sites unless some are ``drawn``."""
+    rng = np.random.default_rng([2027, seed, drawn])
+    while True:
+        program = _program(rng)
+        if not drawn:
+            program = _countable(rng, program)
+        program = _marked(rng, program, 0.25 if drawn else 0.0)
+        if program is not None and states(program) <= STATES:
+            return program
+
+
+def _countable(rng: Random, program: Program) -> Program:
+    """Every site one that can be summed over."""
+    latents = tuple(
+        replace(
+            z,
+            family=z.family if z.family in SUPPORT else str(rng.choice(["bernoulli", "categorical"])),
+            axes=axes,
+            auxiliary=False,
+            under_guide=_under(rng, axes, axes),
+            under_model=_under(rng, axes, axes),
+        )
+        for z in program.latents
+        for axes in [tuple(a for a in z.axes if a in PLATES)]
+    )
+    return replace(program, latents=latents, average_model=False)
+
+
+def _marked(rng: Random, program: Program, drawn: float) -> Program | None:
+    """``program`` with marks where there is a sum; None if there is none, or no datum."""
+    latents = []
+    for z in program.latents:
+        countable = z.family in SUPPORT and not z.auxiliary and set(z.axes) <= set(PLATES)
+        x = rng.random()
+        mark = None if not countable or x < drawn else "guide" if x < 0.6 else "model" if x < 0.9 else "named"
+        latents.append(replace(z, mark=mark, **({"estimator": None} if mark else {})))
+    if not any(z.mark for z in latents):
+        return None
+    gone = {z.name for z in latents if z.summed}
+    scale = float(rng.choice([1.0, 2.5]))
+
+    def under(u: Under) -> Under:
+        """A sum has one scale, so the model has."""
+        return replace(u, scale=scale if scale != 1 else None) if gone else u
+
+    held: dict[str, frozenset[str]] = {}  # the plates in which a value has another meaning for each element
+    for i, z in enumerate(latents):
+        guide = {p: c for p, c in z.guide.items() if p not in gone and held[p] <= {*z.axes}}
+        held[z.name] = frozenset().union(z.axes if z.mark else (), *(held[p] for p in guide))
+        latents[i] = replace(z, guide={} if z.summed else guide, shared=z.shared and not z.summed)
+
+    def seen(parents: Parents, axes: Axes) -> Parents:
+        return {p: c for p, c in parents.items() if held[p] <= {*axes}}
+
+    latents = [replace(z, model=seen(z.model, z.axes), under_model=under(z.under_model)) for z in latents]
+    observed = [replace(x, parents=seen(x.parents, x.axes), under=under(x.under)) for x in program.observed]
+    factors = [replace(f, parents=seen(f.parents, f.axes)) for f in program.factors]
+    factors = [f for f in factors if f.side == "guide" or not gone or scale == 1]
+    factors = [f for f in factors if f.side == "model" or not gone & f.parents.keys()]
+    if not any(z.name in x.parents for z in latents if z.mark for x in (*observed, *factors)):
+        return None
+    return replace(program, latents=tuple(latents), observed=tuple(observed), factors=tuple(factors))
 
 
 def _axes(rng: Random, layout: Axes, event: float) -> Axes:

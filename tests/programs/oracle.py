@@ -18,6 +18,7 @@ from .description import (
     SUPPORT,
     TRIALS,
     Axes,
+    Latent,
     Program,
     Under,
     datum,
@@ -80,7 +81,7 @@ def exact(program: Program) -> Exact:
 def _digits(program: Program) -> dict[str, Array]:
     """Which value of its support every element has, in every state."""
     sizes, places = [], []
-    for z in program.latents:
+    for z in _nested(program):
         shape = _shape(z.axes)
         sizes += [support(z.family)] * int(np.prod(shape))
         places.append((z.name, shape))
@@ -93,6 +94,11 @@ def _digits(program: Program) -> dict[str, Array]:
     return found
 
 
+def _nested(program: Program) -> list[Latent]:
+    """The latent sites as states are counted: drawn ones first, summed ones in the subsampled plate last."""
+    return sorted(program.latents, key=lambda z: z.summed + (z.summed and program.subsampled in z.axes))
+
+
 class _Sum:
     """The sum for one minibatch. Elements outside it have their states too, but are seen by nothing."""
 
@@ -101,6 +107,8 @@ class _Sum:
         plate = program.subsampled
         self.enlarged = SIZES[plate] / len(minibatch) if plate else 1.0
         chosen = np.isin(np.arange(SIZES[plate]), minibatch) if plate else np.ones(())
+        scaled = any(z.summed for z in program.latents) and program.observed[0].under.scale
+        self.scale = scaled if isinstance(scaled, float) else 1.0
         self.chosen = _one(_canonical(chosen.astype(float), (plate,) if plate else ()))
 
     def inside(self, axes: Axes) -> Array | float:
@@ -113,6 +121,9 @@ class _Sum:
         weight: Array = np.zeros(())  # its logarithm
         elbo: Array = np.zeros(())
         for z in program.latents:
+            if z.summed:
+                numbers[z.name] = digits[z.name]
+                continue
             own = _canonical(params[f"q_{z.name}"], parameters(program)[f"q_{z.name}"][0])
             shift = self._combined(z.guide, z.axes, numbers)
             if z.shared:
@@ -129,17 +140,31 @@ class _Sum:
                 log_q = chance = _log_prob(z.family, own, shift, digits[z.name])
             weight = weight + _states_only(chance)
             elbo = elbo - self._total(log_q, z.under_guide, z.axes)
+        joint = {inside: np.zeros(len(digits[program.names[0]])) for inside in (False, True)}
+
+        def add(log_p: Array, under: Under, axes: Axes) -> None:
+            """To what is summed over; of the minibatch, once. A sum has one scale, outside of it."""
+            under = Under(under.scale if self.scale == 1 else None, under.mask)
+            joint[program.subsampled in axes] = joint[program.subsampled in axes] + self._once(log_p, under, axes)
+
         order = program.latents[::-1] if program.reverse_model else program.latents
         for z in order:
             if z.auxiliary:
                 continue
             shift = self._combined(z.model, z.axes, numbers)
+            under = z.under_model
             if z.family == "normal":
                 log_p = _normal(numbers[z.name], prior(z.name) + shift, 1.0)
+            elif z.summed:
+                own = _canonical(params[f"p_{z.name}"], parameters(program)[f"p_{z.name}"][0])
+                log_p = _log_prob(z.family, own, shift, digits[z.name])
+                under = Under()  # its probabilities sum to one
+                outside = np.where(self.inside(z.axes) + 0 * digits[z.name] > 0, 0.0, -1e3 * (digits[z.name] > 0))
+                joint[True] = joint[True] + _states_only(outside)  # not in the minibatch: counts once
             else:
                 own = prior(z.name, CATEGORIES if z.family in ("categorical", "onehot") else 0)
                 log_p = _log_prob(z.family, own, shift, digits[z.name])
-            elbo = elbo + self._total(log_p, z.under_model, z.axes)
+            add(log_p, under, z.axes)
         for x in program.observed:
             mean = self._combined(x.parents, x.axes, numbers)
             if x.learned:
@@ -147,10 +172,15 @@ class _Sum:
             if x.shared:
                 mean = mean + params["shared"]
             data = _one(_canonical(datum(x.name, x.axes), x.axes))
-            elbo = elbo + self._total(_normal(data, mean, 1.0), x.under, x.axes)
+            add(_normal(data, mean, 1.0), x.under, x.axes)
         for f in program.factors:
-            value = self._total(np.tanh(self._combined(f.parents, f.axes, numbers)), Under(), f.axes)
-            elbo = elbo + value if f.side == "model" else elbo - value
+            log_p = np.tanh(self._combined(f.parents, f.axes, numbers))
+            if f.side == "model":
+                add(log_p, Under(), f.axes)
+            else:
+                elbo = elbo - self._total(log_p, Under(), f.axes)
+        elbo, weight = self._drawn(elbo), self._drawn(weight)
+        elbo = elbo + self._summed(joint)
         return complex(-(np.exp(weight) * elbo).sum())
 
     def _combined(self, parents: dict[str, float], axes: Axes, numbers: dict[str, Array]) -> Array:
@@ -161,10 +191,24 @@ class _Sum:
             total = total + coefficient * (numbers[name] * seen).sum(axis=gone, keepdims=True)
         return total
 
+    def _drawn(self, x: Array) -> Array:
+        """Of each state of the drawn sites."""
+        return np.broadcast_to(x, _states(self.program)).reshape(_counts(self.program))[:, 0, 0]
+
+    def _summed(self, joint: dict[bool, Array]) -> Array:
+        """log Σ over the sites that are summed out, N/B times that over those in the subsampled plate."""
+        inner = self.enlarged * _log_sum(joint[True].reshape(_counts(self.program)))
+        outer = joint[False].reshape(_counts(self.program))[:, :, 0] + inner
+        return self.scale * _log_sum(outer)
+
     def _total(self, term: Array, under: Under, axes: Axes) -> Array:
         """``[states]``: the sum of a term over its site, scaled and masked."""
+        return self._once(term, under, axes) * (self.enlarged if self.program.subsampled in axes else 1.0)
+
+    def _once(self, term: Array, under: Under, axes: Axes) -> Array:
+        """The same without the N/B of the minibatch."""
         full = np.broadcast_to(term, np.broadcast_shapes(term.shape, (1, *_shape(axes))))
-        full = full * self.inside(axes) * (self.enlarged if self.program.subsampled in axes else 1.0)
+        full = full * self.inside(axes)
         if "e" in axes:
             full = full.sum(-1, keepdims=True)
         if isinstance(under.scale, tuple):
@@ -175,6 +219,26 @@ class _Sum:
             on = _one(_canonical(masks(under.mask), under.mask)) if isinstance(under.mask, tuple) else under.mask
             full = np.where(on, full, 0)
         return _states_only(full)
+
+
+def _states(program: Program) -> int:
+    return int(np.prod(_counts(program)))
+
+
+def _counts(program: Program) -> tuple[int, int, int]:
+    """How many states the drawn sites have, the summed ones outside of the subsampled plate, and those inside."""
+    found = [1, 1, 1]
+    for z in _nested(program):
+        found[z.summed + (z.summed and program.subsampled in z.axes)] *= support(z.family) ** int(
+            np.prod([SIZES[a] for a in z.axes])
+        )
+    return found[0], found[1], found[2]
+
+
+def _log_sum(x: Array) -> Array:
+    """log Σ exp over the last axis, of complex numbers too."""
+    top = x.real.max(-1, keepdims=True)
+    return np.log(np.exp(x - top).sum(-1)) + top[..., 0]
 
 
 def _log_prob(family: str, own: Array, shift: Array, k: Array) -> Array:
