@@ -17,10 +17,12 @@ The choice depends on the program alone: plate sizes, batches, seeds and the ord
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
+from .core import plan
 from .core.credit import Graph
 from .core.estimator import Estimator
 from .core.families import BERNOULLI, CATEGORICAL, COUNTS, DISCRETE, ONEHOT
@@ -33,6 +35,13 @@ from .estimators.pathwise import Pathwise
 from .estimators.reinforce import Reinforce
 from .estimators.stochastic_triple import StochasticTriple
 from .estimators.unordered_set import UnorderedSet
+
+
+def requested(name: str, infer: Mapping[str, Any]) -> Estimator | None:
+    """What a site asks for by ``infer={"estimator": ...}``, or by a mark: each value in a run of its own."""
+    asked = plan.requested(name, infer)
+    return Enumerate() if asked is None and infer.get("enumerate") == "sequential" else asked
+
 
 #: further evaluations of model and guide per step, all sites together
 BUDGET = 2

@@ -441,6 +441,26 @@ def test_bounds_take_sums_in_the_model_and_refuse_those_in_the_guide(lib):
         )
 
 
+def test_a_sum_over_elements_is_no_sum_over_values(lib):
+    """A cost outside of a plate sees the values of all its elements."""
+
+    def loss(of):
+        def model():
+            with lib.plate("n", 2):
+                w = lib.sample("w", lib.dist.Bernoulli(logits=lib.array([0.2, 0.3])), infer=MARK)
+            lib.sample("x", lib.dist.Normal(of(w), 1.0), obs=lib.array(0.5))
+
+        elbo = lib.ELBO(max_plate_nesting=1) if lib is Torch else lib.ELBO()
+        return lib.loss_and_gradient(elbo, model, nothing, {})
+
+    with pytest.raises(ValueError, match=r"site .x.*(lie left of all plates|invalid log_prob shape)"):  # Pyro's own
+        loss(lambda w: w.sum(-1))
+    with pytest.raises(
+        EstimatorError, match=r"site 'w': summed out inside plate 'n', and site 'x' outside.*Put 'x' in"
+    ):
+        loss(lambda w: w[..., :1])
+
+
 def test_elements_of_a_plate_that_a_cost_outside_depends_on(lib):
     def guide():
         with lib.plate("n", 2):

@@ -219,7 +219,7 @@ def test_marks_that_cannot_be_meant(lib, side):
 
     bits, array = lib.dist.Bernoulli, lib.array
     laws = [
-        (program(bits(logits=array(0.3)), enumerate="sequential"), r"values are summed side by side only"),
+        (program(bits(logits=array(0.3)), enumerate="in turn"), r"values are summed side by side; one after another"),
         (program(bits(logits=array(0.3)), num_samples=3), "Leave num_samples out"),
         (program(lib.dist.Normal(array(0.3), 1.0)), "Normal has no finite number of them. Remove the mark"),
         (program(bits(logits=array([0.3, 1.0])).to_event(1)), "several elements in event dimensions.*in a plate"),

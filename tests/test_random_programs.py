@@ -9,9 +9,9 @@ import pyro
 import pytest
 from programs import description
 from programs.build import InNumPyro, InPyro, build, estimator
-from programs.check import LIBRARIES, cell, double_precision, shrunk, verdict
+from programs.check import LIBRARIES, Cell, cell, double_precision, shrunk, summed, verdict
 from programs.description import Factor, Latent, Observed, Program, Under, code, shaped
-from programs.generate import ANY, COMPOSITIONS, ELSEWHERE, POOLS, WITH_MEAN, generate, parts
+from programs.generate import ANY, COMPOSITIONS, ELSEWHERE, POOLS, WITH_MEAN, generate, parts, with_sums
 from programs.oracle import exact
 from programs.shrink import simpler
 
@@ -39,6 +39,21 @@ def test_random_programs_have_the_right_gradient(seed):
         assert failure.kind == "right", f"seed {seed}: {failure}"  # neither refused nor too noisy to tell
 
 
+def failed_in(found: Cell) -> None:
+    for library, failure in found.verdicts.items():
+        assert failure.kind == "right", f"seed {found.seed}: {failure}\n{code(found.programs[library])}"
+
+
+@pytest.mark.parametrize("seed", [2, 6, 8, 9, 14])
+def test_random_programs_with_sums_have_the_right_gradient(seed):
+    failed_in(cell(seed, MAX_DRAWS, sums=True))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 6, 11, 12, 13])
+def test_random_programs_that_only_sum_are_exact(seed):
+    failed_in(summed(seed))
+
+
 #: shrunk programs that failed once, in one library or both
 FOUND = {
     "the known mean at an undeclared dimension": Program(
@@ -64,6 +79,15 @@ FOUND = {
     "independent draws of a count": Program(
         (Latent("z1", "binomial", ("u",), estimator="Repeat(2, Reinforce(LeaveOneOut()))"),), layout=("u",)
     ),
+    "drawn by all particles at once for each value of an enumerated site": Program(
+        (
+            Latent("z0", axes=("b",), mark="guide"),
+            Latent("z1", "categorical", ("b",), {"z0": -0.4}, estimator="UnorderedSet(2)"),
+        ),
+        (Observed("x0", ("b",), {"z0": 0.9, "z1": -0.9}),),
+        layout=("b",),
+        particles=2,
+    ),
 }
 
 
@@ -78,6 +102,7 @@ def test_a_seed_is_a_program_and_a_program_is_code():
     for seed in range(300):
         program = generate(seed)
         assert program == generate(seed) == eval(code(program), vars(description))
+    assert with_sums(0) == with_sums(0) == eval(code(with_sums(0)), vars(description))
 
 
 def test_the_programs_are_of_every_kind():
@@ -108,6 +133,27 @@ def test_the_programs_are_of_every_kind():
         **{f"{family} sites": [z for z in latents if z.family == family] for family in POOLS},
     }
     assert {kind: len(found) for kind, found in kinds.items() if len(found) < 3} == {}
+
+
+def test_the_sums_are_of_every_kind():
+    programs = [with_sums(seed, drawn) for seed in range(40) for drawn in (True, False)]
+    marks = {z.mark for p in programs for z in p.latents}
+    assert marks == {None, "guide", "model", "named"}
+    pairs = [(p, z, u) for p in programs for z in p.latents for up in (z.guide, z.model) for u in map(p.latent, up)]
+    below = [(p, z, u) for p, z, u in pairs if u.mark]
+    kinds = {
+        "drawn below a summed site of the guide": [z for _, z, u in below if u.name in z.guide and not z.mark],
+        "summed below a drawn one": [z for _, z, u in pairs if z.mark and not u.mark],
+        "summed below a summed one": [z for _, z, _ in below if z.mark],
+        "inside a plate below a global one": [z for _, z, u in below if z.mark and z.axes and not u.axes],
+        "in both": [p for p in programs if {"guide", "model"} <= {z.mark for z in p.latents}],
+        "in two plates": [z for p in programs for z in p.latents if z.mark and len(z.axes) == 2],
+        "of a minibatch": [z for p in programs for z in p.latents if z.mark and p.subsampled in z.axes],
+        "masked": [z for p in programs for z in p.latents if z.mark and isinstance(z.under_model.mask, tuple)],
+        "scaled": [p for p in programs if any(z.summed and z.under_model.scale for z in p.latents)],
+        "several particles": [p for p in programs if p.particles > 1],
+    }  # fmt: skip
+    assert {kind: len(found) for kind, found in kinds.items() if len(found) < 2} == {}
 
 
 def test_every_unbiased_estimator_is_drawn():

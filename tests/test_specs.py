@@ -222,6 +222,8 @@ ARROWS = {
 #: arrows beside these, each with its reason
 EXCEPTIONS = {
     ("pyro/baseline.py", "estimators"): 'says Pyro\'s infer={"baseline": ...} in specs',
+    ("pyro/library.py", "policy"): 'what infer={"enumerate": "sequential"} asks for',
+    ("numpyro/distributions.py", "policy"): "the same",
     ("pyro/elbo.py", "policy"): "its default",
     ("numpyro/elbo.py", "policy"): "its default",
 }
@@ -387,7 +389,7 @@ ALONE = {
         "site_key": "the same",
         "DuplicateName": "a mistake where NumPyro itself raises an AssertionError",
         "Scan": "Pyro has no scan",
-        "nesting_of": "Pyro's own ELBO counts plates",
+        "plain_shapes": "Pyro's own ELBO counts plates",
         "Survey": "what one trace shows; Pyro learns it from the runs themselves",
         "interpreted": "under jax.disable_jit",
         "survey": "makes it",

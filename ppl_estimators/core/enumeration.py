@@ -41,20 +41,24 @@ def missing(name: str, countable: bool) -> EstimatorError:
     return site_error(name, "a latent site of the model that the guide does not draw", f"{fix}.")
 
 
-def check_mark(name: str, infer: Mapping[str, Any], side: str) -> None:
+def marked(infer: Mapping[str, Any], side: str) -> bool:
+    """Is a site marked to be enumerated? In the guide "sequential" is an estimator's affair."""
+    mark = infer.get("enumerate")
+    return bool(mark) and not (side == "guide" and mark == "sequential" and not infer.get("num_samples"))
+
+
+def check_mark(name: str, infer: Mapping[str, Any]) -> None:
     """A mark must mean what it says."""
     mark = f'infer={{"enumerate": "{infer["enumerate"]}"}}'
     if infer.get("num_samples"):
         what = f'marked {mark} with "num_samples", which draws several values instead of summing over all'
         raise site_error(name, what, "Leave num_samples out, or the mark.")
     if infer["enumerate"] != "parallel":
-        fix = 'Write infer={"enumerate": "parallel"}.'
-        if side == "guide":
-            fix = (
-                f'Remove the mark and choose EstimatorELBO({{"{name}": Enumerate()}}), which runs the program once for '
-                'each value; or write "parallel".'
-            )
-        raise site_error(name, f"marked {mark}, and values are summed side by side only", fix)
+        raise site_error(
+            name,
+            f"marked {mark}, and values are summed side by side; one after another only for a site of the guide",
+            'Write infer={"enumerate": "parallel"}.',
+        )
 
 
 def check_elements(
@@ -74,6 +78,19 @@ def check_elements(
             "Put the elements in a plate, if they are independent given all else; or remove the mark and draw the site "
             "in the guide.",
         )
+
+
+def check_reach(name: str, own: Cell, moved: Mapping[str, Cell]) -> None:
+    """Elements that a plate makes independent move nothing together that is outside of it."""
+    for other, cell in moved.items():
+        if outside := own.plates - cell.plates:
+            plate = min(outside).name
+            raise site_error(
+                name,
+                f"summed out inside plate '{plate}', and site '{other}' outside of it depends on its elements: every "
+                "combination of their values would count",
+                f"Put '{other}' in the plate too, if it has an element for each; or draw '{name}' in the guide.",
+            )
 
 
 @dataclass(frozen=True)
@@ -142,6 +159,8 @@ class Enumeration:
                 members = tuple(names[i] for i in numbers)
                 first = next(n for n in members if model[n].summed)
                 self.blocks[first] = Block(members, remaining([axes[n] for n in members]))
+        for name in (n for b in self.blocks.values() for n in b.members if model[n].summed):
+            check_reach(name, model[name], {n: c for n, c in model.items() if name in c.axes.values()})
         self.inside = {n: name for name, b in self.blocks.items() for n in b.members}
         self._weights: dict[frozenset[Plate], Array] = {}
 

@@ -14,8 +14,8 @@ from numpyro.distributions.transforms import AffineTransform, Transform
 
 from ..core import families
 from ..core.errors import site_error
-from ..core.plan import requested
 from ..core.site import Plate, Site
+from ..policy import requested
 from .dependencies import differentiable, edges
 from .ops import OPS
 

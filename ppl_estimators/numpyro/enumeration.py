@@ -12,7 +12,7 @@ from numpyro.contrib.control_flow.scan import _promote_fn_shapes
 from numpyro.primitives import Messenger
 
 from ..core.elimination import Axis, Time
-from ..core.enumeration import Cell, check_elements, check_mark, placed
+from ..core.enumeration import Cell, check_elements, check_mark, marked, placed
 from ..core.errors import site_error
 from ..core.families import ONEHOT
 from ..core.site import Plate
@@ -29,15 +29,16 @@ _GAP = (
 class Layout:
     """Where the values of enumerated sites lie in one run of guide and model.
 
-    ``nesting``: how many dimensions are the plates'; None for a run that finds out, and draws what it has to.
-    ``asked``: is a site that only the model has to be summed out, though no mark says so?
+    ``shapes``: of all batches, by side and site, if nothing is enumerated; None for a run that finds out, and draws
+    what it has to. ``asked``: is a site that only the model has to be summed out, though no mark says so?
     """
 
-    def __init__(self, nesting: int | None, asked: Callable[[str], bool]):
-        self.nesting, self.asked = nesting, asked
+    def __init__(self, shapes: Mapping[tuple[str, str], tuple[int, ...]] | None, asked: Callable[[str], bool]):
+        self.shapes, self.asked = shapes, asked
+        self.nesting = None if shapes is None else max(map(len, shapes.values()), default=0)  # dimensions of plates
         self.axes: dict[int, Axis] = {}  # by dimension
         self._dims: dict[str, int] = {}
-        self._next = -1 - (nesting or 0)
+        self._next = -1 - (self.nesting or 0)
         self._scans = 0
 
     def around(
@@ -71,11 +72,11 @@ class Layout:
         return self._dims[name]
 
     def _wanted(self, msg: Message, drawn: Mapping[str, Message] | None, unmarked: bool) -> bool:
-        name, mark = msg["name"], msg["infer"].get("enumerate")
+        name = msg["name"]
         if self.nesting is None or (drawn is not None and name in drawn):
             return False
-        if mark:
-            check_mark(name, msg["infer"], "guide" if drawn is None else "model")
+        if marked(msg["infer"], "guide" if drawn is None else "model"):
+            check_mark(name, msg["infer"])
             return True
         return drawn is not None and (unmarked or self.asked(name)) and countable(msg["fn"])
 
@@ -224,9 +225,19 @@ def is_summed(msg: Message) -> bool:
     return msg.get("summed", False)
 
 
-def cell(msg: Message, plates: frozenset[Plate], layout: Layout) -> Cell:
+def cell(side: str, msg: Message, plates: frozenset[Plate], layout: Layout) -> Cell:
     """Where a message's log probability lies."""
     fn, scale, time = msg["fn"], 1.0 if msg["scale"] is None else msg["scale"], msg.get("time")
     shape = jnp.broadcast_shapes(fn.batch_shape, jnp.shape(msg["value"])[: jnp.ndim(msg["value"]) - fn.event_dim])
-    axes = placed(msg["name"], shape["scan" in msg :], msg.get("scope", layout.axes), layout.nesting or 0)
+    own, plain = shape["scan" in msg :], (layout.shapes or {}).get((side, msg["name"]), ())
+    for dim in range(-min(len(own), layout.nesting or 0), 0):
+        if own[dim] not in (1, plain[dim] if -dim <= len(plain) else 1):
+            raise site_error(
+                msg["name"],
+                f"batch dimension {dim} has size {own[dim]} only where all values of an enumerated site are there at "
+                "once, which lie left of all plates",
+                "Count dimensions from the right and keep those of plates, x.sum(-1, keepdims=True); what sums over "
+                "the elements of a plate can't see an enumerated site in it.",
+            )
+    axes = placed(msg["name"], own, msg.get("scope", layout.axes), layout.nesting or 0)
     return Cell(plates, axes if time is None else {**axes, -len(shape): time}, is_summed(msg), scale)

@@ -42,8 +42,8 @@ from .run import (
     Traces,
     execute,
     interpreted,
-    nesting_of,
     noise_key,
+    plain_shapes,
     site_key,
     survey,
     tables_of,
@@ -78,7 +78,7 @@ class NumPyroLibrary:
         self.settings, self.randomness, self.key, self.params = settings, randomness, key, params
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.dtypes: Mapping[str, Any] = {}
-        self.nesting: int | None = None  # of plates, in a program some of whose values are laid out side by side
+        self.shapes: Mapping[tuple[str, str], tuple[int, ...]] | None = None  # if values are laid out side by side
         self._plan = self._survey()
         self._alike = _alike(self._plan)
 
@@ -98,7 +98,7 @@ class NumPyroLibrary:
         try:
             found = survey(*program, self._layout)
         except Unplaced:
-            self.nesting = nesting_of(*program)
+            self.shapes = plain_shapes(*program)
             found = survey(*program, self._layout)
         self.dtypes = found.dtypes
         in_model = found.in_model
@@ -156,9 +156,9 @@ class NumPyroLibrary:
 
     def _layout(self) -> Layout | None:
         """Where the values of enumerated sites go in a run, if the program has some."""
-        if self.nesting is None:
+        if self.shapes is None:
             return None
-        return Layout(self.nesting, lambda n: (named := self.settings.asked(n, None)) is not None and named.sums)
+        return Layout(self.shapes, lambda n: (named := self.settings.asked(n, None)) is not None and named.sums)
 
     def _in_scan(self, msg: Message) -> Array | None:
         """Values of latent sites inside a scan, where no handler of ours can reach."""

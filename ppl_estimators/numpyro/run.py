@@ -21,7 +21,7 @@ from numpyro.ops.pytree import PytreeTrace
 from numpyro.primitives import Messenger
 from numpyro.util import format_shapes
 
-from ..core.enumeration import Enumeration, Unplaced, missing, warn_of_minibatches
+from ..core.enumeration import Enumeration, Unplaced, marked, missing, warn_of_minibatches
 from ..core.errors import EstimatorError, site_error, warn
 from ..core.posterior import Tables
 from ..core.site import Plate, Site, Term
@@ -185,7 +185,7 @@ class _Conduct(Messenger):
         if kind == "sample" and msg["value"] is None:
             if self.layout is not None:
                 msg["value"] = self.layout.around(msg, self.guide)
-            elif self.guide is None and msg["infer"].get("enumerate"):
+            elif self.guide is None and marked(msg["infer"], "guide"):
                 raise Unplaced(msg["name"])
         if kind == "sample" and msg["value"] is None:
             sample_shape = msg["kwargs"].pop("sample_shape", ())
@@ -234,7 +234,7 @@ class _Conduct(Messenger):
             if not _latent(inner) or is_summed(inner):
                 continue
             if self.guide is None:
-                if inner["infer"].get("enumerate"):
+                if marked(inner["infer"], "guide"):
                     raise site_error(
                         name,
                         'marked infer={"enumerate": ...} inside a scan or a cond of the guide',
@@ -309,8 +309,8 @@ def execute(
         _same_sizes(traces)
     if layout is not None and layout.nesting is not None:
         cells = [
-            {n: cell(m, _scaled_plates(m, traces), layout) for n, m in record.items() if m["type"] == "sample"}
-            for record in (traces.guide, traces.model)
+            {n: cell(side, m, _scaled_plates(m, traces), layout) for n, m in record.items() if m["type"] == "sample"}
+            for side, record in (("guide", traces.guide), ("model", traces.model))
         ]
         traces.values = Enumeration(*cells)
     return traces
@@ -563,7 +563,7 @@ class Survey:
         return {(t.side, t.site): t.depends_on for t in self.terms}
 
 
-def nesting_of(
+def plain_shapes(
     keys: Keys,
     plate_key: Array,
     params: Mapping[str, Array],
@@ -571,9 +571,9 @@ def nesting_of(
     guide: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-) -> int:
-    """How many dimensions the sites of a program have, none of them enumerated."""
-    found: list[int] = []
+) -> dict[tuple[str, str], tuple[int, ...]]:
+    """The batch shapes of the sites of a program, none of them enumerated."""
+    found: dict[tuple[str, str], tuple[int, ...]] = {}
 
     def draw(msg: Message) -> Array:
         return msg["fn"].sample(msg["kwargs"]["rng_key"])
@@ -581,14 +581,15 @@ def nesting_of(
     def look() -> None:
         look_only = Layout(None, lambda name: False)
         traces = execute(keys, plate_key, params, model, guide, args, kwargs, draw=draw, layout=look_only)
-        both = [m for m in (*traces.guide.values(), *traces.model.values()) if m["type"] == "sample"]
-        found.extend(len(m["fn"].batch_shape) - ("scan" in m) for m in both)
+        for side, record in (("guide", traces.guide), ("model", traces.model)):
+            sites = {n: m for n, m in record.items() if m["type"] == "sample"}
+            found.update({(side, n): m["fn"].batch_shape["scan" in m :] for n, m in sites.items()})
 
     if interpreted():
         look()
     else:
         jax.eval_shape(look)
-    return max(found, default=0)
+    return found
 
 
 _PARAMETERS = ""  # the mark of every parameter

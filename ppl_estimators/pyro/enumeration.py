@@ -10,7 +10,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.util import site_is_subsample
 
 from ..core.elimination import Axis
-from ..core.enumeration import Cell, check_elements, check_mark, placed
+from ..core.enumeration import Cell, check_elements, check_mark, marked, placed
 from ..core.site import Plate
 from .distributions import unwrapped
 
@@ -53,8 +53,8 @@ class _Side(EnumMessenger):
         if site_is_subsample(msg):
             return
         name, known = msg["name"], self.layout.axes
-        wanted = self._wanted(msg)
-        msg["infer"] = {**msg["infer"], "enumerate": "parallel" if wanted else None}
+        wanted, mark = self._wanted(msg), msg["infer"].get("enumerate")
+        msg["infer"] = {**msg["infer"], "enumerate": "parallel" if wanted else None if mark == "parallel" else mark}
         super()._pyro_sample(msg)
         scope = dict(self._param_dims.get(name, {}))
         if wanted:
@@ -66,15 +66,16 @@ class _Side(EnumMessenger):
         msg["nesting"] = self.layout.nesting
 
     def _wanted(self, msg: Message) -> bool:
-        name, mark = msg["name"], msg["infer"].get("enumerate")
+        name = msg["name"]
         if msg["is_observed"] or msg["value"] is not None or (self.drawn is not None and name in self.drawn):
             return False
-        if mark:
-            check_mark(name, msg["infer"], "guide" if self.drawn is None else "model")
+        if marked(msg["infer"], "guide" if self.drawn is None else "model"):
+            check_mark(name, msg["infer"])
         elif self.drawn is None or not self.layout.asked(name) or not countable(msg["fn"]):
             return False
         dims = frozenset(f.dim for f in msg["cond_indep_stack"] if f.dim is not None)
-        check_elements(name, msg["fn"], unwrapped(msg["fn"]), countable(msg["fn"]), dims, self.layout.nesting)
+        base = unwrapped(msg["fn"])
+        check_elements(name, msg["fn"], base, countable(base), dims, self.layout.nesting)
         return True
 
 

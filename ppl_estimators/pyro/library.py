@@ -28,11 +28,12 @@ from ..core.estimator import Estimator, Noise
 from ..core.keep import Keeps, Kept
 from ..core.objectives import NAME, check_dreams
 from ..core.ops import Ops
-from ..core.plan import Group, Plan, Settings, check_keys, make_plan, requested
+from ..core.plan import Group, Plan, Settings, check_keys, make_plan
 from ..core.posterior import Tables, Uniform
 from ..core.site import Plate, Site, Term
 from ..core.step import Joined, Run, Values
 from ..core.verify import cost_of, equal, look, not_the_same, run_again
+from ..policy import requested
 from .baseline import from_baseline
 from .buffers import Buffers
 from .dependencies import Holdings, Provenance, StopParameters, as_written, reachable
@@ -456,7 +457,7 @@ class PyroLibrary:
 
     def keep(self, site: Site, estimator: Estimator, given: Values, like: Array) -> Kept:
         if self.vectorized:
-            site = replace(site, lead=1, **_without_particles(site))
+            site = self._led(site)
         declared = estimator.keeps(site, given)
         if not declared:
             return Kept(given=given)
@@ -569,20 +570,23 @@ class PyroLibrary:
         members = [run.sites[n] for n in group.sites]
         count, depth = sharing.count, sharing.depth
         plate = Plate(_ALTERNATIVES, -depth, count)
-        stacked, wide = {}, []
+        stacked, wide, places = {}, [], {}
         for s in members:
-            pad = (1,) * (depth - 1 - len(s.batch_shape))
+            own = len(s.batch_shape)
+            pad, place = max(0, depth - 1 - own), max(0, own - (depth - 1))  # left of it are enumerated values
+            places[s.name] = place
             x = torch.stack([v[s.name] for v in values])
-            stacked[s.name] = x.reshape(count, *pad, *x.shape[1:])
-            wide.append(replace(s, plates=s.plates | {plate}, batch_shape=(count, *pad, *s.batch_shape)))
+            stacked[s.name] = x.reshape(count, *(1,) * pad, *x.shape[1:]).movedim(0, place)
+            shape = (*s.batch_shape[:place], count, *(1,) * pad, *s.batch_shape[place:])
+            wide.append(replace(s, plates=_beside(s.plates, plate), batch_shape=shape))
         graph = run.plan.graph
-        graph = Graph(graph.ancestors, {n: p | {plate} for n, p in graph.plates.items()})
+        graph = Graph(graph.ancestors, {n: _beside(p, plate) for n, p in graph.plates.items()})
         with sharing:
             costs, terms = evaluate(stacked, wide, graph, plate)
         return {
-            s.name: costs[s.name].expand(count, *w.plate_shape[1:]).reshape(count, *s.plate_shape)
+            s.name: costs[s.name].expand(w.plate_shape).movedim(places[s.name], 0).reshape(count, *s.plate_shape)
             for s, w in zip(members, wide, strict=True)
-        }, terms
+        }, {k: x.movedim(-depth, 0) if x.ndim > depth else x for k, x in terms.items()}
 
     def slopes(
         self, total: Callable[[Values], tuple[Array, Values]], values: Values
@@ -616,6 +620,8 @@ class PyroLibrary:
             sites[name] = self._facts(run.sites[name])
             estimators[name], kept[name] = run.plan.estimators[name], run.kept[name]
             joined[name] = self._joined([a for a, _ in here])
+            if left := self._left_of_particles(run.sites[name]):
+                joined[name] = _particles_first(joined[name], left)
         labels = ("objective", "held", "dreamt")
         collected = {label: self._collected([a.get(label) for a in arrays], total) for label in labels}
         both = {label: self._joined([a.get(label, {}) for a in arrays]) for label in ("averages", "posterior")}
@@ -704,19 +710,34 @@ class PyroLibrary:
     def _facts(self, site: Site) -> Site:
         if not self.vectorized:
             return site
-        for values in (p for p in site.plates if p.values):
-            raise site_error(
-                site.name,
-                f"drawn for each value of '{values.name}', which the guide enumerates, by all particles at once",
-                "Pass vectorize_particles=False.",
-            )
-        if len(site.batch_shape) != self.max_plate_nesting:
+        if len(site.batch_shape) - self._left_of_particles(site) != self.max_plate_nesting:
             raise EstimatorError(
                 f"site '{site.name}': batch shape {site.batch_shape} with max_plate_nesting={self.max_plate_nesting}, "
                 "the particles included: the particle axis must be the leftmost. Pass a max_plate_nesting that covers "
                 "every batch dimension, or vectorize_particles=False."
             )
-        return site.filled(**_without_particles(site))
+        return site.filled(**self._without_particles(site))
+
+    def _left_of_particles(self, site: Site) -> int:
+        """How many axes of values that the guide enumerates lie left of all particles."""
+        values = self.vectorized and any(p.values for p in site.plates)
+        return len(site.batch_shape) - int(self.max_plate_nesting) if values else 0
+
+    def _without_particles(self, site: Site) -> dict[str, Any]:
+        """Plates and batch shape of a vectorised site, the particle axis being its leading one."""
+        left, shape = self._left_of_particles(site), site.batch_shape
+        return {
+            "plates": frozenset(_moved(p, 1) if p.values else p for p in site.plates if p.name != _PARTICLES),
+            "batch_shape": (*shape[:left], *shape[left + 1 :]),
+        }
+
+    def _led(self, site: Site) -> Site:
+        """A vectorised site with the particles in front."""
+        arrays, left = {}, self._left_of_particles(site)
+        if left:
+            found = {k: getattr(site, k) for k in ("scale", "logits", "named", "log_q", "score_norm", "value")}
+            arrays = _particles_first(found, left)
+        return replace(site, lead=1, **{**arrays, **self._without_particles(site)})
 
     def _joined(self, rows: Sequence[Any], axis: int = 0) -> Any:
         """Arrays of one particle each, joined along a new particle axis (or as they are, if vectorised)."""
@@ -805,12 +826,27 @@ def _shape(x: Any) -> Hashable:
     return x if x is None or isinstance(x, (bool, int, str)) else kind
 
 
-def _without_particles(site: Site) -> dict[str, Any]:
-    """Plates and batch shape of a vectorised site, the particle axis being its leading one."""
-    return {
-        "plates": frozenset(p for p in site.plates if p.name != _PARTICLES),
-        "batch_shape": site.batch_shape[1:],
-    }
+def _beside(plates: frozenset[Plate], alternatives: Plate) -> frozenset[Plate]:
+    """With a plate of alternatives, which lies right of enumerated values."""
+    return frozenset(_moved(p, -1) if p.values else p for p in plates) | {alternatives}
+
+
+def _moved(plate: Plate, by: int) -> Plate:
+    """``by`` dimensions to the right."""
+    return plate._replace(dim=plate.dim + by)
+
+
+def _particles_first(found: Mapping[str, Any], left: int) -> dict[str, Any]:
+    """Arrays whose particle axis comes behind ``left`` others, with that in front (behind the alternatives)."""
+    moved: dict[str, Any] = {}
+    for key, x in found.items():
+        first = 1 if key == "elsewhere" else 0
+        moved[key] = tree_map(lambda a: a.movedim(left + first, first) if _has(a, left + first) else a, x)  # noqa: B023
+    return moved
+
+
+def _has(x: Any, axis: int) -> bool:
+    return isinstance(x, torch.Tensor) and x.ndim > axis
 
 
 def _detached(x: Any) -> Any:

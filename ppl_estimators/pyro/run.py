@@ -16,7 +16,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 
 from ..core import families
-from ..core.enumeration import Enumeration, Unplaced, missing
+from ..core.enumeration import Enumeration, Unplaced, marked, missing
 from ..core.errors import EstimatorError, site_error
 from ..core.posterior import Tables
 from ..core.site import Plate, Site, Term
@@ -111,7 +111,7 @@ class _Conduct(Messenger):
                 msg["value"], msg["done"] = self.subsamples[msg["name"]], True
             return
         latent = not (msg["is_observed"] or msg["done"])
-        if latent and self.layout is None and self.side == "guide" and msg["infer"].get("enumerate"):
+        if latent and self.layout is None and self.side == "guide" and marked(msg["infer"], "guide"):
             raise Unplaced(msg["name"])
         if self.provenance is not None and not latent and is_enumerated(msg):
             self.provenance.adopt(msg["value"])  # all there are, whatever was drawn

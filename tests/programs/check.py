@@ -198,7 +198,10 @@ class _NumPyroDraws(_Draws):
 
         super().__init__(program, answer)
         elbo = EstimatorELBO(
-            named(program), num_particles=program.particles, vectorize_particles=program.vectorized, average_model=program.average_model
+            named(program),
+            num_particles=program.particles,
+            vectorize_particles=program.vectorized,
+            average_model=program.average_model,
         )
         model, guide = build(program, InNumPyro())
         guide = with_estimators(guide, estimators(program))
@@ -337,17 +340,28 @@ class Cell:
     refusals: list[str]
 
 
-def cell(seed: int, max_draws: int = MAX_DRAWS) -> Cell:
-    """The seed's program in both libraries. An estimator that a library refuses gives way to the default there."""
-    from .generate import generate
+def cell(seed: int, max_draws: int = MAX_DRAWS, sums: bool = False) -> Cell:
+    """The seed's program in both libraries, one with sums or without. An estimator that a library refuses gives way to
+    the default there."""
+    from .generate import generate, with_sums
 
-    drawn = generate(seed)
+    drawn = with_sums(seed) if sums else generate(seed)
     answer = exact(drawn)
     programs, verdicts, refusals = {}, {}, []
     for library in LIBRARIES:
         programs[library], verdicts[library], refused = retried(drawn, library, answer, max_draws)
         refusals += refused
     return Cell(seed, programs, verdicts, refusals)
+
+
+def summed(seed: int) -> Cell:
+    """The same for a program that draws nothing."""
+    from .generate import with_sums
+
+    program = with_sums(seed, drawn=False)
+    answer = exact(program)
+    verdicts = {library: summed_exactly(program, library, answer) for library in LIBRARIES}
+    return Cell(seed, dict.fromkeys(LIBRARIES, program), verdicts, [])
 
 
 def shrunk(program: Program, failure: Verdict, seconds: float = 120.0) -> tuple[Program, Verdict]:

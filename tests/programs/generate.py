@@ -234,7 +234,35 @@ def _marked(rng: Random, program: Program, drawn: float) -> Program | None:
     factors = [f for f in factors if f.side == "model" or not gone & f.parents.keys()]
     if not any(z.name in x.parents for z in latents if z.mark for x in (*observed, *factors)):
         return None
-    return replace(program, latents=tuple(latents), observed=tuple(observed), factors=tuple(factors))
+    program = replace(program, latents=tuple(latents), observed=tuple(observed), factors=tuple(factors))
+    return program if _summable(program, held) else None
+
+
+def _summable(program: Program, held: dict[str, frozenset[str]]) -> bool:
+    """Is no sum one over all combinations of values in all elements of a plate? What sites that are summed together
+    share must tell their plates apart, and hold those of values that the guide enumerates."""
+    blocks: list[tuple[set[str], set[frozenset[str]]]] = []  # summed sites; plates of each factor
+    values: list[frozenset[str]] = []
+    factors = [(z.name, z.axes, z.model) for z in program.latents if not z.auxiliary]
+    factors += [(x.name, x.axes, x.parents) for x in program.observed]
+    factors += [(f.name, f.axes, f.parents) for f in program.factors if f.side == "model"]
+    summed = {z.name: frozenset(z.axes) for z in program.latents if z.summed}
+    for name, axes, parents in factors:
+        seen = {name, *parents}
+        names, plates = seen & summed.keys(), {frozenset(axes) & {*PLATES}}
+        over = frozenset().union(*(held.get(n, frozenset()) for n in seen - summed.keys()))
+        if not names:
+            continue
+        apart = []
+        for block, value in zip(blocks, values, strict=True):
+            if block[0] & names:
+                names, plates, over = names | block[0], plates | block[1], over | value
+            else:
+                apart.append((block, value))
+        blocks, values = [b for b, _ in apart] + [(names, plates)], [v for _, v in apart] + [over]
+    return all(over <= summed[n] for (names, _), over in zip(blocks, values, strict=True) for n in names) and not any(
+        a - b and b - a for names, _ in blocks for a in map(summed.get, names) for b in map(summed.get, names)
+    )
 
 
 def _axes(rng: Random, layout: Axes, event: float) -> Axes:

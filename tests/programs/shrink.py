@@ -77,6 +77,8 @@ def _changes(x: Any) -> Iterator[dict[str, Any]]:
     for name in ("shared", "auxiliary", "learned"):
         if getattr(x, name, False):
             yield {name: False}
+    if getattr(x, "mark", None):
+        yield {"mark": None}
     if getattr(x, "tied", ()):
         yield {"tied": ()}
     for axis in x.axes:
