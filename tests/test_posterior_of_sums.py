@@ -227,7 +227,7 @@ def test_chains_are_forward_and_backward():
             for t in (3, 2, 1, 0):
                 after = expected[t + 1, s]
                 chance = softmax(forward[t, s] + law[:, after])
-                expected[t, s] = np.searchsorted(chance.cumsum(), u[t, s, after])
+                expected[t, s] = np.searchsorted(chance.cumsum(), u[t + 1, s, after])
         np.testing.assert_array_equal(z, expected)
 
 

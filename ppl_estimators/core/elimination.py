@@ -24,12 +24,12 @@ from .site import Plate
 
 class Time(NamedTuple):
     """The steps of a scan, which runs from the last to the first if ``reverse``. ``carried``: of each value that goes
-    from step to step its names before and after a step, and the number of values. Before the first step it has none:
-    nothing depends on it there."""
+    from step to step its names, those before a step from the oldest on and that after it, and the number of values.
+    Before the first step it has none: nothing depends on it there."""
 
     name: str
     reverse: bool = False
-    carried: tuple[tuple[str, str, int], ...] = ()
+    carried: tuple[tuple[tuple[str, ...], int], ...] = ()
 
 
 #: a site that is summed out, by its name; a plate; the steps of a scan
@@ -125,8 +125,8 @@ def placed(ops: Ops, f: Factor) -> Array:
 def marginal(ops: Ops, factors: Sequence[Factor], above: Mapping[Plate, frozenset[Plate]] | None = None) -> Factor:
     """log Σ Π of a block of factors, in the plates that hold all of them. Axes of values that the guide enumerates
     stay; ``above`` says in which plates they are."""
-    chains = {t: {n for before, after, _ in t.carried for n in (before, after)} for f in factors for t in f.inside
-              if isinstance(t, Time)}  # fmt: skip
+    times = {t for f in factors for t in f.inside if isinstance(t, Time)}
+    chains = {t: {n for names, _ in t.carried for n in names} for t in times}
     home: dict[str, frozenset[Plate | Time]] = {}  # what holds all factors of a variable
     for f in factors:
         for name in f.summed:
@@ -136,7 +136,7 @@ def marginal(ops: Ops, factors: Sequence[Factor], above: Mapping[Plate, frozense
     for t, names in chains.items():
         if carrying := [f.inside for f in factors if t in f.inside and f.summed & names]:
             along[t] = frozenset.intersection(*carrying)
-            for _, after, _ in t.carried:
+            for after in (n for names_, _ in t.carried for n in names_[1:]):
                 home[after] = home.get(after, along[t]) & (along[t] - {t})
     root = frozenset.intersection(*(f.inside for f in factors)) - along.keys()
     floor = ops.like(_IMPOSSIBLE, factors[0].value)
@@ -187,22 +187,29 @@ def _product(ops: Ops, f: Factor, over: frozenset[Plate | Time], above: Mapping[
 
 def _last(ops: Ops, f: Factor, time: Time) -> Factor:
     """Summed over all values that a scan carries but the last, one step after another."""
-    befores, afters, sizes = zip(*time.carried, strict=True)
-    rest = tuple(a for a in f.axes if a != time and a not in befores and a not in afters)
-    size = {**dict(zip(f.axes, f.value.shape, strict=True)), **dict(zip(befores, sizes, strict=True)),
-            **dict(zip(afters, sizes, strict=True))}  # fmt: skip
-    axes = (time, *rest, *befores, *afters)
+    oldest = tuple(names[0] for names, _ in time.carried)
+    newer = tuple(n for names, _ in time.carried for n in names[1:])
+    rest = tuple(a for a in f.axes if a != time and a not in oldest and a not in newer)
+    size = dict(zip(f.axes, f.value.shape, strict=True)) | {n: k for names, k in time.carried for n in names}
+    axes = (time, *rest, *oldest, *newer)
     value = ops.broadcast_to(_along(ops, f, axes), tuple(size[a] for a in axes))
-    outer, states = tuple(size[a] for a in rest), math.prod(sizes)
-    value = ops.reshape(value, (size[time], *outer, states, states))
+    outer, states = tuple(size[a] for a in rest), math.prod(size[n] for n in oldest)
+    new = tuple(size[n] for n in newer)
+    value = ops.reshape(value, (size[time], *outer, states, *new))
     if time.reverse:
         value = ops.flip(value, axis=0)
+    # what a step ends with, [*outer, *newer], begins the next as [*outer, *oldest, *newer but the last of each]
+    held = tuple(n for names, _ in time.carried for n in names[:-1])
+    order = [held.index(n) for n in (*oldest, *(n for n in newer if n in held))]
+    begins = (*outer, states, *(size[n] if n in held else 1 for n in newer))
 
     def step(ops: Ops, total: Array, new: Array) -> Array:
-        return ops.logsumexp(total[..., None] + new, axis=-2)
+        total = ops.permute_dims(total, (*range(len(outer)), *(len(outer) + i for i in order)))
+        return ops.logsumexp(ops.reshape(total, begins) + new, axis=len(outer))
 
-    total = ops.fold(step, value[0][..., 0, :], value[1:])
-    return Factor(ops.reshape(total, (*outer, *sizes)), (*rest, *afters))
+    nothing = ops.like([0.0, *[_IMPOSSIBLE] * (math.prod(new) - 1)], value)  # is like the first of all values
+    start = ops.broadcast_to(ops.reshape(nothing, (*(1,) * len(outer), *new)), (*outer, *new))
+    return Factor(ops.fold(step, start, value), (*rest, *newer))
 
 
 def joined(ops: Ops, factors: Sequence[Factor]) -> Factor:

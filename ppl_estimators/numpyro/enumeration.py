@@ -89,9 +89,8 @@ class Layout:
         site, when it ends; there it is moved from this to that. After the scan it lies where a step would begin.
         """
         f, first, xs, length, reverse = args
-        kwargs.pop("history", None)  # of the steps that a step may look back at one is supported, and that is checked
         self._scans += 1
-        found = _Scan(self, drawn, f"scan {self._scans}")
+        found = _Scan(self, drawn, f"scan {self._scans}", kwargs.pop("history", 1))
         run = partial(scan_wrapper, xs=xs, length=length, reverse=reverse, **kwargs)
         outside = dict(self.axes)
         try:
@@ -99,33 +98,34 @@ class Layout:
             if not found.sizes:
                 return run(f, carry)
             (steps, key, last), (trace, ys) = run(found.step(f, carry), carry)
-            inside = {**self.axes, **{found.before(n): _before(n) for n in found.carried}}
+            inside = {**self.axes, **{found.before(n, k): _before(n, k) for n, k in found.moves}}
         finally:
             self.axes = outside
-        time = Time(found.name, bool(reverse), tuple((_before(n), n, found.sizes[n]) for n in found.carried))
+        names = {n: tuple(_before(n, k) for k in range(found.depth(n), -1, -1)) for n, k in found.moves if k == 1}
+        time = Time(found.name, bool(reverse), tuple((names[n], found.sizes[n]) for n in names))
         for msg in trace.trace.values():
             msg["time"], msg["scope"] = time, inside
-        self.axes |= {found.before(n): n for n in found.carried}
+        self.axes |= {found.before(n, k): _before(n, k - 1) for n, k in found.moves}
         return (steps, key, last), (trace, ys)
 
 
-def _before(name: str) -> str:
-    return f"{name} before"
+def _before(name: str, steps: int) -> str:
+    return name if steps == 0 else f"{name} {steps} before"
 
 
 class _Scan:
     """What goes from step to step in a scan of the model."""
 
-    def __init__(self, layout: Layout, drawn: Mapping[str, Message], name: str):
-        self.layout, self.drawn, self.name = layout, drawn, name
+    def __init__(self, layout: Layout, drawn: Mapping[str, Message], name: str, history: int):
+        self.layout, self.drawn, self.name, self.history = layout, drawn, name, history
         self.sizes: dict[str, int] = {}  # of the sites that are summed out
-        self.carried: dict[str, None] = {}
+        self.moves: dict[tuple[str, int], None] = {}  # which are carried, as the value of so many steps before
 
-    def after(self, name: str) -> int:
-        return self.layout.place(name, _GAP)
+    def before(self, name: str, steps: int) -> int:
+        return self.layout.place(_before(name, steps), _GAP)
 
-    def before(self, name: str) -> int:
-        return self.layout.place(_before(name), _GAP)
+    def depth(self, name: str) -> int:
+        return max(k for n, k in self.moves if n == name)
 
     def begin(self, run: Any, f: Any, carry: Any) -> Any:
         """``carry``, wide enough for whatever a step ends with."""
@@ -155,7 +155,7 @@ class _Scan:
     def moved(self, x: Any) -> Any:
         """What a step ends with, as the next begins with it."""
         x = jnp.asarray(x)
-        ends = {d for n in self.sizes for d in (self.after(n), self.before(n))}
+        ends = {self.before(n, k) for n in self.sizes for k in range(self.history + 1)}
         events = next((e for d in sorted(ends) if 0 <= (e := x.ndim + d) < _GAP), None)
         if events is None:
             return x
@@ -163,19 +163,23 @@ class _Scan:
         def at(dim: int) -> int:
             return x.ndim + dim - events
 
+        def lies(name: str, steps: int) -> bool:
+            dim = at(self.before(name, steps))
+            return dim >= 0 and x.shape[dim] != 1
+
         for n in self.sizes:
-            if at(self.before(n)) >= 0 and x.shape[at(self.before(n))] != 1:
+            if lies(n, self.history):
                 raise site_error(
                     n,
-                    "summed out in a scan that carries what depends on its value of a step before the last",
-                    "Let the scan carry the value itself, of one step; a longer memory is one site with a value for "
-                    "each combination.",
+                    f"summed out in a scan that carries what depends on its value {self.history + 1} steps before",
+                    f"Say how far a step looks back, scan(..., history={self.history + 1}); what depends on all steps "
+                    "before can't be carried.",
                 )
-        for n in self.sizes:
-            if at(self.after(n)) >= 0 and x.shape[at(self.after(n))] != 1:
-                self.carried.setdefault(n)
-                x = jnp.reshape(x, (*(1,) * max(0, -at(self.before(n))), *x.shape))
-                x = jnp.swapaxes(x, at(self.after(n)), at(self.before(n)))
+            for k in range(self.history, 0, -1):
+                if lies(n, k - 1):
+                    self.moves.setdefault((n, k))
+                    x = jnp.reshape(x, (*(1,) * max(0, -at(self.before(n, k))), *x.shape))
+                    x = jnp.swapaxes(x, at(self.before(n, k - 1)), at(self.before(n, k)))
         return x
 
 
