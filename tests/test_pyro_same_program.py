@@ -2,7 +2,9 @@
 
 import gc
 import itertools
+import math
 import warnings
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -182,6 +184,103 @@ def test_batch_normalisation_counts_the_batches_of_the_stock_elbo(estimator):
     torch.testing.assert_close(own, mean)
 
 
+CALLS = 0
+FLOATS = torch.zeros(())
+
+
+class Keeping(torch.nn.Module):
+    """Writes something at every call, in each way that a program may."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("new", torch.tensor(0.0))
+        self.calls, self.average, self.in_place = 0, torch.tensor(0.0), torch.tensor(0.0)
+        self.log, self.last, self.of = [], deque(maxlen=3), {"calls": 0}
+        self.running = torch.zeros(4), torch.ones(4)
+        self.count, self.counted = self.counter()
+
+    def counter(self):
+        n = 0
+
+        def count():
+            nonlocal n
+            n += 1
+            return n
+
+        return count, lambda: n
+
+    def forward(self, x):
+        global CALLS
+        CALLS += 1
+        FLOATS.add_(1)
+        self.calls += 1
+        self.of["calls"] += 1
+        self.count()
+        self.log.append(float(self.calls))
+        self.last.append(self.calls)
+        self.new = self.new + self.calls
+        self.average = 0.9 * self.average + 0.1 * self.calls
+        self.in_place.mul_(0.9).add_(self.calls)
+        return torch.nn.functional.batch_norm(x, *self.running, training=True).mean()
+
+    def kept(self):
+        own = (self.calls, self.of["calls"], self.counted(), len(self.log), *self.log, *self.last, CALLS, FLOATS.item())
+        return torch.tensor([*own, self.new, self.average, self.in_place, *self.running[0], *self.running[1]])
+
+
+@pytest.mark.parametrize("estimator", [DisARM(), Enumerate(), REBAR(), Reinforce(MovingAverage()), None], ids=repr)
+def test_what_a_program_keeps_is_what_one_run_a_step_leaves(estimator):
+    """Numbers, tensors and lists in attributes, dictionaries, closures and globals; the first step, which looks at the
+    program, included, and a loss without a gradient."""
+    x = torch.linspace(-1.0, 3.0, 8).reshape(2, 4)
+
+    def left(elbo):
+        global CALLS
+        CALLS = 0
+        FLOATS.zero_()
+        net = Keeping()
+
+        def guide():
+            pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.2)) + net(x)))
+
+        def model():
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(z + 0.01 * net(x), 1.0), obs=torch.tensor(0.7))
+
+        pyro.clear_param_store()
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), elbo)
+        for _ in range(3):
+            svi.step()
+        svi.evaluate_loss()
+        return net.kept()
+
+    torch.testing.assert_close(left(EstimatorELBO(estimator)), left(Trace_ELBO()))
+
+
+def test_a_program_sees_what_its_last_step_left():
+    """The model looks at the value of the step before: exact under Enumerate(), where no further run may change it."""
+    kept = {"z": torch.tensor(0.0)}
+
+    def model():
+        z = pyro.sample("z", dist.Bernoulli(0.4))
+        pyro.factor("f", -0.5 * (1.2 - 1.5 * z + 0.8 * kept["z"]) ** 2)
+        kept["z"] = z.detach()
+
+    def guide():
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.3))))
+
+    q, before = torch.tensor(0.3).sigmoid(), []
+    cost = [0.3 + math.log(1.5) + ((1.2 + 0.8 * y - 1.5) ** 2 - (1.2 + 0.8 * y) ** 2) / 2 for y in (0.0, 1.0)]
+    elbo = EstimatorELBO(Enumerate())
+    for _ in range(12):
+        pyro.clear_param_store()
+        before.append(int(kept["z"]))
+        elbo.loss_and_grads(model, guide)
+        (logit,) = (p for _, p in pyro.get_param_store().named_parameters())
+        torch.testing.assert_close(logit.grad, q * (1 - q) * cost[before[-1]])
+    assert len(set(before)) == 2
+
+
 def batches(make):
     """Model and guide of which the guide takes its batch from an iterator; how many it has taken."""
     supply, count = iter(make()), itertools.count()
@@ -268,6 +367,95 @@ def test_a_dependency_that_nobody_sees_is_found_and_assumed():
         unverified = EstimatorELBO(verify=False)
         gradients(unverified, model, guide)
         assert unverified.memory.last.depends_on["model", "x"] == set()
+
+
+def unseen(z, f=float):
+    """Of the elements of ``z``, by another thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return torch.tensor(pool.submit(lambda: f(*z.reshape(-1).tolist())).result())
+
+
+def where_a_branch_is_taken(on):
+    if pyro.sample("k", dist.Bernoulli(0.5)):
+        pyro.factor("g", torch.tensor(-0.7))
+    pyro.factor("f", unseen(pyro.sample("z", dist.Bernoulli(0.4).expand([2]).to_event(1))[0]))
+
+
+def where_two_are_alike(on):
+    pyro.sample("k", dist.Bernoulli(0.5))
+    pyro.factor("f", unseen(pyro.sample("z", dist.Bernoulli(0.4).expand([2]).to_event(1)), lambda a, b: float(a == b)))
+
+
+def where_others_are_not_taken(on):
+    assert pyro.sample("k", dist.Bernoulli(0.5)).isfinite(), "unreachable"
+    z = pyro.sample("z", dist.Bernoulli(0.4).expand([2]).to_event(1))
+    k = pyro.sample("never", dist.Categorical(torch.tensor([0.5, 0.5, 0.0])))
+    with torch.no_grad():
+        unseen(k, lambda k: 1 / (k != 2))
+    pyro.factor("f", unseen(z[0]))
+
+
+def where_a_flag_says_so(on):
+    """The structure is that of the call before."""
+    pyro.sample("k", dist.Bernoulli(0.5))
+    z = pyro.sample("z", dist.Bernoulli(0.4).expand([2]).to_event(1))
+    pyro.factor("f", unseen(z[0]) if on else torch.tensor(0.0))
+
+
+def at_the_ninth_structure(on):
+    pyro.sample("k", dist.Bernoulli(0.5))
+    z = pyro.sample("z", dist.Bernoulli(0.4).expand([2]).to_event(1))
+    for i in range(9 if on else 0):
+        pyro.factor(f"f{i}", torch.tensor(0.0))
+    pyro.factor("f", unseen(z[0]) if on else torch.tensor(0.0))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        where_a_branch_is_taken,
+        where_two_are_alike,
+        where_others_are_not_taken,
+        where_a_flag_says_so,
+        at_the_ninth_structure,
+    ],
+)
+def test_where_a_dependency_is_lost(model):
+    def guide(on):
+        pyro.sample("k", dist.Bernoulli(0.5))
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.zeros(2))).to_event(1))
+        if model is where_others_are_not_taken:
+            pyro.sample("never", dist.Categorical(logits=torch.tensor([0.0, 0.0, -90.0])))
+
+    def earlier(on, n=0):
+        model(on)
+        for i in range(n):
+            pyro.factor(f"more{i}", torch.tensor(0.0))
+
+    elbo = EstimatorELBO(Reinforce(MovingAverage()))
+    for n in range(8 if model is at_the_ninth_structure else 1):
+        if model in (where_a_flag_says_so, at_the_ninth_structure):
+            elbo.loss_and_grads(lambda on, n=n: earlier(on, n), guide, False)
+    with pytest.warns(EstimatorWarning, match="site 'z': log p of 'f' moves"):
+        elbo.loss_and_grads(earlier, guide, True)
+    assert elbo.memory.last.depends_on["model", "f"] >= {"z"}
+
+
+def test_another_program_of_the_same_plan_is_verified_too():
+    def guide():
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.3))))
+
+    def without():
+        pyro.sample("z", dist.Bernoulli(0.4))
+        pyro.factor("f", torch.tensor(0.0))
+
+    def lost():
+        pyro.factor("f", unseen(pyro.sample("z", dist.Bernoulli(0.4))))
+
+    elbo = EstimatorELBO(Reinforce(MovingAverage()))
+    elbo.loss_and_grads(without, guide)
+    with pytest.warns(EstimatorWarning, match="site 'z': log p of 'f' moves"):
+        elbo.loss_and_grads(lost, guide)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")

@@ -86,11 +86,11 @@ class Policy(Protocol):
 @dataclass(frozen=True)
 class Situation:
     """What a policy may look at beside the sites: ``asked``, the estimators that were named for other sites;
-    ``branches``, whether the program decides something on a drawn value."""
+    ``branches``, on which of all sites' drawn values the program decides something."""
 
     asked: Mapping[str, Estimator]
     particles: int
-    branches: bool
+    branches: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Plan:
     graph: Graph
     groups: tuple[Group, ...]
     particles: int
-    branches: bool
+    branches: frozenset[str] = frozenset()  # sites on whose drawn values the program decides something
     keeps_score: bool = False  # -log q, in the objective
     analytic: frozenset[str] = frozenset()  # sites whose divergence from the model's law is taken in closed form
 
@@ -217,12 +217,17 @@ class Plan:
 
 
 def make_plan(
-    sites: Sequence[Site], terms: Sequence[Term], graph: Graph, settings: Settings, *, branches: bool = False
+    sites: Sequence[Site],
+    terms: Sequence[Term],
+    graph: Graph,
+    settings: Settings,
+    *,
+    branches: frozenset[str] = frozenset(),
 ) -> Plan:
     """Resolve every latent site of the guide (in its order), check the choices, and group the evaluations.
 
-    ``branches``: the program decided something on a drawn value. Who depends on whom then holds for the drawn values
-    only, so every site takes its counterfactual values alone.
+    ``branches``: sites on whose drawn values the program decided something. If there are any, who depends on whom holds
+    for the drawn values only, so every site takes its counterfactual values alone.
     """
     particles, objective = settings.particles, settings.objective
     asked = {s.name: settings.asked(s.name, s.requested) for s in sites}
@@ -273,7 +278,7 @@ def _bare(sites: Sequence[Site]) -> str:
 
 
 def _groups(
-    views: Mapping[str, Site], chosen: Mapping[str, Estimator], graph: Graph, branches: bool
+    views: Mapping[str, Site], chosen: Mapping[str, Estimator], graph: Graph, branches: frozenset[str]
 ) -> tuple[Group, ...]:
     groups = []
     alternatives = {n: chosen[n].alternatives(s) for n, s in views.items()}

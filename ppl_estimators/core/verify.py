@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 
 #: side and site of a cost term
 Key = tuple[str, str]
-#: the cost terms when some latent sites take other values
-Evaluate = Callable[[Sequence[str]], Mapping[Key, Array]]
+#: the cost terms when some latent sites take other values, by a pattern (see `elements`)
+Evaluate = Callable[[Sequence[str], int], Mapping[Key, Array]]
 #: says whether a term has the same value as another time
 Same = Callable[[Array, Array], bool]
 
 #: most further runs of the program at a step, and in a test
 BUDGET, THOROUGH = 24, 1000
+#: of elements in the values of one site, beyond all at once
+_PATTERNS = 3
 
 
 class Library(Protocol):
@@ -41,8 +43,9 @@ class Library(Protocol):
     passing: str
     choosing: str
 
-    def moved(self, run: Run, sites: Sequence[str]) -> Mapping[Key, Array]:
-        """The cost terms of a further run in which ``sites`` take other values; all others keep those of ``run``."""
+    def moved(self, run: Run, sites: Sequence[str], pattern: int) -> Mapping[Key, Array]:
+        """The cost terms of a further run in which ``sites`` take other values, by a pattern; all others keep those of
+        ``run``."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,11 @@ def look(library: Library, run: Run, budget: int = BUDGET) -> Found:
         changing = unstable(evaluate, terms, same)
     except Exception as error:
         return Found(list(terms), error)
-    if changing or plan.branches:  # which other values may not take
+    if changing:
         return Found(changing)
-    try:
-        return Found([], lost=lost(evaluate, terms, depends_on, plan.local, same, budget))
-    except Exception:  # a value that the program does not take
-        return Found([])
+    held = [n for n in plan.local if n not in plan.branches]  # other values of those may take another branch
+    patterns = 1 + min(_PATTERNS, max(((plan.sites[n].lanes - 1).bit_length() for n in held), default=0))
+    return Found([], lost=lost(evaluate, terms, depends_on, held, same, budget, patterns))
 
 
 def run_again(library: Library, plan: Plan) -> list[str]:
@@ -145,32 +147,51 @@ def cost_of(term: Key) -> str:
 
 def unstable(evaluate: Evaluate, terms: Mapping[Key, Array], same: Same) -> list[Key]:
     """The terms that are not the same when the program is run again with the same values."""
-    again = evaluate(())
+    again = evaluate((), 0)
     return [k for k, value in terms.items() if k not in again or not same(value, again[k])]
 
 
 def lost(
     evaluate: Evaluate, terms: Mapping[Key, Array], depends_on: Mapping[Key, frozenset[str]], sites: Sequence[str],
-    same: Same, budget: int = BUDGET,
+    same: Same, budget: int = BUDGET, patterns: int = 1,
 ) -> tuple[Key, str] | None:  # fmt: skip
     """A term that moves with a site on which it was said not to depend, if there is one."""
-    for group, silent in groups({k: depends_on[k] for k in terms}, sites, budget):
-        moved = _moved(evaluate, terms, group, silent, same)
-        if moved is None:
-            continue
-        while len(group) > 1:
-            half = group[: len(group) // 2]
-            found = _moved(evaluate, terms, half, [moved], same)
-            group = half if found else group[len(half) :]
-        return moved, group[0]
+    asked = {k: depends_on[k] for k in terms}
+    for pattern in range(patterns):
+        change = partial(_moved, evaluate, terms, same, pattern)
+        for group, silent in groups(asked, sites, budget):
+            budget -= 1
+            moved = change(group, silent)
+            if moved is None:
+                continue
+            while len(group) > 1:
+                half = group[: len(group) // 2]
+                group = half if change(half, [moved]) else group[len(half) :]
+            return moved, group[0]
     return None
 
 
 def _moved(
-    evaluate: Evaluate, terms: Mapping[Key, Array], group: Sequence[str], silent: Sequence[Key], same: Same
+    evaluate: Evaluate,
+    terms: Mapping[Key, Array],
+    same: Same,
+    pattern: int,
+    group: Sequence[str],
+    silent: Sequence[Key],
 ) -> Key | None:
-    elsewhere = evaluate(group)
+    try:
+        elsewhere = evaluate(group, pattern)
+    except Exception:  # a value that the program does not take: those of some of the group it may
+        half = len(group) // 2
+        parts = (group[:half], group[half:]) if half else ()
+        return next((k for p in parts if (k := _moved(evaluate, terms, same, pattern, p, silent))), None)
     return next((k for k in silent if k in elsewhere and not same(terms[k], elsewhere[k])), None)
+
+
+def elements(pattern: int, count: int) -> list[int]:
+    """Which of a site's elements take another value. Pattern 0: all; what depends on whether two are alike is then what
+    it was. Pattern k: those whose number has the bit k - 1. Any two of 2^k elements differ in one of k patterns."""
+    return [i for i in range(count) if pattern == 0 or i >> (pattern - 1) & 1]
 
 
 def groups(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from numpyro.distributions.transforms import AffineTransform, Transform
 from ..core import families
 from ..core.errors import site_error
 from ..core.site import Plate, Site
+from ..core.verify import elements
 from ..policy import requested
 from .dependencies import differentiable, edges
 from .ops import OPS
@@ -332,16 +334,20 @@ def _masks(fn: dist.Distribution, events: int) -> list[Array]:
     return masks
 
 
-def another(fn: dist.Distribution, value: Array, key: Array) -> Array:
-    """A value of the support that differs from ``value``, in every element where the support is known."""
+def another(fn: dist.Distribution, value: Array, key: Array, pattern: int) -> Array:
+    """A value of the support that differs from ``value``, in the elements of a pattern where the support is known."""
     kind = family(fn)
+    if kind not in families.DISCRETE:
+        return fn.sample(key)
+    shape = value.shape[: value.ndim - (kind == families.ONEHOT)]
+    moves = np.zeros(math.prod(shape), bool)
+    moves[elements(pattern, moves.size)] = True
+    moves = moves.reshape(shape)
     if kind == families.BERNOULLI:
-        return 1 - value
+        return jnp.where(moves, 1 - value, value)
     if kind == families.CATEGORICAL:
-        return (value + 1) % unwrapped(fn).logits.shape[-1]
-    if kind == families.ONEHOT:
-        return jnp.roll(value, 1, -1)
-    return fn.sample(key)
+        return jnp.where(moves, (value + 1) % unwrapped(fn).logits.shape[-1], value)
+    return jnp.where(moves[..., None], jnp.roll(value, 1, -1), value)
 
 
 def log_q(fn: dist.Distribution, value: Array) -> Array:

@@ -108,7 +108,13 @@ class NumPyroLibrary:
         sites = found.sites
         check_objective(self.settings.objective, found.terms)
         graph = Graph(found.ancestors, {n: s.plates for n, s in sites.items()}, {n: s.order for n, s in sites.items()})
-        plan = make_plan(list(found.sites.values()), found.terms, graph, self.settings, branches=not found.followed)
+        plan = make_plan(
+            list(found.sites.values()),
+            found.terms,
+            graph,
+            self.settings,
+            branches=frozenset() if found.followed else frozenset(sites),
+        )
         going_forward = forward(self.params)
         for name, operation in found.stuck.items():
             estimator = plan.estimators[name]
@@ -203,9 +209,9 @@ class NumPyroLibrary:
     def check(self, run: Run) -> None:
         """A traced program is the same every time."""
 
-    def moved(self, run: Run, sites: Sequence[str]) -> dict[tuple[str, str], Array]:
+    def moved(self, run: Run, sites: Sequence[str], pattern: int) -> dict[tuple[str, str], Array]:
         latents = run.traces.latents()
-        others = {n: another(latents[n]["fn"], latents[n]["value"], site_key(self.key, n)) for n in sites}
+        others = {n: another(latents[n]["fn"], latents[n]["value"], site_key(self.key, n), pattern) for n in sites}
         values = {n: m["value"] for n, m in latents.items()} | others
 
         def draw(msg: Message) -> Array:

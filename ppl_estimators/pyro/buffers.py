@@ -1,36 +1,91 @@
-"""Buffers of modules (the averages of batch normalisation): further runs of a program leave them as one run does."""
+"""What a program writes beside its parameters: buffers of modules (the averages of batch normalisation); numbers,
+tensors and lists of these in attributes, dictionaries, closures and globals. Further runs leave it as one run does."""
 
 from __future__ import annotations
 
+import types
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections import OrderedDict, deque
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-#: module, name of the buffer, the tensor, and a copy of what it held
-Held = list[tuple[torch.nn.Module, str, torch.Tensor, torch.Tensor]]
+from .dependencies import globals_of, own_attributes, walked
+
+_ABSENT = object()
+_NUMBERS = (int, float, complex)
+_LARGE = 1 << 20  # elements; what is written into larger tensors is noticed only in modules
+_LONG = 10_000  # a list
+_PLACES = 256  # most that are remembered
+
+
+class Slot(NamedTuple):
+    """A place where a program keeps something: an entry of ``owner``, if that is a dictionary; all of it, if it is a
+    list; the content of a cell or of a tensor."""
+
+    owner: Any
+    key: Any = None
+
+    def read(self) -> Any:
+        if isinstance(self.owner, torch.Tensor):
+            return self.owner.detach().clone()
+        if isinstance(self.owner, types.CellType):
+            return _content(self.owner)
+        if isinstance(self.owner, MutableMapping):
+            return self.owner.get(self.key, _ABSENT)
+        return tuple(self.owner)
+
+    def write(self, value: Any) -> None:
+        if isinstance(self.owner, torch.Tensor):
+            self.owner.data.copy_(value)  # no version moves: what was computed from it may need it
+        elif isinstance(self.owner, types.CellType):
+            self.owner.cell_contents = value
+        elif isinstance(self.owner, MutableMapping):
+            if value is _ABSENT:
+                self.owner.pop(self.key, None)
+            else:
+                self.owner[self.key] = value
+        else:
+            self.owner.clear()
+            self.owner.extend(value)
+
+
+@dataclass
+class Held:
+    """What places held: the modules' buffers (as a copy of each, beside the tensor itself), and all else; ``open``, of
+    which a run that is being watched will show whether they are written to."""
+
+    buffers: list[tuple[torch.nn.Module, str, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    rest: list[tuple[Slot, Any]] = field(default_factory=list)
+    open: list[tuple[Slot, Any]] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """The first run is over."""
+        self.rest += [(slot, value) for slot, value in self.open if _written(value, slot.read())]
+        self.open = []
 
 
 class Buffers:
-    """The modules whose buffers a program writes, as far as its runs were watched."""
+    """The places that a program writes to, as far as its runs were watched."""
 
     def __init__(self) -> None:
-        self._written: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self._places: OrderedDict[tuple[int, Any], Slot] = OrderedDict()
 
     @contextmanager
-    def watched(self) -> Iterator[Held]:
-        """Notes which modules write to their buffers inside; what these held before."""
-        held: Held = []
-        seen: set[int] = set()
+    def watched(self, *program: Any) -> Iterator[Held]:
+        """Notes which places a run inside writes to; what these held before."""
+        held, seen = Held(open=[(slot, slot.read()) for slot in _slots(*program)]), set()
 
         def note(module: torch.nn.Module, _: Any) -> None:
             if module._buffers and id(module) not in seen:
                 seen.add(id(module))
-                held.extend(_copied(module))
+                held.buffers.extend(_copied(module))
 
         hook = register_module_forward_pre_hook(note)
         try:
@@ -39,34 +94,112 @@ class Buffers:
                 yield held
         finally:
             hook.remove()
-            held[:] = [h for h in held if h[0]._buffers.get(h[1]) is not h[2] or not torch.equal(h[2], h[3])]
-            self._written.update(module for module, *_ in held)
+            held.buffers[:] = [
+                h for h in held.buffers if h[0]._buffers.get(h[1]) is not h[2] or not torch.equal(h[2], h[3])
+            ]
+            self._modules.update(module for module, *_ in held.buffers)
+            held.settle()
+            for slot, _ in held.rest:
+                self._places[id(slot.owner), slot.key] = slot
+            while len(self._places) > _PLACES:
+                self._places.popitem(last=False)
 
     def held(self) -> Held:
-        """What the buffers hold now."""
-        return [h for module in self._written for h in _copied(module)]
+        """What the places hold now."""
+        rest = [(slot, slot.read()) for slot in self._places.values()]
+        return Held([h for module in self._modules for h in _copied(module)], rest)
 
     @staticmethod
     @contextmanager
     def lent(before: Held) -> Iterator[None]:
-        """Inside, every buffer is a copy that holds what it held before."""
-        now = [(module, key, module._buffers.get(key)) for module, key, _, _ in before]
-        for module, key, _, value in before:
+        """Inside, every place holds what it held before (a buffer: a copy of it)."""
+        before.settle()
+        now = [(module, key, module._buffers.get(key)) for module, key, _, _ in before.buffers]
+        rest = [(slot, slot.read()) for slot, _ in before.rest]
+        for module, key, _, value in before.buffers:
             module._buffers[key] = value.clone()
+        for slot, value in before.rest:
+            slot.write(value)
         try:
             yield
         finally:
             for module, key, tensor in now:
                 module._buffers[key] = tensor
+            for slot, value in rest:
+                slot.write(value)
 
     @staticmethod
     def restore(before: Held) -> None:
-        """Every buffer holds again what it held before."""
+        """Every place holds again what it held before."""
         with torch.no_grad():
-            for module, key, tensor, value in before:
+            for module, key, tensor, value in before.buffers:
                 tensor.copy_(value)
                 module._buffers[key] = tensor
+            for slot, value in before.rest:
+                slot.write(value)
 
 
-def _copied(module: torch.nn.Module) -> Held:
+def _copied(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.Tensor, torch.Tensor]]:
     return [(module, key, x, x.detach().clone()) for key, x in module._buffers.items() if x is not None]
+
+
+def _slots(*program: Any) -> list[Slot]:
+    """Places of a program that hold a number, a tensor, or a list or a dictionary of these."""
+    found: dict[tuple[int, Any], Slot] = {}
+
+    def add(owner: Any, key: Any = None) -> None:
+        found[id(owner), key] = Slot(owner, key)
+
+    everything = walked(*program)
+    buffers = {id(x) for thing in everything if isinstance(thing, torch.nn.Module) for x in thing._buffers.values()}
+    for thing in everything:
+        if isinstance(thing, torch.Tensor):
+            small = thing.layout is torch.strided and thing.numel() <= _LARGE
+            if small and not thing.requires_grad and id(thing) not in buffers:
+                add(thing)
+        elif isinstance(thing, types.FunctionType):
+            for cell in thing.__closure__ or ():
+                if _plain(_content(cell)):
+                    add(cell)
+            for name in globals_of(thing):
+                if _plain(thing.__globals__[name]):
+                    add(thing.__globals__, name)
+        elif type(thing) in (list, deque):
+            if len(thing) <= _LONG and all(map(_plain, thing)):
+                add(thing)
+        elif type(thing) is dict:
+            for key, value in thing.items():
+                if _plain(value):
+                    add(thing, key)
+        else:
+            for key, value in own_attributes(thing).items():
+                if _plain(value):
+                    add(vars(thing), key)
+    return list(found.values())
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return _ABSENT
+
+
+def _plain(value: Any) -> bool:
+    return type(value) in _NUMBERS or (isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter))
+
+
+def _written(before: Any, after: Any) -> bool:
+    """Is it another thing that may be put back?"""
+    if before is after:
+        return False
+    if isinstance(before, tuple):
+        same = len(before) == len(after) and all(a is b or _equal(a, b) for a, b in zip(before, after, strict=True))
+        return not same and all(map(_plain, after))
+    return _plain(after) and not _equal(before, after)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    return type(a) is type(b) and type(a) in _NUMBERS and bool(a == b)

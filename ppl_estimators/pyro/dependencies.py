@@ -532,6 +532,11 @@ _MODULE = {*vars(torch.nn.Module()), "_pyro_params"} - {"_parameters", "_buffers
 def reachable(*roots: Any, kinds: Any = torch.Tensor) -> list[Any]:
     """Tensors (or things of other ``kinds``) that functions, methods, modules and plain objects of the user's can lead
     to, through closures, defaults, globals that code names, attributes and containers."""
+    return [thing for thing in walked(*roots) if isinstance(thing, kinds)]
+
+
+def walked(*roots: Any) -> list[Any]:
+    """All that they lead to; a tensor as often as they do."""
     found: list[Any] = []
     seen: set[int] = set()
     queue = list(roots)
@@ -539,12 +544,13 @@ def reachable(*roots: Any, kinds: Any = torch.Tensor) -> list[Any]:
         kind: Any = type(thing)
         if kind in _ATOMS:
             continue
-        if isinstance(thing, kinds):
+        if isinstance(thing, torch.Tensor):
             found.append(thing)
-        elif not isinstance(thing, torch.Tensor) and id(thing) not in seen:
+        elif id(thing) not in seen:
             seen.add(id(thing))
             if len(seen) > _OBJECTS:
                 break
+            found.append(thing)
             queue += _way_into(kind)(thing)
     return found
 
@@ -584,14 +590,27 @@ def _parts_of_function(function: types.FunctionType) -> list[Any]:
     for cell in function.__closure__ or ():
         with suppress(ValueError):  # empty
             parts.append(cell.cell_contents)
-    if _module(function).partition(".")[0] not in _ELSEWHERE:
-        names, held = _names(function.__code__), function.__globals__
-        for value in [held[n] for n in names if n in held]:
-            if type(value) is not types.ModuleType:
-                parts.append(value)
-            elif value.__name__.partition(".")[0] not in _ELSEWHERE:
-                parts += [vars(value)[n] for n in names if n in vars(value)]
+    held = function.__globals__
+    for value in [held[n] for n in globals_of(function)]:
+        if type(value) is not types.ModuleType:
+            parts.append(value)
+        elif value.__name__.partition(".")[0] not in _ELSEWHERE:
+            parts += [vars(value)[n] for n in _names(function.__code__) if n in vars(value)]
     return parts
+
+
+def globals_of(function: types.FunctionType) -> list[str]:
+    """The globals that a function of the user's names."""
+    if _module(function).partition(".")[0] in _ELSEWHERE:
+        return []
+    return [n for n in _names(function.__code__) if n in function.__globals__]
+
+
+def own_attributes(thing: Any) -> dict[str, Any]:
+    """Those of an object of the user's, without what every module has."""
+    if type(thing).__module__.partition(".")[0] in _ELSEWHERE:
+        return {}
+    return {k: v for k, v in getattr(thing, "__dict__", {}).items() if k not in _MODULE}
 
 
 _WAYS: dict[type, Callable[[Any], Iterable[Any]]] = {

@@ -17,6 +17,7 @@ from ..core import families
 from ..core.errors import site_error
 from ..core.plan import requested
 from ..core.site import Plate, Site
+from ..core.verify import elements
 from .dependencies import reachable, tensors
 from .ops import OPS
 
@@ -350,20 +351,24 @@ def is_masked(fn: Any) -> bool:
     return False
 
 
-def another(fn: TorchDistribution, value: Array) -> Array:
-    """A value of the support that differs from ``value``, in every element where the support is known."""
+def another(fn: TorchDistribution, value: Array, pattern: int) -> Array:
+    """A value of the support that differs from ``value``, in the elements of a pattern where the support is known."""
     kind = family(fn)
+    if kind not in families.DISCRETE:
+        for _ in range(4):
+            other = fn.sample()
+            if not torch.equal(other, value):
+                break
+        return other
+    shape = value.shape[: value.ndim - (kind == families.ONEHOT)]
+    moves = torch.zeros(shape.numel(), dtype=torch.bool)
+    moves[elements(pattern, shape.numel())] = True
+    moves = moves.reshape(shape).to(value.device)
     if kind == families.BERNOULLI:
-        return 1 - value
+        return torch.where(moves, 1 - value, value)
     if kind == families.CATEGORICAL:
-        return (value + 1) % unwrapped(fn).logits.shape[-1]
-    if kind == families.ONEHOT:
-        return value.roll(1, -1)
-    for _ in range(4):
-        other = fn.sample()
-        if not torch.equal(other, value):
-            break
-    return other
+        return torch.where(moves, (value + 1) % unwrapped(fn).logits.shape[-1], value)
+    return torch.where(moves[..., None], value.roll(1, -1), value)
 
 
 def log_q(fn: TorchDistribution, value: Array) -> Array:

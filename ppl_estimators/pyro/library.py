@@ -32,10 +32,10 @@ from ..core.plan import Group, Plan, Settings, check_keys, make_plan
 from ..core.posterior import Tables, Uniform
 from ..core.site import Plate, Site, Term
 from ..core.step import Joined, Run, Values
-from ..core.verify import cost_of, equal, look, not_the_same, run_again
+from ..core.verify import BUDGET, cost_of, equal, look, not_the_same, run_again
 from ..policy import requested
 from .baseline import from_baseline
-from .buffers import Buffers
+from .buffers import Buffers, Held
 from .dependencies import Holdings, Provenance, StopParameters, as_written, reachable
 from .distributions import Law, another, log_q, named, natural_parameters, score_norm
 from .enumeration import Layout
@@ -47,7 +47,8 @@ from .run import Message, Traces, dependencies, execute, plates_of, tables_of, t
 Array = torch.Tensor
 _PARTICLES = "num_particles_vectorized"
 _ALTERNATIVES = "_counterfactual_values"
-_STRUCTURES = 8  # so many of a program are verified
+_STRUCTURES = 8  # so many of a program are verified in full, and as many as are remembered with few runs
+_FEW = 2
 
 
 class Recent(OrderedDict[Hashable, Any]):
@@ -148,6 +149,7 @@ class PyroLibrary:
         self._follow: Any = None  # the `Provenance` of the last first run; None if it was not followed
         self._pinned = False  # no run is thrown away any more
         self._new = self._unchecked = False  # is the structure new; and are its shapes not checked yet?
+        self._attempting = False  # is this a run that may be given up?
         self._recorded = False  # is the stream of the last first run known?
 
     # ---- structure: which sites there are, who depends on whom ------------------------------------------------------
@@ -171,7 +173,7 @@ class PyroLibrary:
             tuple((k, traces.plates(*k)) for k in behind),
             tuple(traces.subsamples),
         )
-        signature = facts, None if follow is None else (tuple(behind.values()), bool(control))
+        signature = facts, None if follow is None else (tuple(behind.values()), control)
         plan = self.memory.plans.recall(signature)
         if plan is None:
             if follow is None:
@@ -180,7 +182,8 @@ class PyroLibrary:
             self.memory.plans.store(signature, plan)
             if plan.uncredited and traces.values is None:  # then the next runs are not followed
                 self.memory.plans.store((facts, None), plan)
-            self._unchecked = self._new = True
+            self._unchecked = True
+        self._new |= plan is not self.memory.expected.recall(self.call)  # another program may have the same plan
         if plan is not self._plan or plan is not self.memory.last:
             self.memory.expected.store(self.call, plan)
             self.memory.last = plan
@@ -228,7 +231,7 @@ class PyroLibrary:
         check_objective(settings.objective, terms)
         if traces.values is not None:
             warn_of_minibatches(traces.values)
-        plan = make_plan(sites, terms, graph, settings, branches=bool(follow.control))
+        plan = make_plan(sites, terms, graph, settings, branches=follow.names(follow.control))
         if settings.average_model:
             averaging.check(plan)
         if is_validation_enabled():
@@ -253,10 +256,12 @@ class PyroLibrary:
         """``one`` with a new stream; None if it cannot be told yet how to draw, and then all is as it was before: what
         was drawn, the minibatch, the buffers of modules."""
         memory, known, placed, result = self.memory, self._plan is not None, True, None
+        program = self.model, self.guide, self.args, self.kwargs
         self._used, self.subsamples = {}, {}
-        memory.generators.look(self.model, self.guide, self.args, self.kwargs, everything=not known)
+        memory.generators.look(*program, everything=not known)
         before = memory.generators.state(everything=not known)
-        with nullcontext(memory.buffers.held()) if known else memory.buffers.watched() as held:
+        with nullcontext(memory.buffers.held()) if known else memory.buffers.watched(*program) as held:
+            self._attempting = True
             try:
                 result = one(Stream(memory.generators, held))
             except _Unplanned:
@@ -268,6 +273,8 @@ class PyroLibrary:
                 if math.isinf(self.max_plate_nesting):
                     self.max_plate_nesting = self.guess()
                 placed = False
+            finally:
+                self._attempting = False
         if not known:
             memory.generators.learn(before, memory.generators.state(everything=True))
         if result is None:
@@ -289,7 +296,7 @@ class PyroLibrary:
         layout = self._layout(wide)
         if first:  # further runs will want to know what this one drew, if there are any
             expected = self._plan
-            self._recorded = expected is None or expected.reruns or expected.branches or self._pinned
+            self._recorded = expected is None or expected.reruns or bool(expected.branches) or self._pinned
             follows = self._credits or self._pinned or layout is not None
         with ExitStack() as stack:
             stack.enter_context(as_written())
@@ -606,7 +613,7 @@ class PyroLibrary:
         if not self.vectorized:
             while len(found) < (self.plan().particles if count is None else count):
                 shadow = len(found) >= self.settings.particles  # no particle of the user's: leaves no trace
-                held = self.memory.buffers.held() if shadow else []
+                held = self.memory.buffers.held() if shadow else Held()
                 with Buffers.lent(held):
                     self._used = {}
                     found.append(one(Stream(self.memory.generators, self.memory.buffers.held())))
@@ -655,8 +662,8 @@ class PyroLibrary:
     def check(self, run: Run) -> None:
         """Is the program what its first run says of it? Asked once for each structure, before any other run of it, see
         `core.verify`. If a dependency was lost, everything counts as depending on all that was drawn before it from
-        now on, and the particle is drawn anew."""
-        if self._new and not self._verified(run):
+        now on, and the first particle is drawn anew."""
+        if self._new and not self._verified(run) and self._attempting:
             raise _Unplanned
 
     def _verified(self, run: Run) -> bool:
@@ -665,17 +672,17 @@ class PyroLibrary:
         structure: Any = self._structure(plan)
         known: Any = self.memory.verified
         program = structure[0]
-        if not self.verify or structure in known or sum(s[0] == program for s in known) >= _STRUCTURES:
+        if not self.verify or structure in known or len(known) == known.size:
             return True
+        others = sum(s[0] == program for s in known)
         known.store(structure, True)
         again = run_again(self, plan)
         if not again and (
-            plan.branches
-            or all(deps.issuperset(plan.local) for deps in plan.depends_on.values())
+            all(deps.issuperset(plan.local) for deps in plan.depends_on.values())
             or reachable(self.model, self.guide, self.args, self.kwargs, kinds=Iterator)  # to ask it would take from it
         ):
             return True
-        found = look(self, run)
+        found = look(self, run, BUDGET if others < _STRUCTURES else _FEW)
         if found.changing and again:
             raise not_the_same(self, plan, [n for _, n in found.changing], again) from found.cause
         if found.lost is None:
@@ -689,7 +696,7 @@ class PyroLibrary:
         self.memory.distrusted.add(program)
         return False
 
-    def moved(self, run: Run, sites: Sequence[str]) -> dict[tuple[str, str], Array]:
+    def moved(self, run: Run, sites: Sequence[str], pattern: int) -> dict[tuple[str, str], Array]:
         latents = run.traces.latents()
 
         def draw(msg: Message) -> Array:
@@ -697,7 +704,7 @@ class PyroLibrary:
             if name not in latents:
                 return msg["fn"].sample()
             value = latents[name]["value"].detach()
-            return another(msg["fn"], value) if name in sites else value
+            return another(msg["fn"], value, pattern) if name in sites else value
 
         with torch.no_grad():
             traces = self.run(draw, run.source)
@@ -705,7 +712,9 @@ class PyroLibrary:
 
     def _structure(self, plan: Plan) -> tuple[Hashable, ...]:
         sites = tuple((n, s.kind) for n, s in plan.sites.items())
-        return self.program, sites, tuple(plan.depends_on.items())
+        given = (*self.args, *self.kwargs.items())
+        flags = tuple(x for x in given if x is None or isinstance(x, (bool, str)))
+        return self.program, sites, tuple(plan.depends_on.items()), flags
 
     def _facts(self, site: Site) -> Site:
         if not self.vectorized:
@@ -780,7 +789,7 @@ def _along(plate: Plate) -> Any:
 
 
 def _nothing_known(settings: Settings) -> Plan:
-    return Plan({}, {}, (), Graph({}, {}), (), settings.particles, branches=False)
+    return Plan({}, {}, (), Graph({}, {}), (), settings.particles)
 
 
 def _kind(msg: Message) -> tuple[Any, ...]:

@@ -70,7 +70,7 @@ def checked(elbo: Any, model: Any, guide: Any, args: tuple[Any, ...], kwargs: di
     """See `core.verify.checked`. Parameters, buffers of modules and random states are afterwards what they were."""
     elbo = copy.copy(elbo)
     elbo.memory, elbo.verify = Memory(), False  # what a step would have verified is asked here
-    with untouched(), torch.enable_grad(), Buffers().watched() as held:
+    with untouched(), torch.enable_grad(), Buffers().watched(model, guide, args, kwargs) as held:
         pyro.set_rng_seed(0)
         try:
             return elbo.step(model, guide, args, kwargs).check()
