@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -21,6 +23,7 @@ from ppl_estimators import (
     Reinforce,
     StickingTheLanding,
 )
+from ppl_estimators.core.plan import Plan
 from ppl_estimators.pyro import EstimatorELBO
 from ppl_estimators.pyro.dependencies import Provenance
 
@@ -49,6 +52,81 @@ def test_no_particle_is_thrown_away_for_its_structure():
             elbo.loss_and_grads(lambda: branching("model"), lambda: branching("guide"))
         assert len(drawn) == 1200 * particles
         assert abs(np.mean(drawn) - p) < 5 * np.sqrt(p * (1 - p) / len(drawn)) < 0.07
+
+
+@pytest.fixture
+def followed(monkeypatch):
+    """How many runs were followed."""
+    runs = []
+
+    def enter(self, enter=Provenance.__enter__):
+        runs.append(self)
+        return enter(self)
+
+    monkeypatch.setattr(Provenance, "__enter__", enter)
+    return runs
+
+
+@pytest.mark.parametrize("particles", [1, 2])
+def test_what_can_change_nothing_is_not_followed(followed, particles, monkeypatch):
+    """Pathwise sites are not credited, and the only other site is credited with everything: whatever else depended on
+    what, the gradient would be the same. A branch or a second site makes a difference."""
+
+    def program(kind):
+        with pyro.plate("n", 2) if kind == "w outside a plate" else nullcontext():
+            z = pyro.sample("z", dist.Bernoulli(logits=pyro.param("a", torch.tensor(0.3)))).mean()
+        if kind == "two":
+            pyro.sample("y", dist.Bernoulli(0.3))
+        w = pyro.sample("w", dist.Normal(pyro.param("m", torch.tensor(0.2)) * (z if kind == "z above w" else 1.0), 1.0))
+        if kind == "branch" and w > 0:
+            z = 2 * z
+        return z + w
+
+    def gradient(elbo, kind, expected=0):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        for _ in range(4):
+            followed.clear()
+            elbo.loss_and_grads(lambda: pyro.sample("x", dist.Normal(program(kind), 1.0), obs=torch.tensor(0.4)),
+                                lambda: program(kind))  # fmt: skip
+        assert len(followed) == expected * particles, kind
+        return [p.grad.item() for _, p in pyro.get_param_store().named_parameters()]
+
+    elbo = EstimatorELBO({"z": Reinforce()}, num_particles=particles)
+    found = gradient(elbo, "z above w")
+    monkeypatch.setattr(Plan, "saturated", False)
+    assert found == gradient(EstimatorELBO({"z": Reinforce()}, num_particles=particles), "z above w", 1)
+    monkeypatch.undo()
+    for kind in ("w outside a plate", "two", "branch"):
+        gradient(EstimatorELBO(Reinforce(), default="auto", num_particles=particles), kind, 1)
+    gradient(EstimatorELBO({"z": Enumerate()}, num_particles=particles), "z above w", 1)  # which runs again
+
+
+def test_a_run_that_was_not_followed_and_is_another_than_expected_is_made_once_more(followed):
+    """With the same draws: it is not another run that takes its place, whatever is drawn in it."""
+    runs, late = [], False
+
+    def program(where):
+        z = pyro.sample("z", dist.Bernoulli(pyro.param("p", torch.tensor(0.3)) if where == "guide" else 0.5))
+        runs.append(z)
+        if late and z > 0:
+            pyro.sample("w", dist.Bernoulli(0.2))
+
+    def step():
+        elbo.loss_and_grads(lambda: program("model"), lambda: program("guide"))
+
+    drawn = []
+    for seed in range(100):
+        late, elbo = False, EstimatorELBO(Reinforce())
+        step()
+        late = True
+        runs.clear()
+        followed.clear()
+        pyro.set_rng_seed(seed)
+        step()
+        drawn.append(float(runs[-1]))
+        assert len(runs) == 2 + drawn[-1] and len(set(map(float, runs))) == 1 and len(followed) == drawn[-1]
+    assert abs(np.mean(drawn) - 0.3) < 5 * np.sqrt(0.3 * 0.7 / 100)
 
 
 @pytest.mark.parametrize("estimator", [DisARM(), Enumerate()], ids=repr)

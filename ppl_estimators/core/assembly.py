@@ -38,16 +38,14 @@ def assemble(
     states: dict[str, dict[str, Array]] = {}
     for name, e in evaluated.items():
         found = local(estimators[name], e.site, e.draw, e.costs, kept.get(name, Kept()))
-        surrogates.append(ops.sum(found.surrogate))
+        surrogates.append(found.surrogate)
         if found.auxiliary is not None:
-            auxiliaries.append(ops.sum(found.auxiliary))
+            auxiliaries.append(found.auxiliary)
         if found.state:
             states[name] = dict(found.state)
     if not surrogates:
         return -objective, states
-    rider = -ops.sum(ops.stack(surrogates))
+    rider = -ops.total(surrogates)
     if auxiliaries:
-        rider = rider + ops.sum(ops.stack(auxiliaries))
-    rider = rider / particles
-    zero = rider - ops.stop_gradient(rider)  # not a number if the rider is infinite; the loss then is, and says enough
-    return ops.where(zero == 0, zero, 0.0) - objective, states
+        rider = rider + ops.total(auxiliaries)
+    return ops.riding(-objective, rider / particles), states

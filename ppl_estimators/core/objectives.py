@@ -579,4 +579,4 @@ def _of_the_others(ops: Ops, x: Array) -> Array:
 
 def total(ops: Ops, terms: Sequence[Term]) -> Array:
     """Every term summed over all its elements."""
-    return ops.sum(ops.stack([ops.sum(t.value) if t.value.ndim else t.value for t in terms]))
+    return ops.total([t.value for t in terms])

@@ -6,7 +6,7 @@ An adapter passes an object with the functions of the array API standard (``sum`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 Array = Any
@@ -19,6 +19,12 @@ class Ops(Protocol):
 
     def stop_gradient(self, x: Array) -> Array:
         """``x`` as a constant of differentiation."""
+
+    def total(self, arrays: Sequence[Array]) -> Array:
+        """The sum of all elements of all arrays."""
+
+    def riding(self, value: Array, rider: Array) -> Array:
+        """``value``, with the gradient of ``value + rider``; also where the rider is not a number."""
 
     def sigmoid(self, x: Array) -> Array: ...
 

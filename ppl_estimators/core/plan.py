@@ -12,7 +12,7 @@ from .credit import Graph
 from .errors import EstimatorError, site_error, warn
 from .estimator import Control, Estimator, Value
 from .families import BERNOULLI, CATEGORICAL, ONEHOT, RELAXABLE
-from .site import Site, Term
+from .site import Plate, Site, Term
 from .spec import Spec
 
 
@@ -197,9 +197,20 @@ class Plan:
         return bool(self.groups or self.sticking)
 
     @cached_property
-    def uncredited(self) -> bool:
-        """Is the objective, differentiated, the whole estimate? Who depends on whom then plays no part in a step."""
-        return not (self.local or self.reruns or self.analytic or self.branches)
+    def saturated(self) -> bool:
+        """Would nothing be another if more depended on what was drawn? Every term counts for all sites with a surrogate
+        that were drawn before it, whose plates all later sites are in; and nothing is run again, or in closed form."""
+        if self.reruns or self.analytic or self.branches:
+            return False
+        before, drawn, plates = {}, frozenset[str](), frozenset[Plate]()
+        for name in self.sites:
+            its = self.graph.plates[name]
+            if not plates <= its:
+                return False
+            if name in self.local:
+                drawn, plates = drawn | {name}, plates | its
+            before["guide", name] = drawn
+        return all(t.depends_on >= before.get((t.side, t.site), drawn) for t in self.terms)
 
     def relaxable(self, name: str) -> bool:
         """Can the site take relaxed values?"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,14 @@ class JaxOps:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(jnp, name)
+
+    def total(self, arrays: Sequence[Array]) -> Array:
+        sums = [jnp.sum(x) if x.ndim else x for x in arrays]
+        return sums[0] if len(sums) == 1 else jnp.sum(jnp.stack(sums))
+
+    def riding(self, value: Array, rider: Array) -> Array:
+        zero = rider - self.stop_gradient(rider)  # not a number if the rider is infinite
+        return jnp.where(zero == 0, zero, 0.0) + value
 
     def matmul(self, x: Array, y: Array) -> Array:
         return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

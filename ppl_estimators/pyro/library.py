@@ -145,7 +145,7 @@ class PyroLibrary:
         self._plan: Plan | None = memory.expected.recall(self.call)
         self._like: Array = torch.zeros(())
         self._used: dict[str, Estimator] = {}
-        self._credits = self._plan is None or not self._plan.uncredited  # may it matter who depends on whom?
+        self._credits = self._plan is None or not self._plan.saturated  # may it matter who depends on whom?
         self._follow: Any = None  # the `Provenance` of the last first run; None if it was not followed
         self._pinned = False  # no run is thrown away any more
         self._new = self._unchecked = False  # is the structure new; and are its shapes not checked yet?
@@ -180,7 +180,7 @@ class PyroLibrary:
                 raise _Unplanned
             plan = self._made(traces, follow)
             self.memory.plans.store(signature, plan)
-            if plan.uncredited and traces.values is None:  # then the next runs are not followed
+            if plan.saturated and traces.values is None:  # then the next runs are not followed
                 self.memory.plans.store((facts, None), plan)
             self._unchecked = True
         self._new |= plan is not self.memory.expected.recall(self.call)  # another program may have the same plan
@@ -192,7 +192,7 @@ class PyroLibrary:
             raise _Unplanned
         others = {n: e for n, e in self._used.items() if plan.estimators[n] is not e}
         if any(plan.estimators[n].structure() != e.structure() for n, e in others.items()):
-            if not control and not self._pinned:  # nothing that was drawn decided which structure it is
+            if follow is None or not (control or self._pinned):  # nothing that was drawn decided which structure it is
                 self._plan = plan
                 raise _Unplanned
             settings = replace(self.settings, estimators=tuple({**self.settings.mapping, **self._used}.items()))
@@ -297,7 +297,7 @@ class PyroLibrary:
         if first:  # further runs will want to know what this one drew, if there are any
             expected = self._plan
             self._recorded = expected is None or expected.reruns or bool(expected.branches) or self._pinned
-            follows = self._credits or self._pinned or layout is not None
+            follows = self._credits or layout is not None
         with ExitStack() as stack:
             stack.enter_context(as_written())
             if first:
@@ -615,8 +615,7 @@ class PyroLibrary:
                 shadow = len(found) >= self.settings.particles  # no particle of the user's: leaves no trace
                 held = self.memory.buffers.held() if shadow else Held()
                 with Buffers.lent(held):
-                    self._used = {}
-                    found.append(one(Stream(self.memory.generators, self.memory.buffers.held())))
+                    found.append(self._further(one))
         arrays, runs = zip(*found, strict=True)
         total = self.settings.particles if self.vectorized else len(found)
         sites: dict[str, Site] = {}
@@ -658,6 +657,17 @@ class PyroLibrary:
         while result is None:  # once more, and again if a dependency was found to be lost
             result = self._attempt(one)
         return result
+
+    def _further(self, one: Callable[[Any], tuple[dict[str, Any], Run]]) -> tuple[dict[str, Any], Run]:
+        """Another particle."""
+        self._used, source = {}, Stream(self.memory.generators, self.memory.buffers.held())
+        try:
+            return one(source)
+        except _Unplanned:  # a structure that was not met before, in a run that was not followed
+            self._used, self._credits = {}, True
+            self.memory.generators.restore(source.start)
+            Buffers.restore(source.buffers)
+            return one(source)
 
     def check(self, run: Run) -> None:
         """Is the program what its first run says of it? Asked once for each structure, before any other run of it, see

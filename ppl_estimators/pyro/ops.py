@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, reduce
 from typing import Any
 from weakref import WeakValueDictionary
@@ -11,6 +11,7 @@ import torch
 from array_api_compat import torch as standard
 
 Array = torch.Tensor
+_SMALL = 1 << 12  # so many elements are copied sooner than summed by themselves
 
 
 class TorchOps:
@@ -31,6 +32,18 @@ class TorchOps:
 
     def stop_gradient(self, x: Array) -> Array:
         return x.detach() if x.requires_grad else x
+
+    def total(self, arrays: Sequence[Array]) -> Array:
+        if len(arrays) == 1:
+            return torch.sum(arrays[0])
+        shape = arrays[0].shape
+        alike = shape.numel() <= _SMALL and all(x.shape == shape for x in arrays)
+        return torch.sum(torch.stack([x if alike else torch.sum(x) for x in arrays]))
+
+    def riding(self, value: Array, rider: Array) -> Array:
+        found = value + rider
+        with torch.no_grad():
+            return found.copy_(value)
 
     def softmax(self, x: Array) -> Array:
         return torch.softmax(x, -1)
