@@ -94,9 +94,9 @@ def test_what_can_change_nothing_is_not_followed(followed, particles, monkeypatc
 
     elbo = EstimatorELBO({"z": Reinforce()}, num_particles=particles)
     found = gradient(elbo, "z above w")
-    monkeypatch.setattr(Plan, "saturated", False)
-    assert found == gradient(EstimatorELBO({"z": Reinforce()}, num_particles=particles), "z above w", 1)
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(Plan, "saturated", False)
+        assert found == gradient(EstimatorELBO({"z": Reinforce()}, num_particles=particles), "z above w", 1)
     for kind in ("w outside a plate", "two", "branch"):
         gradient(EstimatorELBO(Reinforce(), default="auto", num_particles=particles), kind, 1)
     gradient(EstimatorELBO({"z": Enumerate()}, num_particles=particles), "z above w", 1)  # which runs again
