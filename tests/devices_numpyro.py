@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpyro.infer import SVI
 
 from ppl_estimators import Enumerate, MovingAverage, Reinforce
 from ppl_estimators.numpyro import EstimatorELBO, with_estimators
@@ -68,6 +70,17 @@ def main() -> None:
 
     sharded = jax.shard_map(local, mesh=mesh, in_specs=(WHOLE, SPLIT), out_specs=WHOLE)
     found["shard_map"] = apart(evaluated(exact, x)[1], jax.jit(jax.grad(sharded))(params, x))
+
+    # a checkpoint of eight devices goes on on one
+    svi = SVI(model, kept, numpyro.optim.Adam(0.05), EstimatorELBO())
+    update = jax.jit(svi.update)
+    state, _ = update(svi.init(jax.random.key(0), there), there)
+    saved = pickle.dumps(jax.tree.map(np.asarray, state._replace(rng_key=jax.random.key_data(state.rng_key))))
+    alone = jax.tree.map(jnp.asarray, pickle.loads(saved))
+    alone, _ = update(alone._replace(rng_key=jax.random.wrap_key_data(alone.rng_key)), x)
+    state, _ = update(state, there)
+    found["checkpoint"] = max(apart(svi.get_params(state), svi.get_params(alone)),
+                              apart(state.mutable_state, alone.mutable_state))  # fmt: skip
     print(json.dumps(found))
 
 

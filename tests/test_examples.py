@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SCRIPTS = sorted(path.name for path in EXAMPLES.glob("[!_]*.py"))
+LIGHTNING = "digits_lightning.py"
+SCRIPTS = sorted({path.name for path in EXAMPLES.glob("[!_]*.py")} - {LIGHTNING})
 
 
 def numbers(document: object) -> list[float]:
@@ -58,3 +60,16 @@ def test_an_example_says_what_it_shows(script: str) -> None:
     source = (EXAMPLES / script).read_text(encoding="utf-8")
     assert source.startswith('"""')
     assert f"python examples/{script} --backend pyro" in source
+
+
+@pytest.mark.slow
+def test_a_lightning_module_on_two_processes_and_from_its_checkpoint_on_one(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / LIGHTNING), "--smoke", "--devices", "2", "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    bounds = [float(found) for line in lines for found in re.findall(r"-\d+\.\d\d", line)]
+    assert len(bounds) == 3
+    assert bounds[0] < bounds[1] < bounds[2]
+    assert lines[-1].endswith("kept: z$state.mean, z$state.started")

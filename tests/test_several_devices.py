@@ -30,7 +30,7 @@ def test_numpyro_over_data_and_over_particles():
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     found = answer(started("devices_numpyro.py", XLA_FLAGS=flags))
     assert found.pop("devices") == 8
-    assert len(found) == 4
+    assert len(found) == 5
     assert max(found.values()) < 1e-6, found
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -766,3 +768,18 @@ def test_a_function_with_a_known_mean_keeps_its_moments() -> None:
         assert np.isfinite(svi.step(DATA))
     kept = {k for k in snapshot() if k.startswith("z$")}
     assert kept == {f"z$state.{k}" for k in ("weight", "f", "h", "fh", "hh", "mean", "started")}
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_an_elbo_can_be_copied_and_pickled_as_stock_ones_can(compile: bool) -> None:
+    elbo = EstimatorELBO({"z": Reinforce(MovingAverage())}, compile=compile)
+    svi = SVI(model, guide, Adam({"lr": 0.01}), elbo)
+    for _ in range(4):  # it has plans, and notes
+        svi.step(DATA)
+    twins = [pickle.loads(pickle.dumps(elbo)), copy.deepcopy(svi).loss_and_grads.__self__]
+    losses = []
+    for one in (elbo, *twins):
+        pyro.set_rng_seed(1)
+        losses.append(one.loss(model, guide, DATA))
+    assert losses == losses[:1] * 3
+    assert all(one.memory is not elbo.memory and one.settings == elbo.settings for one in twins)

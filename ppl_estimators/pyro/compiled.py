@@ -124,6 +124,10 @@ class Compiler:
         self._known = Recent(_PROGRAMS)
         self._unknown = 0  # steps since the last that ran from a tape, or nearly
 
+    def __reduce__(self) -> tuple[type[Compiler], tuple[Any, ...]]:
+        """A copy notes its steps anew."""
+        return Compiler, (self.memory, self.backend)
+
     def step(
         self, evaluate: Evaluate, settings: Hashable, model: Any, guide: Any, args: Any, kwargs: Any
     ) -> Result | None:

@@ -90,6 +90,10 @@ class Memory:
     enumerating: set[Hashable] = field(default_factory=set)  # programs some of whose values are laid out side by side
     last: Plan | None = None
 
+    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
+        """A copy of an ELBO, or one that was pickled, looks at its programs anew."""
+        return Memory, ()
+
     def holdings_of(self, program: Hashable) -> Holdings:
         """What is known of the tensors that a program holds."""
         known: Holdings | None = self.holdings.recall(program)
