@@ -1,5 +1,5 @@
-"""Puts numbers of `benchmarks/results` where the docs show them: the tables of `docs/performance.md` and
-`docs/default.md`, between their `<!-- results: ... -->` comments, and the demo's table in the README.
+"""Puts numbers of `benchmarks/results` where the docs show them: the tables of the pages below, between their
+`<!-- results: ... -->` comments, and the demo's table in the README.
 
     python docs/make_tables.py
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from ppl_estimators.demo import results
 
 DOCS = Path(__file__).parent
-PAGES = (DOCS / "performance.md", DOCS / "default.md")
+PAGES = tuple(DOCS / f"{name}.md" for name in ("performance", "default", "objectives"))
 README = DOCS.parent / "README.md"
 RESULTS = README.parent / "benchmarks" / "results"
 DEMO = RESULTS / "demo.json"
