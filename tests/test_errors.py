@@ -262,6 +262,30 @@ def test_bounds_refuse_what_estimates_the_elbo(lib):
         lib.loss(lib.ELBO(DoublyReparameterized(), **options), model, guide)
 
 
+def test_a_minibatch_of_a_part_of_every_weight(lib):
+    """Both fixes of the message, as typed; and what no latent moves may stand anywhere."""
+
+    def model(part=2, outside=True):
+        w = lib.sample("w", lib.dist.Normal(lib.array(0.0), 1.0)) if outside else lib.array(0.5)
+        lib.factor("prior", lib.array(-0.3))
+        with lib.plate("data", 4, subsample_size=part):
+            z = lib.sample("z", lib.dist.Normal(w, 1.0))
+            lib.sample("x", lib.dist.Normal(z, 1.0), obs=lib.array([0.5] * (part or 4)))
+
+    def guide(part=2, outside=True):
+        if outside:
+            lib.sample("w", lib.dist.Normal(lib.array(0.1), 1.0))
+        with lib.plate("data", 4, subsample_size=part):
+            lib.sample("z", lib.dist.Normal(lib.array(0.0), 1.0))
+
+    options = {"objective": ImportanceWeighted(), "num_particles": 2}
+    with pytest.raises(EstimatorError, match=r"plate 'data': .* and 'w' outside of it is part of the weight of every"):
+        lib.loss(lib.ELBO(**options), model, guide)
+    assert lib.loss(lib.ELBO(**options), lambda: model(None), lambda: guide(None)) > 0
+    assert lib.loss(lib.ELBO(num_particles=2), model, guide) > 0
+    assert lib.loss(lib.ELBO(**options), lambda: model(outside=False), lambda: guide(outside=False)) > 0
+
+
 def test_dreams_that_cannot_be(lib):
     """What the guide cannot be told, what no draw of the model has, and what the model has no value for."""
 

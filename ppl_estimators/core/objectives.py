@@ -250,7 +250,8 @@ class AnalyticKL(Additive):
 class MultiSample(Objective):
     """A bound of K particles, (1 − α)⁻¹ log (1/K) Σ_k w_k^{1−α}, w_k = p(x, z_k) / q(z_k), with α = ``alpha``.
 
-    Costs are K (L − L_{−k}), L_{−k} the bound of the other particles: they have a baseline already.
+    Costs are K (L − L_{−k}), L_{−k} the bound of the other particles: they have a baseline already. A term that no
+    latent site moves is the same in all particles: it adds to L from wherever it stands, and plates are common without.
     """
 
     alpha: float
@@ -285,11 +286,14 @@ class MultiSample(Objective):
 
     def scale(self, terms: Sequence[Term]) -> float:
         common = _common(terms)
-        for plate in frozenset().union(*(t.plates for t in terms)) - common:
+        for plate in frozenset().union(*(t.plates for t in _moving(terms))) - common:
             if plate.scale != 1:
+                outside = next(t for t in _moving(terms) if plate not in t.plates)
                 raise EstimatorError(
-                    f"plate '{plate.name}': {type(self).__name__} needs a subsampled plate to hold every site, and "
-                    "this one does not. Move the other sites inside, or use the ELBO."
+                    f"plate '{plate.name}': a step sees a minibatch of it, and '{outside.site}' outside of it is part "
+                    f"of the weight of every element. {type(self).__name__} then is a function of the weights of all "
+                    "data, of which a minibatch gives no unbiased estimate. Pass all of the data, without "
+                    "subsample_size; or leave out objective=, for the ELBO."
                 )
         return math.prod(p.scale for p in common)
 
@@ -550,14 +554,22 @@ def _sloped(ops: Ops, x: Array, slope: float) -> Array:
 WEIGHTS = ImportanceWeighted()
 
 
+def _moving(terms: Sequence[Term]) -> Sequence[Term]:
+    """Those that differ between particles."""
+    return [t for t in terms if t.depends_on] or terms
+
+
 def _common(terms: Sequence[Term]) -> frozenset[Plate]:
-    return frozenset.intersection(*(t.plates for t in terms))
+    return frozenset.intersection(*(t.plates for t in _moving(terms)))
 
 
 def _summed(ops: Ops, terms: Sequence[Term], plates: frozenset[Plate], ndim: int) -> Array:
-    """Σ_t t, each summed to ``plates``, in ``ndim`` dimensions."""
-    first, *others = (sum_to(ops, t.value, plates, ndim) for t in terms)
-    return sum(others, first)
+    """Σ_t t, each summed to ``plates``, in ``ndim`` dimensions. What stands outside of them counts for all alike."""
+    size = math.prod(p.size for p in plates)
+    inside = [t for t in terms if plates <= t.plates]
+    parts = [sum_to(ops, t.value, plates, ndim) for t in inside]
+    parts += [ops.sum(t.value) / size for t in terms if not plates <= t.plates]
+    return sum(parts[1:], parts[0])
 
 
 def _ranked(ops: Ops, x: Array, site: Site) -> Array:

@@ -24,7 +24,7 @@ from ..measure import quadrature
 from ..measure.states import Count, Exact, Minibatches, check_budget, minibatches_of
 from .distributions import family, log_q, sampled_dtype, unwrapped
 from .ops import OPS
-from .run import Keys, Message, Traces, execute, terms_of, turned
+from .run import Keys, Message, Traces, execute, survey, terms_of, turned
 
 Array = Any
 _CHUNK = 256  # states evaluated side by side
@@ -159,6 +159,11 @@ class _Program:
             if m["type"] == "plate" and m["args"][0] != len(m["value"])
         }
         self.state = {n: v for n, v in (params or {}).items() if n not in self.params}
+        self.depends_on = self._dependencies() if objective.keeps_score else None
+
+    def _dependencies(self) -> dict[tuple[str, str], frozenset[str]]:
+        keys, params = (Keys(jax.random.key(0)), jax.random.key(1)), {**self.state, **self.params}
+        return survey(*keys, params, self.model, self.guide, self.args, self.kwargs, lambda: None).depends_on
 
     # ---- one run --------------------------------------------------------------------------------------------------
 
@@ -226,7 +231,7 @@ class _Program:
 
             def particle(state: Array) -> tuple[Array, Array]:
                 log_weight, traces = self.run(self.constrained(u), indices, state)
-                terms = terms_of(traces)
+                terms = terms_of(traces, self.depends_on)
                 scale.append(self.objective.scale(terms))
                 return log_weight, self.objective.collect(OPS, self.weighed(terms, traces))
 

@@ -22,10 +22,11 @@ from ..core.errors import EstimatorError, site_error
 from ..core.objectives import Dreamt, Objective, check_dreams
 from ..measure import quadrature
 from ..measure.states import Count, Exact, Minibatches, check_budget, minibatches_of
+from .dependencies import Holdings, Provenance
 from .distributions import family, log_q, unwrapped
 from .look import untouched
 from .ops import OPS
-from .run import Message, Traces, execute, terms_of, turned
+from .run import Message, Traces, dependencies, execute, terms_of, turned
 
 Array = torch.Tensor
 
@@ -116,6 +117,7 @@ class Point:
 class _Program:
     objective: Objective
     joint: int
+    depends_on: Mapping[tuple[str, str], frozenset[str]] = {}
 
     def __init__(
         self, model: Any, guide: Any, args: Any, kwargs: Any, params: Any, nodes: int, max_states: int, minibatches: Any
@@ -159,6 +161,8 @@ class _Program:
             self.look_at_guide()
             traces, _ = self.point.settled(lambda: self.run([], self.nodes, subsamples))
         self.point.check()
+        if self.objective.keeps_score:
+            self.depends_on = self.dependencies()
         batches = minibatches_of(_subsampled(traces), self.minibatches)
         check_budget(self.counts, {n: len(b) for n, b in batches.items()}, self.max_states, self.joint)
         continuous = any(not _discrete(m["fn"]) for m in traces.latents().values())
@@ -168,6 +172,16 @@ class _Program:
             _, other, _ = self.enumerate(quadrature.coarser(self.nodes), batches)
             error = max((float(np.abs(g - other[n]).max()) for n, g in gradient.items() if g.size), default=0.0)
         return Exact(value, gradient, self.point.values(), states, error, tuple(traces.latents()))
+
+    def dependencies(self) -> dict[tuple[str, str], frozenset[str]]:
+        """The latent sites behind each cost term of the first run."""
+        holdings, drawn = Holdings(), lambda m: rule_of(m["name"], m["fn"], self.nodes).take(0)[0]
+        while True:
+            with Provenance(holdings) as follow:
+                program = self.model, self.guide, self.args, self.kwargs
+                traces = execute(*program, draw=drawn, subsamples={}, observes=self.observes, provenance=follow)
+            if not follow.stale():
+                return {k: follow.names(d) for k, d in dependencies(traces).items()}
 
     def look_at_guide(self) -> None:
         traces = execute(
@@ -214,7 +228,8 @@ class _Program:
 
     def collected(self, traces: Traces) -> Array:
         """What the objective has of one state."""
-        terms = terms_of(traces, {})
+        everything = frozenset(traces.latents())
+        terms = terms_of(traces, {**dict.fromkeys(traces.own_terms(), everything), **self.depends_on})
         for term in terms:
             if not bool(torch.isfinite(term.value).all()):
                 values = {n: m["value"].tolist() for n, m in traces.latents().items()}

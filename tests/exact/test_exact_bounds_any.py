@@ -12,7 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import pyro
+import pyro.distributions as td
 import pytest
+import torch
 from injected import InjectedJax, cells, columns, grid, jax_gradients, legendre
 
 from ppl_estimators import (
@@ -31,6 +34,7 @@ from ppl_estimators import (
     WakeSleep,
 )
 from ppl_estimators.numpyro import with_estimators
+from ppl_estimators.testing import exact_gradient
 
 pytestmark = [
     pytest.mark.usefixtures("double_precision"),
@@ -144,8 +148,9 @@ def pair():
 # ---- plates ---------------------------------------------------------------------------------------------------------
 
 
-def plated(subsample=None):
-    """A bit for each datum, all terms inside: a bound for each."""
+def plated(subsample=None, prior=0.0):
+    """A bit for each datum, all terms inside: a bound for each. ``prior``: of a parameter, and in another plate, which
+    no latent moves."""
     size, n = (2, 2) if subsample is None else (4, subsample)
     data = np.array([0.2, 0.9]) if subsample is None else np.full(4, 0.7)
 
@@ -153,6 +158,10 @@ def plated(subsample=None):
         with numpyro.plate("data", size, subsample_size=n) as i:
             z = numpyro.sample("z", dist.Bernoulli(logits=0.3))
             numpyro.factor("f", f(z, jnp.asarray(data)[i], numpyro.param("t", T)))
+        if prior:
+            numpyro.factor("prior", prior * numpyro.param("t", T) ** 2)
+            with numpyro.plate("more", 4, subsample_size=2, dim=-2):
+                numpyro.factor("other", jnp.full((2, 1), prior * jnp.sin(numpyro.param("t", T))))
 
     def guide():
         a = numpyro.param("a", jnp.zeros(2))
@@ -161,40 +170,47 @@ def plated(subsample=None):
 
     def states(a, t):
         z = np.array(list(itertools.product([0.0, 1.0], repeat=2)))
-        each = bernoulli(a, z)
-        return each.sum(1), bernoulli(0.3, z) + f(z, data[:2], t) - each
+        each, aside = bernoulli(a, z), prior * (t**2 + 4 * jnp.sin(t)) / 4
+        return each.sum(1), bernoulli(0.3, z) + f(z, data[:2], t) - each + aside
 
     a = np.array([0.5, -0.4])
     return Program(model, guide, a, states, {"z": ((2,), [[p] for p in sigmoid(a)])})
 
 
 def nested():
-    """Bits in an inner plate, whose outer plate is common to all terms; the inner one is not."""
+    """Bits in an inner plate, and one in the outer: that is common to all terms, the inner one is not."""
+    heights, tilt = np.array([[0.1, 0.5], [0.9, 0.3]]), np.array([0.3, -0.6])
 
     def model():
         with numpyro.plate("outer", 2, dim=-1):
-            numpyro.factor("g", jnp.array([0.3, -0.6]))
+            y = numpyro.sample("y", dist.Bernoulli(logits=tilt))
+            numpyro.factor("g", tilt * y)
             with numpyro.plate("inner", 2, dim=-2):
                 z = numpyro.sample("z", dist.Bernoulli(logits=0.3))
-                numpyro.factor("f", f(z, jnp.array([[0.1, 0.5], [0.9, 0.3]]), numpyro.param("t", T)))
+                numpyro.factor("f", f(z, heights, numpyro.param("t", T)))
 
     def guide():
-        a = numpyro.param("a", jnp.zeros(4)).reshape(2, 2)
-        with numpyro.plate("outer", 2, dim=-1), numpyro.plate("inner", 2, dim=-2):
-            numpyro.sample("z", dist.Bernoulli(logits=a))
+        a = numpyro.param("a", jnp.zeros(6))
+        with numpyro.plate("outer", 2, dim=-1):
+            numpyro.sample("y", dist.Bernoulli(logits=a[4:]))
+            with numpyro.plate("inner", 2, dim=-2):
+                numpyro.sample("z", dist.Bernoulli(logits=a[:4].reshape(2, 2)))
 
     def states(a, t):
-        z = np.array(list(itertools.product([0.0, 1.0], repeat=4))).reshape(-1, 2, 2)
-        each = bernoulli(a.reshape(2, 2), z)
-        w = bernoulli(0.3, z) + f(z, jnp.array([[0.1, 0.5], [0.9, 0.3]]), t) - each
-        return each.sum((1, 2)), w.sum(1) + jnp.array([0.3, -0.6])
+        bits = np.array(list(itertools.product([0.0, 1.0], repeat=6)))
+        z, y = bits[:, :4].reshape(-1, 2, 2), bits[:, 4:]
+        each, above = bernoulli(a[:4].reshape(2, 2), z), bernoulli(a[4:], y)
+        w = (bernoulli(0.3, z) + f(z, heights, t) - each).sum(1) + bernoulli(tilt, y) + tilt * y - above
+        return each.sum((1, 2)) + above.sum(1), w
 
-    a = np.array([0.5, -0.4, 0.2, 0.8])
-    return Program(model, guide, a, states, {"z": ((2, 2), [[p] for p in sigmoid(a)])})
+    a = np.array([0.5, -0.4, 0.2, 0.8, -0.3, 0.6])
+    p = [[x] for x in sigmoid(a)]
+    return Program(model, guide, a, states, {"z": ((2, 2), p[:4]), "y": ((2,), p[4:])})
 
 
 PROGRAMS = {
-    "single": single(), "chain": chain(), "pair": pair(), "plate": plated(), "subsampled": plated(2), "nested": nested()
+    "single": single(), "chain": chain(), "pair": pair(), "plate": plated(), "subsampled": plated(2),
+    "nested": nested(), "beside": plated(2, -0.5),
 }  # fmt: skip
 
 
@@ -226,7 +242,7 @@ def check(name, estimators, k, objective, noise=None, atol=1e-11, **options):
         log_q, log_w = program.states(p["a"], p["t"])
         return -bound(log_q, log_w, k, objective.alpha)
 
-    scale = 2.0 if name == "subsampled" else 1.0
+    scale = 2.0 if name in ("subsampled", "beside") else 1.0
     value, slope = jax.value_and_grad(exact)(params)
     np.testing.assert_allclose(weights @ loss, scale * value, atol=atol)
     wanted = scale * np.concatenate([np.ravel(slope[k]) for k in sorted(slope)])
@@ -256,7 +272,8 @@ CELLS = [
     ("plate", {"z": DisARM()}, 2, IW),
     ("plate", {"z": Enumerate()}, 3, Renyi(0.5)),
     ("subsampled", {"z": DisARM()}, 2, Renyi(0.5)),
-    ("nested", {"z": Enumerate()}, 2, Renyi(0.5)),
+    ("nested", {"z": Enumerate(), "y": Reinforce(LeaveOneOut())}, 2, Renyi(0.5)),
+    ("beside", {"z": Enumerate()}, 2, Renyi(0.5)),
 ]
 
 
@@ -268,8 +285,8 @@ def test_any_estimator_under_any_bound(name, estimators, k, objective):
 AVERAGED = [
     ("chain", {"x": Enumerate(), "y": DisARM()}, 2, Renyi(0.5)),
     ("plate", {"z": Enumerate()}, 3, Renyi(2.0)),
-    ("subsampled", {"z": DisARM()}, 2, Renyi(-0.5)),
-    ("nested", {"z": Enumerate()}, 2, IW),
+    ("beside", {"z": DisARM()}, 2, Renyi(-0.5)),
+    ("nested", {"*": Enumerate()}, 2, IW),
 ]
 
 
@@ -350,3 +367,35 @@ def test_a_particle_without_weight(estimator):
         return -total
 
     np.testing.assert_allclose(found[0], jax.grad(surrogate)(a), atol=1e-12)
+
+
+def test_exact_gradient_knows_what_no_latent_moves():
+    """In both libraries: such a term adds to the bound, and the plates without it are common."""
+    program, pyro_t = PROGRAMS["beside"], torch.tensor(T)
+
+    def model():
+        t = pyro.param("t", pyro_t)
+        with pyro.plate("data", 4, subsample_size=2):
+            z = pyro.sample("z", td.Bernoulli(logits=0.3))
+            pyro.factor("f", 1.3 * z - 0.49 + t * 1.47 * z + 0.4 * torch.sin(3 * z + 0.7))
+        pyro.factor("prior", -0.5 * t**2)
+        with pyro.plate("more", 4, subsample_size=2, dim=-2):
+            pyro.factor("other", -0.5 * torch.sin(t) * torch.ones(2, 1))
+
+    def guide():
+        a = pyro.param("a", torch.tensor(program.a))
+        with pyro.plate("data", 4, subsample_size=2):
+            pyro.sample("z", td.Bernoulli(logits=a))
+
+    def exact(p):
+        return -2 * bound(*program.states(p["a"], p["t"]), 2, 0.0)
+
+    wanted = jax.grad(exact)({"a": jnp.asarray(program.a), "t": jnp.asarray(T)})
+    one = {"data": [[0, 1]], "more": [[0, 1]]}
+    options = {"objective": IW, "num_particles": 2, "minibatches": one}
+    for found in (
+        exact_gradient(program.model, program.guide, params={"a": jnp.asarray(program.a)}, **options).gradient,
+        exact_gradient(model, guide, **options).gradient,
+    ):
+        for name in "at":
+            np.testing.assert_allclose(found[name], wanted[name], atol=1e-12)
