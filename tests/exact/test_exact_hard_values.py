@@ -14,7 +14,7 @@ import torch
 from injected import InjectedJax, InjectedTorch, jax_gradients
 from scipy.special import digamma, expit
 
-from ppl_estimators import ReinMax, SmoothedTriple, StraightThrough
+from ppl_estimators import ImportanceWeighted, ReinMax, SmoothedTriple, StraightThrough
 
 pytestmark = [
     pytest.mark.usefixtures("double_precision"),
@@ -66,6 +66,24 @@ def test_a_bit(spec, slope):
     np.testing.assert_allclose(found, expected, atol=1e-12)
     pyro.clear_param_store()
     twin = InjectedTorch({"z": spec})
+    twin.randomness.table = table
+    twin.loss_and_grads(torch_model, torch_guide)
+    np.testing.assert_allclose(pyro.param("a").grad, expected, atol=1e-12)
+
+
+def test_a_bit_under_a_bound():
+    """A particle counts with its weight: the made-up slope in the value, and the gradient of −log q, which is kept."""
+    u, z = np.stack([U, U[::-1]]), np.stack([B, (U[::-1] > 1 - P).astype(float)])
+    log_w = np.log(0.5) + T * z - MASK * (z * A - np.log1p(np.exp(A)))
+    weights = np.exp(log_w - np.logaddexp(*log_w))
+    expected = -np.sum(weights * (P * (1 - P) * (T - MASK * A) - MASK * (z - P)), 0)
+    options, table = {"num_particles": 2, "objective": ImportanceWeighted()}, {"z": {"u": u}}
+    found = jax_gradients(
+        InjectedJax({"z": StraightThrough()}, **options), jax_model, jax_guide, {"a": jnp.asarray(A)}, tables(table)
+    )[1][0]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    pyro.clear_param_store()
+    twin = InjectedTorch({"z": StraightThrough()}, **options)
     twin.randomness.table = table
     twin.loss_and_grads(torch_model, torch_guide)
     np.testing.assert_allclose(pyro.param("a").grad, expected, atol=1e-12)
