@@ -151,3 +151,31 @@ def test_dreams_of_a_scan():
     np.testing.assert_allclose(exact.gradient["a"], jax.grad(by_hand)(jnp.asarray(A)), atol=1e-12)
     elbo = JaxELBO(Reinforce(LeaveOneOut()), objective=ASLEEP, num_particles=50)
     assert_unbiased(elbo, chain, along, x, reference=exact.gradient, able_to_see=0.2)
+
+
+def test_no_dream_moves_the_model():
+    """Not by values with a derivative either, in both libraries."""
+    elbos = [E(objective=ASLEEP, num_particles=2) for E in (JaxELBO, TorchELBO)]
+
+    def guide(d, sample, param, observations=None):
+        scale = 1.0 if observations is None else 1.0 + observations["x"] ** 2
+        sample("z", d.Normal(param("a"), scale))
+
+    def model(d, sample, param, observed):
+        z = sample("z", d.Normal(param("t"), 1.0))
+        sample("x", d.Normal(z * param("t"), 1.0), obs=observed)
+
+    jax_program = (
+        lambda: model(dist, numpyro.sample, lambda n: numpyro.param(n, 0.5), 0.3),
+        lambda observations=None: guide(dist, numpyro.sample, lambda n: numpyro.param(n, 0.2), observations),
+    )
+    found = jax.grad(lambda p: elbos[0].loss(jax.random.key(0), p, *jax_program))({"a": 0.2, "t": 0.5})
+    assert found["t"] == 0 and abs(found["a"]) > 1e-3
+    pyro.clear_param_store()
+    torch_program = (
+        lambda: model(td, pyro.sample, lambda n: pyro.param(n, torch.tensor(0.5)), torch.tensor(0.3)),
+        lambda observations=None: guide(td, pyro.sample, lambda n: pyro.param(n, torch.tensor(0.2)), observations),
+    )
+    elbos[1].loss_and_grads(*torch_program)
+    t, a = (pyro.param(n).grad for n in "ta")
+    assert (t is None or t == 0) and abs(a) > 1e-3
