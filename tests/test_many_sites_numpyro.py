@@ -10,7 +10,7 @@ import pytest
 from ppl_estimators import ARMS, DisARM, Enumerate, LeaveOneOut, Reinforce
 from ppl_estimators.numpyro import EstimatorELBO
 from ppl_estimators.numpyro.library import NumPyroLibrary
-from ppl_estimators.numpyro.run import Keys, noise_key, site_key
+from ppl_estimators.numpyro.run import key_of, keys_of
 
 
 def program(sites):
@@ -68,16 +68,22 @@ def test_the_compiled_program_grows_with_the_sites_and_not_with_their_square():
     assert instructions(20) < 2.3 * instructions(10)  # 3.5 times without the barrier
 
 
-def test_keys_made_together_are_those_made_one_by_one():
-    names = ["z", "w_1", "a long name / with a scope"]
-    keys = Keys(jax.random.key(3), names)
-    for name in names:
-        one = site_key(keys.guide, name)
-        np.testing.assert_array_equal(jax.random.key_data(keys.known[name]), jax.random.key_data(one))
-    folded = jax.random.key_data(keys.folded(names[1:], 2))
-    for row, name in zip(folded, names[1:], strict=True):
-        one = noise_key(site_key(keys.guide, name), 2)
-        np.testing.assert_array_equal(row, jax.random.key_data(one))
+@pytest.mark.parametrize("key", [jax.random.key(3), jax.random.PRNGKey(3), jax.random.key(3, impl="rbg")], ids=str)
+def test_keys_of_one_key_are_of_its_kind(key):
+    names = [f"site {i}" for i in range(30)]
+    keys = keys_of(key, names)
+    assert (keys.dtype, keys.shape) == (key.dtype, (30, *key.shape))
+    np.testing.assert_array_equal(jax.random.uniform(keys[7]), jax.random.uniform(key_of(key, names[7])))
+    drawn = jax.vmap(lambda k: jax.random.uniform(k, (2_000,)))(keys)
+    assert len(np.unique(drawn)) > 0.99 * drawn.size
+
+
+def test_keys_are_independent():
+    """Also those of the keys that the seeds 0, 1, 2, ... make, whose bits hardly differ."""
+    names = [f"site {i}" for i in range(30)]
+    draws = jax.vmap(lambda s: jax.vmap(jax.random.uniform)(keys_of(jax.random.key(s), names)))(jnp.arange(400)).T
+    correlation = np.corrcoef(np.concatenate([draws, np.roll(draws, 1, axis=1)]))  # of names, and of seeds
+    assert np.abs(correlation[~np.eye(60, dtype=bool)]).max() < 4.5 / np.sqrt(400)
 
 
 @pytest.mark.usefixtures("double_precision")

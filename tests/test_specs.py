@@ -385,8 +385,8 @@ ALONE = {
     },
     ("numpyro", "run.py"): {
         "Keys": "of the sites, by their names; Pyro has one generator",
-        "noise_key": "the same",
-        "site_key": "the same",
+        "key_of": "the same",
+        "keys_of": "the same",
         "DuplicateName": "a mistake where NumPyro itself raises an AssertionError",
         "Scan": "Pyro has no scan",
         "plain_shapes": "Pyro's own ELBO counts plates",

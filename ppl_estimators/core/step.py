@@ -107,7 +107,7 @@ class Library(verify.Library, Protocol):
     def own(self, msg: Message) -> Array:
         """The library's own draw, reparameterised where there is a way."""
 
-    def value(self, msg: Message, number: int) -> Array:
+    def value(self, source: Any, msg: Message, number: int) -> Array:
         """A plain draw from the site's distribution, the ``number``-th of its noise."""
 
     def again(self, msg: Message, first: Message, *, constants: bool) -> Array:
@@ -379,7 +379,7 @@ class Step:
         with library.differentiating(False):
             for i, (label, n) in enumerate(declared.items()):  # values first: a draw again may ask for nothing else
                 if n.law == "value":
-                    noise[label] = ops.stop_gradient(library.value(msg, i))
+                    noise[label] = ops.stop_gradient(library.value(run.source, msg, i))
             for i, (label, n) in enumerate(declared.items()):
                 if n.law == "state":
                     noise[label] = library.state(site, estimator, label)

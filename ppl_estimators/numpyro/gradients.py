@@ -31,7 +31,7 @@ from ..core.gradients import (
 from ..core.plan import Plan
 from .elbo import EstimatorELBO
 from .exact import named_leaves
-from .run import site_key
+from .run import key_of
 
 Array = Any
 
@@ -276,7 +276,7 @@ class _Minibatch(Messenger):
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "plate" and msg["value"] is None and msg["args"][1] < msg["args"][0]:
             size, subsample_size = msg["args"]
-            msg["value"] = jax.random.permutation(site_key(self.key, msg["name"]), size)[:subsample_size]
+            msg["value"] = jax.random.permutation(key_of(self.key, f"plate {msg['name']}"), size)[:subsample_size]
 
 
 class _Gates(Messenger):

@@ -42,7 +42,7 @@ class _Chosen(Randomness):
         rule = rule_of(name, fn, NODES)
         return rule.value(fn, jnp.asarray(self.given.choices(name, tuple(rule.elements), rule.size))), []
 
-    def noise(self, names: Sequence[str], label: str, noise: Any, keys: Array) -> Array:
+    def noise(self, names: Sequence[str], label: str, noise: Any, key: Array) -> Array:
         return jnp.stack([jnp.asarray(self.given.noise(name, label, noise), float) for name in names])
 
 

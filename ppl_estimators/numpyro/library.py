@@ -42,9 +42,9 @@ from .run import (
     Traces,
     execute,
     interpreted,
-    noise_key,
+    key_of,
+    keys_of,
     plain_shapes,
-    site_key,
     survey,
     tables_of,
     terms_of,
@@ -93,8 +93,7 @@ class NumPyroLibrary:
 
     def _survey(self) -> Plan:
         """Trace guide and model once, and see which latent values reach which cost terms."""
-        plate_key, key = jax.random.split(self.key)
-        program = Keys(key), plate_key, self.params, self.model, self.guide, self.args, self.kwargs
+        program = Keys(self.key), self.key, self.params, self.model, self.guide, self.args, self.kwargs
         try:
             found = survey(*program, self._layout)
         except Unplaced:
@@ -156,7 +155,7 @@ class NumPyroLibrary:
             params, args, kwargs = jax.tree.map(_constant, (params, args, kwargs))
         chosen = self.model if model else None
         return execute(
-            source, self._plate_key, params, chosen, self.guide, args, kwargs,
+            source, self.key, params, chosen, self.guide, args, kwargs,
             draw=draw, in_scan=in_scan, layout=self._layout(),
         )  # fmt: skip
 
@@ -183,9 +182,9 @@ class NumPyroLibrary:
                 return None
             return jax.lax.stop_gradient(msg["fn"].sample(msg["kwargs"]["rng_key"]))
 
-        keys, (guide, model) = Keys(noise_key(source.model, 0)), turned(self.model, self.guide)
+        keys, (guide, model) = Keys(key_of(source.key, "turned")), turned(self.model, self.guide)
         return execute(
-            keys, self._plate_key, self.params, guide, model, self.args, self.kwargs,
+            keys, self.key, self.params, guide, model, self.args, self.kwargs,
             draw=lambda msg: draw(msg["name"], msg["fn"], msg["kwargs"]["rng_key"]), in_scan=in_scan,
         )  # fmt: skip
 
@@ -204,14 +203,16 @@ class NumPyroLibrary:
 
     def uniform(self, source: Keys) -> Uniform:
         numbers = count()
-        return lambda *like: self.randomness.uniform(site_key(source.guide, f"uniform {next(numbers)}"), *like)
+        return lambda *like: self.randomness.uniform(key_of(source.key, f"uniform {next(numbers)}"), *like)
 
     def check(self, run: Run) -> None:
         """A traced program is the same every time."""
 
     def moved(self, run: Run, sites: Sequence[str], pattern: int) -> dict[tuple[str, str], Array]:
         latents = run.traces.latents()
-        others = {n: another(latents[n]["fn"], latents[n]["value"], site_key(self.key, n), pattern) for n in sites}
+        others = {
+            n: another(latents[n]["fn"], latents[n]["value"], key_of(self.key, f"another {n}"), pattern) for n in sites
+        }
         values = {n: m["value"] for n, m in latents.items()} | others
 
         def draw(msg: Message) -> Array:
@@ -243,9 +244,9 @@ class NumPyroLibrary:
         value, msg["intermediates"] = self.randomness.value(msg["name"], msg["fn"], msg["kwargs"]["rng_key"])
         return value
 
-    def value(self, msg: Message, number: int) -> Array:
-        key = msg["kwargs"]["rng_key"]
-        return self.randomness.value(msg["name"], msg["fn"], noise_key(key, number) if number else key)[0]
+    def value(self, source: Keys, msg: Message, number: int) -> Array:
+        key = source.of(msg["name"], number) if number else msg["kwargs"]["rng_key"]
+        return self.randomness.value(msg["name"], msg["fn"], key)[0]
 
     def again(self, msg: Message, first: Message, *, constants: bool) -> Array:
         kept = (first["value"], first["intermediates"])
@@ -264,11 +265,10 @@ class NumPyroLibrary:
         """Noise of which only the shape matters is drawn once for all sites that ask for the same (see `Keys`)."""
         name = site.name
         if noise.concentration is not None:
-            key = noise_key(msg["kwargs"]["rng_key"], number)
-            return self.randomness.noise([name], label, noise, key[None])[0]
+            return self.randomness.noise([name], label, noise, source.of(name, number))[0]
         if (name, label) not in source.noise:
             names = self._alike[name]
-            rows = self.randomness.noise(names, label, noise, source.folded(names, number))
+            rows = self.randomness.noise(names, label, noise, source.of(names[0], number))
             source.noise.update(zip(((n, label) for n in names), rows, strict=True))
         return source.noise[name, label]
 
@@ -367,10 +367,10 @@ class NumPyroLibrary:
     def particles(self, one: Callable[[Any], tuple[dict[str, Any], Run]], count: int | None = None) -> Joined:
         plan, kept = self._plan, {}
         count = plan.particles if count is None else count
-        self._plate_key, *keys = jax.random.split(self.key, 1 + count)
+        keys = keys_of(self.key, [f"particle {i}" for i in range(count)])
 
         def arrays(key: Array) -> dict[str, Any]:
-            found, run = one(Keys(key, list(plan.sites)))
+            found, run = one(Keys(key))
             kept.update({n: replace(k, given={}) for n, k in run.kept.items()})
             own = {state_name(n) for n, k in run.kept.items() if k.state}
             found["mutable"] = {n: v for n, v in run.traces.mutable().items() if n not in own}
@@ -384,7 +384,7 @@ class NumPyroLibrary:
         elif interpreted():
             out = _one_by_one(arrays, keys)
         else:
-            out = self.map_particles(arrays, jnp.stack(keys))
+            out = self.map_particles(arrays, keys)
         # as documented: the alternatives first, then the particles
         for found in [*out["sites"].values(), *([out["averages"]] if "averages" in out else [])]:
             found["elsewhere"] = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found["elsewhere"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -21,23 +20,19 @@ class Randomness:
         """A draw from a site's own distribution, and its intermediates."""
         return fn.sample_with_intermediates(key)
 
-    def noise(self, names: Sequence[str], label: str, noise: Noise, keys: Array) -> Array:
-        """Noise that estimators asked for, ``[len(names), *shape]`` for as many keys."""
-        return jax.vmap(partial(_noise, noise))(keys)
+    def noise(self, names: Sequence[str], label: str, noise: Noise, key: Array) -> Array:
+        """Noise that estimators asked for, ``[len(names), *shape]``; uniform noise lies strictly inside (0, 1)."""
+        shape = (len(names), *noise.shape)
+        if noise.law == "normal":
+            return jax.random.normal(key, shape, dtype=float)
+        if noise.law == "log gamma":
+            return jax.random.loggamma(key, jax.lax.stop_gradient(noise.concentration), shape)
+        if noise.law == "poisson":
+            return jax.random.poisson(key, jax.lax.stop_gradient(noise.concentration), shape).astype(float)
+        tiny = jnp.finfo(jnp.result_type(float)).tiny
+        u = jax.random.uniform(key, shape, dtype=float, minval=tiny)
+        return jnp.minimum(u, 1 - jnp.finfo(u.dtype).epsneg)
 
     def uniform(self, key: Array, shape: tuple[int, ...], like: Array) -> Array:
         """Noise in [0, 1), by which values that were summed are drawn."""
         return jax.random.uniform(key, shape, dtype=like.dtype)
-
-
-def _noise(noise: Noise, key: Array) -> Array:
-    """Uniform noise lies strictly inside (0, 1)."""
-    if noise.law == "normal":
-        return jax.random.normal(key, noise.shape, dtype=float)
-    if noise.law == "log gamma":
-        return jax.random.loggamma(key, jax.lax.stop_gradient(noise.concentration))
-    if noise.law == "poisson":
-        return jax.random.poisson(key, jax.lax.stop_gradient(noise.concentration)).astype(float)
-    tiny = jnp.finfo(jnp.result_type(float)).tiny
-    u = jax.random.uniform(key, noise.shape, dtype=float, minval=tiny)
-    return jnp.minimum(u, 1 - jnp.finfo(u.dtype).epsneg)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import dtypes
 from numpyro.contrib.control_flow.cond import cond_wrapper
 from numpyro.contrib.control_flow.scan import _promote_scanned_value_shapes, scan_wrapper
 from numpyro.distributions.distribution import Unit
@@ -71,46 +72,39 @@ class Traces:
 
 
 class Keys:
-    """The random keys of one particle: one per site name, so every run of it draws a site from the same noise.
+    """The random keys of one particle: one per site name, so every run of it draws a site from the same noise."""
 
-    Those of ``names``, the latent sites of the guide as far as they are known, come out of one operation: XLA makes a
-    loop of each fold, and a loop for each site would be most of what it has to compile.
-    """
-
-    def __init__(self, key: Array, names: Sequence[str] = ()):
-        self.guide, self.model = jax.random.split(key)
-        self._names = {name: i for i, name in enumerate(names)}
-        self._of_sites: Any = _site_keys(self.guide, names) if names else []
-        self.known = dict(zip(names, self._of_sites, strict=True))
+    def __init__(self, key: Array):
+        self.key = key
         self.noise: dict[tuple[str, str], Array] = {}  # what was drawn already, by site and label
 
-    def folded(self, names: Sequence[str], number: int) -> Array:
-        """The keys of ``names`` for their noise number ``number``, ``[len(names)]``."""
-        keys = self._of_sites[np.array([self._names[n] for n in names])]
-        return jax.vmap(lambda k: noise_key(k, number))(keys)
+    def of(self, name: str, number: int) -> Array:
+        """The key of noise number ``number`` of a site of the guide."""
+        return key_of(self.key, f"noise {number} {name}")
 
 
-def noise_key(key: Array, number: int) -> Array:
-    """The key of a site's noise number ``number``. A sampler may split the site's key, and ``split(key)[i]`` is
-    ``fold_in(key, i)``: so it is folded with numbers that no split reaches."""
-    return jax.random.fold_in(key, 2**30 + number)
+def keys_of(key: Array, purposes: Sequence[str]) -> Array:
+    """A key for each purpose, ``[len(purposes)]``: ``key`` with the bits flipped that the purpose's hash says.
+
+    To split or to fold would be one more evaluation of the generator each: a kernel on a GPU, on a processor a loop,
+    and a loop for each site would be most of what XLA has to compile. This costs nothing, and related keys are as good
+    as any: JAX's own of the seeds 0, 1, 2, ... differ by as many bits as the numbers do. Flipping twice is flipping
+    back, so no purpose occurs twice on the way to a key.
+    """
+    return _flipped(key, purposes, (len(purposes),))
 
 
-def _words(name: str) -> list[int]:
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    return [int.from_bytes(word, "big") for word in (digest[:4], digest[4:])]
+def key_of(key: Array, purpose: str) -> Array:
+    """The key for one purpose, see `keys_of`."""
+    return _flipped(key, [purpose], ())
 
 
-def site_key(key: Array, name: str) -> Array:
-    for word in _words(name):
-        key = jax.random.fold_in(key, word)
-    return key
-
-
-def _site_keys(key: Array, names: Sequence[str]) -> Array:
-    """`site_key` of every name."""
-    words = np.array([_words(name) for name in names], np.uint32)
-    return jax.vmap(lambda w: jax.random.fold_in(jax.random.fold_in(key, w[0]), w[1]))(words)
+def _flipped(key: Array, purposes: Sequence[str], shape: tuple[int, ...]) -> Array:
+    typed = jnp.issubdtype(key.dtype, dtypes.prng_key)
+    data = jax.random.key_data(key) if typed else key
+    hashes = b"".join(hashlib.blake2b(p.encode(), digest_size=4 * data.size).digest() for p in purposes)
+    flipped = data ^ np.frombuffer(hashes, "<u4").reshape(*shape, *data.shape)
+    return jax.random.wrap_key_data(flipped, impl=jax.random.key_impl(key)) if typed else flipped
 
 
 def plates_of(msg: Message) -> frozenset[Plate]:
@@ -143,14 +137,14 @@ class _Conduct(Messenger):
         draw: Draw,
         record: dict[str, Message],
         params: Mapping[str, Array],
-        known: Mapping[str, Array] | None = None,
         in_scan: Any = None,
         guide: Mapping[str, Message] | None = None,
         layout: Layout | None = None,
     ):
         self.layout = layout
         self.key, self.plate_key, self.draw, self.record, self.in_scan = key, plate_key, draw, record, in_scan
-        self.params, self.known, self.guide = params, known or {}, guide
+        self.params, self.guide = params, guide
+        self.side = "guide" if guide is None else "model"
         self.kinds: dict[str, str] = {}  # of what has a name
         self.anonymous = self.scans = 0
         super().__init__()
@@ -162,7 +156,7 @@ class _Conduct(Messenger):
 
     def _explain(self, error: Exception) -> None:
         """Where the program was when it raised."""
-        side = "guide" if self.guide is None else "model"
+        side = self.side
         sites = {n: m for n, m in self.record.items() if m["type"] != "mutable"}
         after = f"after '{next(reversed(sites))}'" if sites else "before its first site"
         table = format_shapes(sites, title=f"Shapes of the {side}:")
@@ -192,14 +186,13 @@ class _Conduct(Messenger):
             if sample_shape:
                 msg["fn"] = msg["fn"].expand((*sample_shape, *msg["fn"].batch_shape))
             if msg["kwargs"]["rng_key"] is None:
-                name = msg["name"]
-                msg["kwargs"]["rng_key"] = self.known[name] if name in self.known else site_key(self.key, name)
+                msg["kwargs"]["rng_key"] = key_of(self.key, f"{self.side} {msg['name']}")
             msg["value"] = self.draw(msg)
         elif kind == "plate" and msg["value"] is None:
-            msg["kwargs"]["rng_key"] = site_key(self.plate_key, msg["name"])
+            msg["kwargs"]["rng_key"] = key_of(self.plate_key, f"plate {msg['name']}")
         elif kind in ("prng_key", "control_flow") and msg["kwargs"]["rng_key"] is None:
             self.anonymous += 1
-            msg["kwargs"]["rng_key"] = site_key(self.key, f"{kind} {self.anonymous}")
+            msg["kwargs"]["rng_key"] = key_of(self.key, f"{self.side} {kind} {self.anonymous}")
             if kind == "control_flow" and self.in_scan is not None:
                 msg["kwargs"]["substitute_stack"].append(("substitute", self.in_scan))
             if msg.get("fn") is scan_wrapper and self.guide is not None:
@@ -298,12 +291,12 @@ def execute(
     """Run the guide, then the model on the guide's values (unless ``model`` is None). ``layout``: where values of
     enumerated sites go; a run that finds it needs one raises `Unplaced`."""
     traces = Traces()
-    with _Conduct(keys.guide, plate_key, draw, traces.guide, params, keys.known, in_scan, layout=layout):
+    with _Conduct(keys.key, plate_key, draw, traces.guide, params, in_scan, layout=layout):
         substitute(guide, data=dict(params))(*args, **kwargs)
     if model is not None:
         own = {**params, **{n: m["value"] for n, m in traces.guide.items() if m["type"] == "mutable"}}
         refuse = partial(_refuse, layout=layout)
-        with _Conduct(keys.model, plate_key, refuse, traces.model, params, guide=traces.guide, layout=layout):
+        with _Conduct(keys.key, plate_key, refuse, traces.model, params, guide=traces.guide, layout=layout):
             drawn = {n: m for n, m in traces.guide.items() if m["type"] in ("sample", "plate")}
             replay(substitute(model, data=own), trace=drawn)(*args, **kwargs)
         _same_sizes(traces)

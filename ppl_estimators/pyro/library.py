@@ -448,7 +448,7 @@ class PyroLibrary:
     def own(self, msg: Message) -> Array:
         return self.randomness.value(msg["name"], msg["fn"], *msg["args"], **msg["kwargs"])
 
-    def value(self, msg: Message, number: int) -> Array:
+    def value(self, source: Stream, msg: Message, number: int) -> Array:
         return self.own(msg)
 
     def again(self, msg: Message, first: Message, *, constants: bool) -> Array:
