@@ -3,6 +3,7 @@
 import gc
 import itertools
 import math
+import pickle
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,8 @@ from ppl_estimators import (
     Reinforce,
 )
 from ppl_estimators.pyro import EstimatorELBO, with_estimators
+from ppl_estimators.pyro.run import execute
+from ppl_estimators.testing import exact_gradient
 
 LANES = 4000
 
@@ -638,3 +641,44 @@ def test_what_an_elbo_remembers_is_bounded(what):
         "estimator at the site": lambda i: elbo.loss_and_grads(model, at_the_site, 4),
     }[what]
     assert objects_per_step(step, 150, 50) <= 1
+
+
+LEFT = {
+    "nothing": lambda z: None,
+    "itself": lambda z: (z,),
+    "made of it": lambda z: (3 * z - z - z,),
+    "a law": lambda z: (dist.Normal(2.0 * z, 1.0),),
+    "unseen": lambda z: (pickle.loads(pickle.dumps(z)),),
+}
+
+
+@pytest.mark.parametrize("estimator", [Enumerate(), DisARM()], ids=repr)
+def test_a_guide_is_run_again_only_if_the_model_reads_what_it_leaves(estimator, monkeypatch):
+    """Nothing is drawn below z: with another z the guide gives the model that z, and what it has put away for it."""
+    left, way, guides = {}, "nothing", []
+
+    def executed(*args, above=None, **options):
+        guides.append(above is None)
+        return execute(*args, above=above, **options)
+
+    monkeypatch.setattr("ppl_estimators.pyro.library.execute", executed)
+
+    def model():
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        (x,) = left["z"] or (z,)
+        law = x if isinstance(x, dist.Normal) else dist.Normal(2.0 * x, 1.0)
+        pyro.sample("x", law, obs=torch.tensor(1.7))
+
+    def guide():
+        left["z"] = LEFT[way](pyro.sample("z", dist.Bernoulli(logits=pyro.param("a", torch.tensor(0.4)))))
+
+    exact = exact_gradient(model, guide).gradient["a"]
+    elbo, a = EstimatorELBO({"z": estimator}), pyro.param("a", torch.tensor(0.4))
+    for way in (*LEFT, "nothing"):  # one after another, which no plan knows
+        for _ in range(3):
+            guides.clear()
+            a.grad = None
+            elbo.loss_and_grads(model, guide)
+            if estimator == Enumerate():
+                assert a.grad.item() == pytest.approx(float(exact), abs=1e-6), way
+        assert sum(guides) == (1 if way == "nothing" else len(guides)), way

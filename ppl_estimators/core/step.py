@@ -61,11 +61,13 @@ class Library(verify.Library, Protocol):
     # ---- one run ------------------------------------------------------------------------------------------------
 
     def run(
-        self, draw: DrawValue, source: Any, *, first: bool = False, constants: bool = False, wide: Any = None
-    ) -> Traces:
+        self, draw: DrawValue, source: Any, *, first: bool = False, constants: bool = False, wide: Any = None,
+        above: Any = None,
+    ) -> Traces:  # fmt: skip
         """Run guide and model. ``source`` is the randomness of a particle: every run with it draws the same numbers
         wherever ``draw`` does not decide otherwise; its ``first`` run is the particle itself. ``constants``: nothing
-        leads back to the program's parameters. ``wide``: an axis of alternatives to run along, see `each`."""
+        leads back to the program's parameters. ``wide``: an axis of alternatives to run along, see `each`. ``above``:
+        a run whose guide does the same, but for the values that ``draw`` gives."""
 
     def guide_again(self, traces: Any, source: Any) -> Traces:
         """The guide on the values of a run, its parameters constants."""
@@ -539,7 +541,9 @@ class Step:
                 return relaxation.downstream(library.ops, site.family, site.logits, u, temperature)
             return self._drawn_again(run, msg, wide)
 
-        traces = library.run(draw, run.source, constants=constants, wide=wide)
+        settled = not (down or plan.branches) and all(not plan.estimators[n].value.moves for n in members)
+        above = run.traces if settled and not group.relaxations else None
+        traces = library.run(draw, run.source, constants=constants, wide=wide, above=above)
         relaxed = plan.soft | (soft | {n for n in members if plan.relaxable(n)} if group.relaxations else frozenset())
         terms = self._weighed(run, library.terms(traces, plan, relaxed, only=members), traces)
         return [t for t in terms if t.depends_on & members]

@@ -137,7 +137,7 @@ class NumPyroLibrary:
 
     def run(
         self, draw: Callable[[Message], Array], source: Keys, *, first: bool = False, constants: bool = False,
-        wide: Any = None,
+        wide: Any = None, above: Traces | None = None,
     ) -> Traces:  # fmt: skip
         return self._execute(source, draw, self._in_scan, constants=constants)
 

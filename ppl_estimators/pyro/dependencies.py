@@ -103,6 +103,9 @@ class Provenance(TorchFunctionMode):
         self._program: tuple[Any, ...] = ()
         self._arguments: tuple[Any, ...] = ()
         self.unknown = False  # did a tensor turn up whose origin is not known?
+        self._left: dict[int, tuple[weakref.ref[torch.Tensor], Sites, int]] = {}  # the same, of the guide
+        self._handed = False  # is the guide over?
+        self.carried: Sites = 0  # behind what the model reads of the guide's otherwise than as a site's value
         self.stored: set[str] = set()  # names in the parameter store when the first site was drawn
         self._aside = 0
         self._popped = False
@@ -202,6 +205,9 @@ class Provenance(TorchFunctionMode):
             version = x._version
         except RuntimeError:  # inference tensors count no versions
             version = -1
+        known = entry is not None and entry[0]() is x
+        if not known:
+            entry = self._left.get(id(x))
         if entry is None or entry[0]() is not x:
             deps = self.drawn  # nothing, before the first draw
             self.unknown |= deps != 0
@@ -210,11 +216,14 @@ class Provenance(TorchFunctionMode):
             deps = entry[1]
             if entry[2] != version:
                 deps |= self._changed(x)
+            if entry[2] != version or not known:
                 self._of[id(x)] = (entry[0], deps, version)
         if self._marked:
             written = self._written.get(_memory(x)[1])
             if written is not None:
                 deps |= written.deps
+        if not known and self._handed:
+            self.carried |= deps
         return deps
 
     def _record(self, x: torch.Tensor, deps: Sites) -> None:
@@ -227,7 +236,10 @@ class Provenance(TorchFunctionMode):
     def _changed(self, x: torch.Tensor) -> Sites:
         """What was written into a tensor whose version moved: known if the last to move it was seen."""
         written = self._written.get(_memory(x)[1])
-        return written.deps if written is not None and written.version == x._version else self.drawn
+        if written is not None and written.version == x._version:
+            return written.deps
+        self.carried |= self.drawn
+        return self.drawn
 
     def _returned(self, x: torch.Tensor, deps: Sites) -> None:
         """An observed operation returned its first argument: changed, if its version moved."""
@@ -308,24 +320,44 @@ class Provenance(TorchFunctionMode):
         for thing in things:
             kind = type(thing)
             if kind is torch.Tensor or kind is torch.nn.Parameter:
-                entry = self._of.get(id(thing))
-                if entry is None or entry[0]() is not thing:
-                    self._record(thing, deps)
+                self._adopted(thing, deps)
             elif kind not in _ATOMS:
                 objects.append(thing)
         if objects:
             found: list[torch.Tensor] = []
             _gather(objects, through, found, set())
             for x in found:
-                entry = self._of.get(id(x))
-                if entry is None or entry[0]() is not x:
-                    self._record(x, deps)
+                self._adopted(x, deps)
+
+    def _adopted(self, x: torch.Tensor, deps: Sites) -> None:
+        entry = self._of.get(id(x))
+        if entry is None or entry[0]() is not x:
+            left = self._left.get(id(x))
+            if left is not None and left[0]() is x:
+                self.of(x)
+            else:
+                self._record(x, deps)
 
     # ---- what the adapter tells and asks ----------------------------------------------------------------------------
 
     def begin(self, program: tuple[Any, ...], arguments: tuple[Any, ...]) -> None:
         """Model and guide, and what they are called with: these lead to the tensors that exist before the run."""
         self._program, self._arguments = program, arguments
+
+    def hand_over(self) -> None:
+        """The guide is over, the model is next."""
+        self._left, self._of, self._handed = self._of, {}, True
+
+    def handed(self, value: torch.Tensor) -> torch.Tensor:
+        """The value of a site of the guide, for the model: as a tensor of its own, by which it is told from one that
+        the guide has put away; unless that would have another history."""
+        self.leave()
+        entry = self._left.get(id(value))
+        if not value.requires_grad:
+            value = value.detach()
+        self._record(value, self.drawn if entry is None else entry[1])
+        self.resume()
+        return value
 
     def before_draw(self) -> None:
         """A site is about to be drawn. Whatever exists before the first depends on nothing."""

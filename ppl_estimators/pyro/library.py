@@ -86,6 +86,7 @@ class Memory:
     verified: Recent = field(default_factory=lambda: Recent(256))
     distrusted: set[Hashable] = field(default_factory=set)  # programs whose dependencies were found incomplete
     broadcasts: Recent = field(default_factory=lambda: Recent(256))
+    standing: Recent = field(default_factory=lambda: Recent(256))  # does a guide do the same again?
     narrow: set[Hashable] = field(default_factory=set)  # programs that do not broadcast
     enumerating: set[Hashable] = field(default_factory=set)  # programs some of whose values are laid out side by side
     last: Plan | None = None
@@ -154,6 +155,7 @@ class PyroLibrary:
         self._pinned = False  # no run is thrown away any more
         self._new = self._unchecked = False  # is the structure new; and are its shapes not checked yet?
         self._attempting = False  # is this a run that may be given up?
+        self._stands = False  # need a guide that does the same not be run again?
         self._recorded = False  # is the stream of the last first run known?
 
     # ---- structure: which sites there are, who depends on whom ------------------------------------------------------
@@ -290,7 +292,7 @@ class PyroLibrary:
 
     def run(
         self, draw: Callable[[Message], Array], source: Stream, *, first: bool = False, constants: bool = False,
-        wide: Plate | None = None,
+        wide: Plate | None = None, above: Traces | None = None,
     ) -> Traces:  # fmt: skip
         model, guide, args, kwargs = self.model, self.guide, self.args, self.kwargs
         if wide is not None:
@@ -314,7 +316,7 @@ class PyroLibrary:
             return execute(
                 model, guide, args, kwargs, draw=draw, subsamples=self.subsamples, observes=self.observes,
                 provenance=self._follow if first else None, stream=source if self._recorded or not first else None,
-                layout=layout,
+                layout=layout, above=above if self._stands and wide is None else None,
             )  # fmt: skip
 
     def _layout(self, wide: Plate | None = None) -> Layout | None:
@@ -534,7 +536,7 @@ class PyroLibrary:
                 several = [values(i) for i in indices]
             with self.differentiating(differentiable):
                 together = self._together(evaluate, several, group, run) if len(several) > 1 else None
-                costs, terms = _one_by_one(evaluate, several) if together is None else together
+                costs, terms = self._one_by_one(evaluate, several, group, run) if together is None else together
             found.append(costs)
             rows.append({k: x.reshape(-1, *shapes[k]) for k, x in terms.items()})
         return (
@@ -562,7 +564,7 @@ class PyroLibrary:
         if found is not None and (not self.verify or key in memory.broadcasts):
             return found
         memory.broadcasts.store(key, True)
-        costs, terms = _one_by_one(evaluate, values)
+        costs, terms = self._one_by_one(evaluate, values, group, run)
         if found is None or not all(equal(OPS, found[0][n], costs[n]) for n in group.sites):
             names = ", ".join(f"'{n}'" for n in group.sites)
             warn(
@@ -573,6 +575,32 @@ class PyroLibrary:
             )
             memory.narrow.add(program)
         return costs, terms
+
+    def _one_by_one(
+        self, evaluate: Callable[..., Any], values: Sequence[Values], group: Group, run: Run
+    ) -> tuple[dict[str, Array], dict[averaging.Key, Array]]:
+        """The same one after another. A guide of which nothing is below the group is not run again: what it gives the
+        model is known. Whether that is so in truth is asked once for each structure."""
+        memory, held, plan = self.memory, run.source.buffers, run.plan
+        held.settle()
+        stands = not (held.buffers or held.rest or self._follow.carried or self.observes)
+        stands &= not (plan.below(group) or plan.branches or torch.is_grad_enabled())
+        key = (*self._structure(plan), group.sites) if stands else None
+        if stands and key not in memory.standing:
+            try:
+                self._stands = True
+                costs, _ = evaluate(values[0])
+                self._stands = False
+                again, _ = evaluate(values[0])
+                memory.standing.store(key, all(equal(OPS, costs[n], again[n]) for n in group.sites))
+            except Exception:
+                memory.standing.store(key, False)
+        try:
+            self._stands = stands and memory.standing.recall(key)
+            costs, terms = zip(*map(evaluate, values), strict=True)
+        finally:
+            self._stands = False
+        return _stacked(costs), _stacked(terms)
 
     def _side_by_side(
         self, evaluate: Callable[..., Any], values: Sequence[Values], group: Group, run: Run, sharing: SideBySide
@@ -785,13 +813,6 @@ def _alone(found: Mapping[str, Any], axis: int) -> dict[str, Any]:
         else:
             joined[key] = x
     return joined
-
-
-def _one_by_one(
-    evaluate: Callable[..., Any], values: Sequence[Values]
-) -> tuple[dict[str, Array], dict[averaging.Key, Array]]:
-    costs, terms = zip(*map(evaluate, values), strict=True)
-    return _stacked(costs), _stacked(terms)
 
 
 def _stacked(rows: Sequence[Mapping[Any, Array]]) -> dict[Any, Array]:

@@ -254,20 +254,26 @@ def execute(
     stream: Stream | None = None,
     observes: bool = False,
     layout: Layout | None = None,
+    above: Traces | None = None,
 ) -> Traces:
     """Run the guide, then the model on the guide's values (unless ``model`` is None).
 
     ``stream``: keeps the generators, at every site, where they were in the particle's first run. ``observes``: the
     guide is a `GuideMessenger`, which runs the model; its observed sites are the model's. ``layout``: where values of
-    enumerated sites go; a run that finds it needs one raises `Unplaced`.
+    enumerated sites go; a run that finds it needs one raises `Unplaced`. ``above``: a run whose guide does the same but
+    for the values of ``draw``, and is not run again.
     """
     traces = Traces(subsamples=subsamples)
     if provenance is not None:
         provenance.begin((guide, model), (args, kwargs))
     if layout is not None:
         guide, model = layout.around(guide, model, traces.guide)
-    with _Conduct("guide", draw, traces.guide, subsamples, provenance, stream, layout):
-        guide(*args, **kwargs)
+    if above is not None:
+        latents = above.latents()
+        traces.guide |= {n: {**m, "value": draw(m)} if n in latents else dict(m) for n, m in above.guide.items()}
+    else:
+        with _Conduct("guide", draw, traces.guide, subsamples, provenance, stream, layout):
+            guide(*args, **kwargs)
     if observes:
         for name in [n for n, m in traces.guide.items() if m["is_observed"]]:
             del traces.guide[name]
@@ -279,9 +285,14 @@ def execute(
         msg["infer"] = drawn["infer"]
         if layout is not None:
             layout.handed(msg, drawn)
-        return drawn["value"]
+        value: Array = drawn["value"]
+        return value if provenance is None or layout is not None else provenance.handed(value)
 
     if model is not None:
+        if provenance is not None:
+            provenance.hand_over()
+        if stream is not None:
+            stream.before(("model", ""))  # all of it
         with _Conduct("model", replay, traces.model, subsamples, provenance, stream, layout):
             model(*args, **kwargs)
         if provenance is not None and subsamples:
