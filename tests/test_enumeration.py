@@ -32,6 +32,7 @@ from ppl_estimators import pyro as ours_torch
 from ppl_estimators.core.elimination import Factor, marginal
 from ppl_estimators.core.site import Plate
 from ppl_estimators.pyro.ops import OPS
+from ppl_estimators.testing import exact_gradient
 
 MARK = {"enumerate": "parallel"}
 X = [0.3, -1.2]
@@ -53,7 +54,7 @@ class Torch:
 
     @staticmethod
     def param(name):
-        return pyro.param(name)
+        return pyro.param(name, lambda: torch.tensor(POINT[name], dtype=torch.float64))
 
 
 class Jax:
@@ -68,7 +69,7 @@ class Jax:
 
     @staticmethod
     def param(name):
-        return numpyro.param(name, jnp.zeros(()))
+        return numpyro.param(name, jnp.asarray(POINT.get(name, 0.0), float))
 
 
 @pytest.fixture(params=[Torch, Jax], ids=["pyro", "numpyro"])
@@ -227,6 +228,19 @@ def test_sums_and_draws_in_one_program_are_exact(lib, estimators):
     for name, exact in gradient.items():
         mean = sum(w * np.asarray(f[1][name]) for w, f in zip(weights, found, strict=True))
         np.testing.assert_allclose(mean, exact, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.usefixtures("double_precision")
+def test_exact_gradients_of_programs_with_sums(lib):
+    """What the guide draws or marks is summed over, around the sums of the model. A dictionary that sites share keeps
+    its mark."""
+    model, guide = mixed(lib)
+    found = exact_gradient(model, guide, backend="pyro" if lib is Torch else "numpyro", params=POINT)
+    loss, gradient = mixed_exactly()
+    assert found.value == pytest.approx(loss, rel=1e-12)
+    for name, exact in gradient.items():
+        np.testing.assert_allclose(found.gradient[name], exact, rtol=1e-9, err_msg=name)
+    assert MARK == {"enumerate": "parallel"}
 
 
 # ---- against the libraries' own, and sums written out ----------------------------------------------------------------

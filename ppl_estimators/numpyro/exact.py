@@ -13,18 +13,19 @@ import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.transforms import ComposeTransform
-from numpyro.handlers import infer_config
 from numpyro.primitives import Messenger
 
 from ..core import families
+from ..core.enumeration import Unplaced
 from ..core.errors import EstimatorError, site_error
 from ..core.objectives import Dreamt, Objective, check_dreams
 from ..core.site import Term
 from ..measure import quadrature
 from ..measure.states import Count, Exact, Minibatches, check_budget, minibatches_of
 from .distributions import family, log_q, sampled_dtype, unwrapped
+from .enumeration import Layout
 from .ops import OPS
-from .run import Keys, Message, Traces, execute, survey, terms_of, turned
+from .run import Keys, Message, Traces, execute, plain_shapes, survey, terms_of, turned
 
 Array = Any
 _CHUNK = 256  # states evaluated side by side
@@ -79,8 +80,12 @@ def point(
 ) -> tuple[dict[str, Any], dict[str, Any], Traces]:
     """Parameters, constrained, with those of ``params`` put in, their constraints, and the run that declared them."""
     given = {n: v if isinstance(v, dict) else jnp.asarray(v) for n, v in dict(params or {}).items()}
+    program = Keys(jax.random.key(0)), jax.random.key(1), given, model, guide, args, kwargs
     with _Parameters(given) as recorded:
-        traces = execute(Keys(jax.random.key(0)), jax.random.key(1), given, model, guide, args, kwargs, draw=_own_draw)
+        try:
+            traces = execute(*program, draw=_own_draw)
+        except Unplaced:
+            traces = execute(*program, draw=_own_draw, layout=_layout(plain_shapes(*program)))
     declared = recorded.sites
     if unknown := sorted(n for n in given.keys() - declared.keys() if not n.endswith("$state")):
         raise EstimatorError(f"params: the program declares no parameter {unknown}. There are: {sorted(declared)}.")
@@ -95,6 +100,11 @@ def _look_at_guide(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
             "the guide draws no latent site, so there is nothing to estimate. Give the guide a numpyro.sample(...) "
             "statement, or pass model and guide in this order."
         )
+
+
+def _layout(shapes: Mapping[tuple[str, str], tuple[int, ...]] | None) -> Layout | None:
+    """Where the values of sites go that the model sums out, in a program that has some."""
+    return None if shapes is None else Layout(shapes, lambda name: False)
 
 
 def _own_draw(msg: Message) -> Array:
@@ -137,17 +147,28 @@ class _Minibatch(Messenger):
             msg["value"] = self.indices[msg["name"]]
 
 
+class _Unmarked(Messenger):
+    """Nothing is enumerated. `infer_config` would write into the user's dictionary."""
+
+    def process_message(self, msg: Message) -> None:
+        if msg["type"] == "sample":
+            msg["infer"] = {**msg["infer"], "enumerate": None}
+
+
 class _Program:
     def __init__(
         self, model: Any, guide: Any, args: Any, kwargs: Any, params: Any, nodes: int, objective: Objective,
         num_particles: int,
     ):  # fmt: skip
         self.objective, self.joint = objective, objective.joint(num_particles)
-        # whatever is marked for enumeration is summed out here like all the rest
-        model, guide = (infer_config(fn, lambda site: {"enumerate": None}) for fn in (model, guide))
+        # what the guide marks is summed over here like all the rest; what only the model has is one term
+        guide = _Unmarked(guide)
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         _look_at_guide(guide, args, kwargs)
         self.params, constraint, traces = point(model, guide, args, kwargs, params)
+        summing = traces.values is not None
+        program = Keys(jax.random.key(0)), jax.random.key(1), self.params, model, guide, args, kwargs
+        self.shapes = plain_shapes(*program) if summing else None
         self.transforms = {n: biject_to(c) for n, c in constraint.items()}
         latents = traces.latents()
         self.rules = {n: rule_of(n, m["fn"], nodes) for n, m in latents.items()}
@@ -163,7 +184,8 @@ class _Program:
 
     def _dependencies(self) -> dict[tuple[str, str], frozenset[str]]:
         keys, params = (Keys(jax.random.key(0)), jax.random.key(1)), {**self.state, **self.params}
-        return survey(*keys, params, self.model, self.guide, self.args, self.kwargs, lambda: None).depends_on
+        program = *keys, params, self.model, self.guide, self.args, self.kwargs
+        return survey(*program, lambda: _layout(self.shapes)).depends_on
 
     # ---- one run --------------------------------------------------------------------------------------------------
 
@@ -196,7 +218,7 @@ class _Program:
         traces = execute(
             Keys(jax.random.key(0)), jax.random.key(1), {**self.state, **params},
             _Minibatch(self.model, indices), _Minibatch(self.guide, indices), self.args, self.kwargs,
-            draw=draw, in_scan=in_scan,
+            draw=draw, in_scan=in_scan, layout=_layout(self.shapes),
         )  # fmt: skip
         weights = [self.rules[n].weigh(m["fn"], digits[n], m["value"]) for n, m in traces.latents().items()]
         weight = sum(weights)

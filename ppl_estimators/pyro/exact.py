@@ -13,22 +13,26 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.distributions as td
-from pyro import poutine
 from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.messenger import Messenger
 from torch.distributions import constraints, transform_to
 
 from ..core import families
+from ..core.enumeration import Unplaced
 from ..core.errors import EstimatorError, site_error
 from ..core.objectives import Dreamt, Objective, check_dreams
 from ..measure import quadrature
 from ..measure.states import Count, Exact, Minibatches, check_budget, minibatches_of
 from .dependencies import Holdings, Provenance
 from .distributions import family, log_q, unwrapped
+from .enumeration import Layout
 from .look import untouched
 from .ops import OPS
 from .run import Message, Traces, dependencies, execute, terms_of, turned
 
 Array = torch.Tensor
+
+_DEEP = 12  # more dimensions than the plates of a small program have
 
 #: supports that no parameter moves
 _STILL = (constraints.real, constraints.real_vector, constraints.positive, constraints.unit_interval)
@@ -114,6 +118,13 @@ class Point:
                 unconstrained.copy_(value)
 
 
+class _Unmarked(Messenger):
+    """Nothing is enumerated. `infer_config` would write into the user's dictionary."""
+
+    def _pyro_sample(self, msg: Message) -> None:
+        msg["infer"] = {**msg["infer"], "enumerate": None}
+
+
 class _Program:
     objective: Objective
     joint: int
@@ -122,8 +133,9 @@ class _Program:
     def __init__(
         self, model: Any, guide: Any, args: Any, kwargs: Any, params: Any, nodes: int, max_states: int, minibatches: Any
     ):
-        # whatever is marked for enumeration is summed out here like all the rest
-        self.model, self.guide = (poutine.infer_config(fn, lambda site: {"enumerate": None}) for fn in (model, guide))
+        # what the guide marks is summed over here like all the rest; what only the model has is one term
+        self.model, self.guide = model, _Unmarked()(guide)
+        self.summing = False
         self.args, self.kwargs = args, kwargs
         self.params, self.nodes, self.max_states, self.minibatches = params, nodes, max_states, minibatches
         self.observes = isinstance(getattr(guide, "guide", guide), GuideMessenger)
@@ -147,9 +159,14 @@ class _Program:
             weights.append(log_weight if self.objective.moves else log_weight.detach())
             return value if self.objective.moves else value.detach()
 
-        traces = execute(
-            self.model, self.guide, self.args, self.kwargs, draw=draw, subsamples=subsamples, observes=self.observes
-        )
+        try:
+            traces = execute(
+                self.model, self.guide, self.args, self.kwargs, draw=draw, subsamples=subsamples,
+                observes=self.observes, layout=Layout(_DEEP, lambda name: False) if self.summing else None,
+            )  # fmt: skip
+        except Unplaced:
+            self.summing = True
+            return self.run(path, nodes, subsamples)
         self.counts = counts
         return traces, sum(weights, torch.zeros(()))
 
