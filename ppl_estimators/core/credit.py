@@ -5,26 +5,38 @@
 A plate keeps them apart if both are inside it and every latent site on the way from z_i to t is inside it too: a
 site outside the plate that z_i moves and that moves t carries the influence of one element to all the others.
 
-The steps of a scan are kept apart by the same rule, but a step moves all later ones: what counts for it is the sum from
-its own step on. Everything else (event dimensions, batch dimensions without a plate) is summed.
+The steps of a scan are kept apart by the same rule, but a step moves others: all that read its value, all that read
+theirs, and so on. What counts for it is the sum over these. Everything else (event dimensions, batch dimensions without
+a plate) is summed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 from .ops import Array, Ops
-from .site import Plate, Site, Term, from_each_step, sum_to
+from .site import Plate, Site, Term, Window, sum_to, within
+
+
+class Steps(NamedTuple):
+    """Of a term with a part for each step of a scan of the guide, whose name is ``order``: for each site of the scan,
+    the steps that read the value of one. ``flipped``: the parts are counted from the other end."""
+
+    order: str
+    readers: Mapping[str, Window]
+    flipped: bool = False
 
 
 class Credit(NamedTuple):
-    """Term number ``term``, summed to ``plates`` (``ordered``: and from each step on), counts for the sites of number
-    ``sites``."""
+    """Term number ``term``, summed to ``plates`` (and, if it has steps, for each over those in ``window``), counts for
+    the sites of number ``sites``."""
 
     term: int
     plates: frozenset[Plate]
-    ordered: bool
+    window: Window | None
     sites: frozenset[int]
 
 
@@ -35,11 +47,12 @@ class Graph:
         self,
         ancestors: Mapping[str, frozenset[str]],
         plates: Mapping[str, frozenset[Plate]],
-        orders: Mapping[str, str | None] | None = None,
+        steps: Mapping[tuple[str, str], Steps] | None = None,
     ):
         self.ancestors = ancestors  # strict: a site is not its own ancestor
         self.plates = plates
-        self.orders = orders or {}  # of sites inside a scan, its name
+        self.steps = steps or {}  # of terms, by side and site
+        self._reached: dict[str, dict[str, Window]] = {}
         self._leaks: dict[tuple[str, frozenset[str]], frozenset[Plate]] = {}
         self._credits: dict[tuple[object, ...], tuple[Credit, ...]] = {}
 
@@ -51,12 +64,52 @@ class Graph:
         both = self.plates[site] & term.plates
         return both - self._leaking(site, term.depends_on) if both else both
 
-    def ordered(self, site: str, term: Term) -> bool:
-        """Does a step of ``site`` move its own and later steps of ``term`` only?"""
-        order = self.orders.get(site)
-        if order is None or term.order != order:
-            return False
-        return all(self.orders.get(w) == order for w in term.depends_on if site in self.ancestors[w])
+    def window(self, site: str, term: Term) -> Window | None:
+        """Which steps of ``term`` a step of ``site`` moves; None if that may be any."""
+        steps = self.steps.get((term.side, term.site))
+        if steps is None or not self._along(site, steps.order):
+            return None
+        if not all(self._along(w, steps.order) for w in term.depends_on if site in self.ancestors[w]):
+            return None
+        reached = self.reached(site)
+        found = [reached[w].then(direct) for w, direct in steps.readers.items() if w in reached]
+        if not found:
+            return None
+        first, last, _ = reduce(Window.joined, found)
+        return None if first == -last == -math.inf else Window(first, last, steps.flipped)
+
+    def _along(self, site: str, order: str) -> bool:
+        own = self.steps.get(("guide", site))
+        return own is not None and own.order == order
+
+    def circular(self, site: str) -> bool:
+        """Does a step of ``site`` move others of it?"""
+        return ("guide", site) in self.steps and self.reached(site)[site] != Window(0, 0)
+
+    def reached(self, site: str) -> dict[str, Window]:
+        """Which steps of the sites in the same scan a step of ``site`` moves; its own included."""
+        if site not in self._reached:
+            own = self.steps["guide", site]
+            found, rounds = {site: Window(0, 0)}, 0
+            while True:
+                grown = dict(found)
+                for (side, w), steps in self.steps.items():
+                    for up, direct in steps.readers.items() if side == "guide" and steps.order == own.order else ():
+                        if up in found and (up != w or direct != Window(0, 0)):
+                            new = found[up].then(direct)
+                            grown[w] = grown[w].joined(new) if w in grown else new
+                if grown == found:
+                    break
+                rounds += 1
+                if rounds > len(self.steps):  # round a loop: there is no end of it
+                    for w in grown.keys() & found.keys():
+                        (first, last, _), (old_first, old_last, _) = grown[w], found[w]
+                        grown[w] = Window(
+                            -math.inf if first < old_first else first, math.inf if last > old_last else last
+                        )
+                found = grown
+            self._reached[site] = found
+        return self._reached[site]
 
     def _leaking(self, site: str, via: frozenset[str]) -> frozenset[Plate]:
         key = (site, via)
@@ -80,14 +133,17 @@ class Graph:
     def credits(self, sites: Sequence[Site], terms: Sequence[Term]) -> tuple[Credit, ...]:
         """Which terms count for which of ``sites``, all in the same plates. Worked out once for each structure."""
         plates = sites[0].plates
-        key = (plates, tuple(s.name for s in sites), tuple((t.plates, t.depends_on, t.order) for t in terms))
+        key: tuple[object, ...]
+        key = (plates, tuple(s.name for s in sites), tuple((t.plates, t.depends_on) for t in terms))
+        if self.steps:
+            key = (*key, tuple((t.side, t.site) for t in terms))
         if key not in self._credits:
             found = []
             for index, term in enumerate(terms):
-                by_axes: dict[tuple[frozenset[Plate], bool], set[int]] = {}
+                by_axes: dict[tuple[frozenset[Plate], Window | None], set[int]] = {}
                 for i, site in enumerate(sites):
                     if site.name in term.depends_on:
-                        axes = self.shared_plates(site.name, term) & plates, self.ordered(site.name, term)
+                        axes = self.shared_plates(site.name, term) & plates, self.window(site.name, term)
                         by_axes.setdefault(axes, set()).add(i)
                 found += [Credit(index, *axes, frozenset(members)) for axes, members in by_axes.items()]
             self._credits[key] = tuple(found)
@@ -115,8 +171,9 @@ def downstream_costs(ops: Ops, graph: Graph, terms: Sequence[Term], sites: Seque
         ndim = len(group[0].batch_shape)
         # by shape: terms reduced to it, and for each the numbers of the sites that count it
         columns: dict[tuple[int, ...], tuple[list[Array], list[frozenset[int]]]] = {}
-        for index, plates, ordered, members in graph.credits(group, terms):
-            reduced = (from_each_step if ordered else sum_to)(ops, terms[index].value, plates, ndim)
+        for index, plates, window, members in graph.credits(group, terms):
+            value = terms[index].value
+            reduced = sum_to(ops, value, plates, ndim) if window is None else within(ops, value, plates, ndim, window)
             arrays, counts = columns.setdefault(tuple(reduced.shape), ([], []))
             arrays.append(reduced)
             counts.append(members)

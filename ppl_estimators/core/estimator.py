@@ -17,7 +17,7 @@ from .spec import Spec
 
 @dataclass(frozen=True)
 class Noise:
-    """What an estimator asks for to draw with.
+    """What an estimator asks for to draw with. The shape begins with that of the site's batch.
 
     ``law`` is "uniform" on (0, 1), "normal", "log gamma" (the logarithm of a gamma of ``concentration`` and unit
     rate), "poisson" (of rate ``concentration``), "value" (a draw from the site's own distribution; the shape is then
@@ -165,11 +165,12 @@ class Estimator(Spec):
                 f"{name} compares particles and needs at least 2, got num_particles={particles}",
                 "Pass EstimatorELBO(..., num_particles=2) or more.",
             )
-        if self.families is not None and site.time:
+        if site.time and self.relaxations(site).count:
             raise site_error(
                 site.name,
-                f"{name} evaluates single elements, but the steps of a scan depend on each other",
-                "Use Reinforce(LeaveOneOut()) with several particles.",
+                f"{name} differentiates the cost in all values of a site at once, but the steps of a scan, each with "
+                "a cost of its own, may be each other's parents",
+                "Use RELAX() or DisARM() here, or Reinforce(LeaveOneOut()) with several particles.",
             )
 
     def alternatives(self, site: Site) -> Draws | Moves:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -218,7 +219,8 @@ class Plan:
 
     def below(self, group: Group) -> frozenset[str]:
         """Sites that are drawn again when the group takes other values."""
-        return self.graph.descendants(frozenset(group.sites))
+        members = frozenset(group.sites)
+        return self.graph.descendants(members) | frozenset(n for n in members if self.graph.circular(n))
 
     def softened(self, group: Group) -> frozenset[str]:
         """Sites below relaxed values that are relaxed with them."""
@@ -256,6 +258,8 @@ def make_plan(
         estimator = chosen[site.name]
         estimator.check(site, particles)
         objective.check(site, estimator, settings.particles)
+        if site.time:
+            site = _in_time(site, estimator, graph, terms)
         if not estimator.alternatives(site).own_law:  # one element at a time, unless nothing couples the elements
             closed = graph.closed_plates(site.name, terms)
             site = replace(site, plates=closed, coupled=site.plates - closed)
@@ -271,6 +275,29 @@ def make_plan(
     for name in analytic:
         _check_analytic(views[name], terms, graph, objective)
     return Plan(chosen, views, facts, graph, groups, particles, branches, objective.keeps_score, analytic)
+
+
+def _in_time(site: Site, estimator: Estimator, graph: Graph, terms: Sequence[Term]) -> Site:
+    """Of a site in a scan: in how many evaluations its steps take another value. All at once where they draw it from
+    their own law and move no other step; so far apart that no cost sees two of them; else one after another."""
+    asked, name = estimator.alternatives(site), type(estimator).__name__
+    if ("guide", site.name) not in graph.steps:
+        if asked.count or not (estimator.value.library or type(estimator).noise is Estimator.noise):
+            raise site_error(
+                site.name,
+                f"{name} takes the steps of a scan one by one, which it cannot where scans are nested or JAX is not to "
+                "compile them",
+                "Use Reinforce(LeaveOneOut()) with several particles.",
+            )
+        return site
+    if not asked.count:
+        return site
+    if asked.own_law:
+        return replace(site, turns=site.batch_shape[0] if graph.circular(site.name) else 1)
+    windows = [graph.window(site.name, t) for t in terms if site.name in t.depends_on]
+    known = [w for w in windows if w is not None]
+    apart = 1 + max(w.last for w in known) - min(w.first for w in known) if len(known) == len(windows) else math.inf
+    return replace(site, turns=int(min(apart, site.batch_shape[0])))
 
 
 def _bare(sites: Sequence[Site]) -> str:
@@ -294,13 +321,14 @@ def _groups(
     groups = []
     alternatives = {n: chosen[n].alternatives(s) for n, s in views.items()}
     relaxations = {n: chosen[n].relaxations(s) for n, s in views.items()}
-    moved = {n: a.own_law and not branches for n, a in alternatives.items() if a.count}
+    moved = {n: a.own_law and views[n].turns == 1 and not branches for n, a in alternatives.items() if a.count}
     for members in _together(moved, graph):
         names = tuple(n for n in views if n in members)
         asked = [alternatives[n] for n in names]
-        weighed = all(a.own_law or a.weights is not None for a in asked)
-        alone = not all(a.own_law for a in asked)
-        groups.append(Group(names, max(a.count for a in asked), weighed, alone))
+        turns = max(views[n].turns for n in names)  # of a site by itself, if there are several
+        weighed = turns == 1 and all(a.own_law or a.weights is not None for a in asked)
+        alone = turns > 1 or not all(a.own_law for a in asked)
+        groups.append(Group(names, turns * max(a.count for a in asked), weighed, alone))
     for kind in dict.fromkeys(r for r in relaxations.values() if r.count):
         alike = [n for n, r in relaxations.items() if r == kind]
         levels = [frozenset(alike)]

@@ -25,12 +25,29 @@ class Plate(NamedTuple):
     values: bool = False
 
 
+class Window(NamedTuple):
+    """The steps of a term that a step of a site moves: from that which is ``first`` steps later (earlier, if negative)
+    to that which is ``last`` steps later. ``flipped``: the steps of the term are counted from the other end."""
+
+    first: float
+    last: float
+    flipped: bool = False
+
+    def then(self, other: Window) -> Window:
+        """What moves, if what this one holds moves what the other does."""
+        return Window(self.first + other.first, self.last + other.last)
+
+    def joined(self, other: Window) -> Window:
+        """Both, and what is between."""
+        return Window(min(self.first, other.first), max(self.last, other.last))
+
+
 @dataclass
 class Term:
     """One cost term of the ELBO: log p or -log q of one site, scaled and masked.
 
     ``value`` has shape ``[*batch]``; ``depends_on`` names every latent site of the guide that can move it;
-    ``side`` is "model" or "guide"; ``order`` as in `Site`, the steps being those of the sites that it depends on.
+    ``side`` is "model" or "guide".
     """
 
     side: str
@@ -38,7 +55,6 @@ class Term:
     value: Array
     plates: frozenset[Plate]
     depends_on: frozenset[str]
-    order: str | None = None
     #: along values that the guide enumerates: the cost itself, and their probability, whose product is ``value``
     cost: Array = None
     weight: Array = None
@@ -77,7 +93,7 @@ class Site:
     #: elements count as dependent
     coupled: frozenset[Plate] = frozenset()
     time: bool = False  # drawn inside a scan: a leading batch axis of steps, each with its own parents and its own cost
-    order: str | None = None  # the name of this axis, if the cost of a step is that of its own and of later steps only
+    turns: int = 1  # in so many evaluations do the steps of a scan take another value, some at a time
     scale: Any = 1.0
     logits: Array = None
     named: Mapping[str, Array] = field(default_factory=dict)  # distribution parameters by name, [*lead, *batch, ...]
@@ -211,8 +227,8 @@ class Site:
 
     @property
     def nesting(self) -> int:
-        """How many batch dimensions, counted from the right, the plates reach."""
-        return max((-p.dim for p in self.plates), default=0)
+        """How many batch dimensions, counted from the right, the plates reach, and the steps of a scan."""
+        return len(self.batch_shape) if self.time else max((-p.dim for p in self.plates), default=0)
 
     def feature_count(self, x: Array) -> int:
         """The ``F`` of ``features(x)``."""
@@ -225,10 +241,28 @@ def sum_to(ops: Ops, value: Array, plates: frozenset[Plate], batch_ndim: int) ->
     return _reduced(ops, value, plates, batch_ndim, 0)
 
 
-def from_each_step(ops: Ops, value: Array, plates: frozenset[Plate], batch_ndim: int) -> Array:
-    """The same for a term whose first axis is time: what remains of it at each step, later steps included."""
+def within(ops: Ops, value: Array, plates: frozenset[Plate], batch_ndim: int, window: Window) -> Array:
+    """The same for a term whose first axis is time: for each step, the sum over those in the window."""
     each = _reduced(ops, value, plates, batch_ndim, 1)
-    return ops.flip(ops.cumulative_sum(ops.flip(each, axis=0), axis=0), axis=0)
+    each, nothing = ops.flip(each, axis=0) if window.flipped else each, ops.zeros_like(each[:1])
+    if window.last == math.inf:
+        rest = ops.flip(ops.cumulative_sum(ops.flip(each, axis=0), axis=0), axis=0)
+        return _ahead(ops, rest, window.first, rest[:1], nothing)
+    if window.first == -math.inf:
+        so_far = ops.cumulative_sum(each, axis=0)
+        return _ahead(ops, so_far, window.last, nothing, so_far[-1:])
+    offsets = range(int(window.first), int(window.last) + 1)
+    return sum((_ahead(ops, each, d, nothing, nothing) for d in offsets), ops.zeros_like(each))
+
+
+def _ahead(ops: Ops, x: Array, offset: float, before: Array, after: Array) -> Array:
+    """At each step the ``x`` of so many later; ``before`` the first and ``after`` the last as these say."""
+    count = x.shape[0]
+    d = int(max(-count, min(offset, count)))
+    if d == 0:
+        return x
+    parts = [x[d:], *[after] * d] if d > 0 else [*[before] * -d, x[: count + d]]
+    return ops.concat(parts, axis=0)
 
 
 def _reduced(ops: Ops, value: Array, plates: frozenset[Plate], batch_ndim: int, leading: int) -> Array:

@@ -66,6 +66,8 @@ def _structure(value: Any) -> Hashable:
         return value
     if isinstance(value, types.FunctionType):  # made anew at every step, perhaps, by the same line
         return value.__code__
+    if _hashable(value) is not value:  # an array, or what stands for one while a program is traced
+        return "array"
     kind: type = type(value)
     return id(value) if callable(value) else kind
 

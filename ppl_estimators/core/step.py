@@ -76,8 +76,8 @@ class Library(verify.Library, Protocol):
         """The program turned round: the model draws all its sites, observed ones too, and the guide is run on that. In
         the traces the model is the guide, and the guide the model."""
 
-    def arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """What guide and model are called with."""
+    def given(self, msg: Message, estimator: Estimator) -> Values:
+        """The arrays that the spec of a site brings along in this run, ``estimator`` if it is named nowhere."""
 
     def terms(
         self, traces: Any, plan: Plan, relaxed: frozenset[str], *, only: frozenset[str] | None = None,
@@ -114,6 +114,13 @@ class Library(verify.Library, Protocol):
 
     def again(self, msg: Message, first: Message, *, constants: bool) -> Array:
         """The value that the site had in the first run."""
+
+    def part(self, msg: Message, x: Array) -> Array:
+        """Of an array of a whole site, that of a message: all of it, or of a scan that of the step."""
+
+    def step(self, msg: Message, noise: Values) -> bool:
+        """Is the message that of one step of a scan, of which nothing but the value gets out? Then ``noise`` does too,
+        and that of all steps is the "noise" of the site's message."""
 
     def sampled(self, msg: Message, value: Array) -> Array:
         """``value`` in the type that the site's own sampler returns."""
@@ -174,6 +181,13 @@ class CompiledLibrary(Library, Protocol):
         """``one`` of every job, stacked, some side by side. ``jobs`` holds lists, an entry for each job."""
 
     def rows(self, x: Array, rows: Sequence[int]) -> Array: ...
+
+
+class Turn(NamedTuple):
+    """Another value of a site in a scan, and the steps that take it."""
+
+    value: Array
+    steps: Array
 
 
 class Joined(NamedTuple):
@@ -319,8 +333,8 @@ class Step:
             known = run.plan is expected and name in drawn
             site = run.sites[name] = drawn[name] if known else library.view(run.plan, latents[name])
             site.value = latents[name]["value"]
-            if name not in run.draws:  # where no handler reaches: inside a scan
-                run.draws[name] = Draw(library.ops.stop_gradient(site.value))
+            if name not in run.draws:
+                run.draws[name] = self._afterwards(run, latents[name], site)
         run.terms = library.terms(run.traces, run.plan, run.plan.soft, first=True)
         library.check(run)
         if declared := self.settings.objective.keeps():
@@ -364,11 +378,24 @@ class Step:
             value = self.library.own(msg)
             return value if self.settings.objective.moves else self.library.ops.stop_gradient(value)
         site = self.library.view(run.plan, msg)
-        draw, run.noise[name] = self._drawn(run, msg, site, estimator, {})
-        run.draws[name], run.sites[name] = _held(self.library.ops, draw), site
-        if estimator.value.moves:
-            return draw.value
-        return self.library.sampled(msg, run.draws[name].value)
+        draw, noise = self._drawn(run, msg, site, estimator, {})
+        held = _held(self.library.ops, draw)
+        if not self.library.step(msg, noise):
+            run.draws[name], run.sites[name], run.noise[name] = held, site, noise
+        return draw.value if estimator.value.moves else self.library.sampled(msg, held.value)
+
+    def _afterwards(self, run: Run, msg: Message, site: Site) -> Draw:
+        """The draw of a site whose value was made elsewhere: by the library, or step by step in a scan. Of the latter
+        it is made once more, all steps at once, from the noise of these."""
+        library, ops, name = self.library, self.library.ops, msg["name"]
+        estimator, held = run.plan.estimators[name], Draw(ops.stop_gradient(site.value))
+        if estimator.value.library:
+            return held
+        run.noise[name] = noise = dict(msg["noise"])
+        for label, n in estimator.noise(site).items():
+            if n.law == "state":
+                noise[label] = library.state(site, estimator, label)
+        return replace(_held(ops, estimator.draw(ops, site, noise)), value=held.value)
 
     def _drawn(
         self, run: Run, msg: Message, site: Site, estimator: Estimator, before: Mapping[str, Array]
@@ -386,16 +413,17 @@ class Step:
                 if n.law == "state":
                     noise[label] = library.state(site, estimator, label)
                 elif n.law != "value":
-                    reuse = label in before and n.concentration is None
-                    noise[label] = before[label] if reuse else library.noise(run.source, msg, site, label, n, i)
+                    if label in before and n.concentration is None:
+                        noise[label] = library.part(msg, before[label])
+                    else:
+                        noise[label] = library.noise(run.source, msg, site, label, n, i)
             if not estimator.value.moves:
                 return estimator.draw(ops, site, noise), noise
         return estimator.draw(ops, site, noise), noise
 
-    def _measured(self, run: Run) -> dict[str, dict[str, Array]]:
+    def _measured(self, run: Run) -> dict[str, Values]:
         """Measure what the estimators want to know under the sites' laws; the arrays that their specs bring along."""
-        library, (args, kwargs) = self.library, self.library.arguments()
-        latents, found = run.traces.latents(), {}
+        library, latents, found = self.library, run.traces.latents(), {}
         for name, site in run.sites.items():
             msg, estimator, draw = latents[name], run.plan.estimators[name], run.draws[name]
             value = draw.value if site.family in DISCRETE else site.value
@@ -410,8 +438,7 @@ class Step:
                 extra |= estimator.measured(value, msg["fn"])
             if extra:
                 run.draws[name] = Draw(draw.value, {**draw.extra, **extra})
-            spec = self.settings.asked(name, library.requested(msg)) or estimator  # as this run of the guide made it
-            found[name] = given = spec.given(args, kwargs)
+            found[name] = given = library.given(msg, estimator)
             like = next(x for x in (site.logits, site.log_q, value) if x is not None)
             run.kept[name] = library.keep(site, estimator, given, like)
         return found
@@ -523,7 +550,7 @@ class Step:
         def draw(msg: Message) -> Array:
             name = msg["name"]
             if name in values:
-                return values[name]
+                return self._given(run, msg, values[name], name in down)
             if name not in first:  # a branch that the drawn values did not take
                 if group.relaxations:
                     raise site_error(
@@ -547,6 +574,16 @@ class Step:
         relaxed = plan.soft | (soft | {n for n in members if plan.relaxable(n)} if group.relaxations else frozenset())
         terms = self._weighed(run, library.terms(traces, plan, relaxed, only=members), traces)
         return [t for t in terms if t.depends_on & members]
+
+    def _given(self, run: Run, msg: Message, value: Array | Turn, below: bool) -> Array:
+        """The other value of a site. Steps of a scan that do not have their turn keep theirs, or take it from the same
+        noise, which is the same up to the first that has it."""
+        library = self.library
+        if not isinstance(value, Turn):
+            return library.part(msg, value)
+        first = run.traces.guide[msg["name"]]
+        other = self._drawn_again(run, msg) if below else library.again(msg, first, constants=True)
+        return library.ops.where(library.part(msg, value.steps), library.part(msg, value.value), other)
 
     def _drawn_again(self, run: Run, msg: Message, wide: Any = None) -> Array:
         """What a site below others takes when these have changed, from the noise that it had."""
@@ -576,7 +613,8 @@ class Step:
                 value = _alternative(ops, estimator, site, draw, index, group.alternatives)
                 if weights is not None:
                     value = averaging.possible(ops, site, weights[1 + index], value, draw.value)
-                found[site.name] = library.sampled(run.traces.guide[site.name], value)
+                value = library.sampled(run.traces.guide[site.name], value)
+                found[site.name] = _turn(ops, estimator, site, value, index)
             return found
 
         def evaluate(
@@ -596,7 +634,7 @@ class Step:
             run.weighted.append(Weighted(weights, log_w))
         elif weights is not None:
             run.averages.append(Average(weights, terms))
-        return {n: ops.stop_gradient(c) for n, c in costs.items()}
+        return {s.name: ops.stop_gradient(_each_turn(ops, s, costs[s.name])) for s in members}
 
     def _alternatives_of_all(self, library: CompiledLibrary, run: Run, groups: Sequence[Group]) -> dict[str, Array]:
         """The same for many groups, by one evaluation that serves them all: data say which sites are given a value,
@@ -615,8 +653,9 @@ class Step:
             for site in members:
                 index, draw = job["number"][site.name], run.draws[site.name]
                 most = 1 + max(number[site.name])
-                value = _alternative(ops, plan.estimators[site.name], site, draw, ops.clip(index, 0, most - 1), most)
-                values[site.name] = library.sampled(first[site.name], value)
+                estimator, index = plan.estimators[site.name], ops.clip(index, 0, most - 1)
+                value = library.sampled(first[site.name], _alternative(ops, estimator, site, draw, index, most))
+                values[site.name] = _turn(ops, estimator, site, value, index)
 
             def decide(msg: Message) -> Array:
                 name = msg["name"]
@@ -624,7 +663,11 @@ class Step:
                 if name in down:
                     value = library.either(job["below"][name], self._drawn_again(run, msg), value, msg, first[name])
                 if name in values:
-                    value = ops.where(job["number"][name] >= 0, values[name], value)
+                    other = values[name]
+                    moved, other = (other.steps, other.value) if isinstance(other, Turn) else (None, other)
+                    mine = job["number"][name] >= 0
+                    mine = mine if moved is None else mine & library.part(msg, moved)
+                    value = ops.where(mine, library.part(msg, other), value)
                 return value
 
             traces = library.run(decide, run.source, constants=True)
@@ -633,7 +676,8 @@ class Step:
 
         costs = library.mapped(one, {"number": number, "below": below})
         rows = {n: [e for e, i in enumerate(numbers) if i >= 0] for n, numbers in number.items()}
-        return {n: ops.stop_gradient(library.rows(c, rows[n])) for n, c in costs.items()}
+        costs = {s.name: _each_turn(ops, s, library.rows(costs[s.name], rows[s.name])) for s in members}
+        return {n: ops.stop_gradient(c) for n, c in costs.items()}
 
     def _relaxations(self, run: Run, group: Group) -> tuple[dict[str, Array], dict[str, Array]]:
         """Costs ``[M, *plates]`` at relaxed values and their slopes ``[M, *batch, *event]``, differentiable in what
@@ -710,12 +754,30 @@ class Step:
 def _alternative(ops: Ops, estimator: Estimator, site: Site, draw: Draw, index: Any, most: int) -> Array:
     """The counterfactual value number ``index``; the drawn one where this site has fewer than its group."""
     n = estimator.alternatives(site).count
-    if n == most:
-        return estimator.alternative(ops, site, draw, index)
+    if n * site.turns == most:
+        return estimator.alternative(ops, site, draw, index if site.turns == 1 else index % n)
     if isinstance(index, int):
         return estimator.alternative(ops, site, draw, index) if index < n else draw.value
     value = estimator.alternative(ops, site, draw, ops.clip(index, 0, n - 1))
     return ops.where(index < n, value, draw.value)
+
+
+def _turn(ops: Ops, estimator: Estimator, site: Site, value: Array, index: Any) -> Array | Turn:
+    """``value``, and the steps that take it in evaluation number ``index`` if they do so one after another."""
+    if site.turns == 1:
+        return value
+    turn = ops.asarray(index) // estimator.alternatives(site).count
+    return Turn(value, ops.indices(site.batch_shape[0], value) % site.turns == turn)
+
+
+def _each_turn(ops: Ops, site: Site, costs: Array) -> Array:
+    """``[turns * A, steps, ...]`` to ``[A, steps, ...]``: of each step that of the evaluations in which it moves."""
+    if site.turns == 1:
+        return costs
+    by_turn = ops.reshape(costs, (site.turns, -1, *costs.shape[1:]))
+    turn, step = ops.indices(site.turns, costs), ops.indices(costs.shape[1], costs) % site.turns
+    mine = ops.reshape(turn[:, None] == step, (site.turns, 1, costs.shape[1], *(1,) * (costs.ndim - 2)))
+    return ops.sum(ops.where(mine, by_turn, ops.zeros_like(by_turn)), axis=0)
 
 
 def _held(ops: Ops, draw: Draw) -> Draw:

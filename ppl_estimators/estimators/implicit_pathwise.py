@@ -44,8 +44,6 @@ class ImplicitPathwise(Estimator):
             self._refuse(site, "needs a continuous distribution", "discrete")
         if site.law.event_shape:
             self._refuse(site, "needs a univariate distribution", f"of event shape {site.law.event_shape}")
-        if site.time:
-            self._refuse(site, "changes the value that is drawn", "drawn inside a scan, out of reach")
         try:
             site.law.slope(site.value)
         except Exception as error:  # whatever the library says when it cannot

@@ -58,7 +58,7 @@ class MeasureValued(Estimator):
         shape = (*site.batch_shape, *site.event_shape)
         if site.family == NORMAL:
             uniforms = {k: Noise("uniform", shape) for k in ("u", "sign", "w")}
-            return {**uniforms, "m": Noise("normal", (3, *shape))}
+            return {**uniforms, "m": Noise("normal", (*shape, 3))}
         value = {"value": Noise("value")}
         return value | ({"e": Noise("uniform", shape)} if site.family in (EXPONENTIAL, GAMMA) else {})
 
@@ -66,7 +66,7 @@ class MeasureValued(Estimator):
         if site.family != NORMAL:
             return Draw(noise["value"], {"e": -ops.log(noise["e"]) / site.named["rate"]} if "e" in noise else {})
         loc, scale = site.named["loc"], site.named["scale"]
-        maxwell = ops.sum(noise["m"] ** 2, axis=0) ** 0.5
+        maxwell = ops.sum(noise["m"] ** 2, axis=-1) ** 0.5
         maxwell = ops.where(noise["sign"] < 0.5, -maxwell, maxwell)
         rayleigh = (-2 * ops.log(noise["w"])) ** 0.5
         others = {"0": loc + scale * rayleigh, "1": loc - scale * rayleigh, "2": loc + scale * maxwell}

@@ -49,11 +49,10 @@ class Several(Estimator):
     def check_parts(self, site: Site, particles: int) -> None:
         name = type(self).__name__
         for p in self.parts:
-            if p.value.moves or Measure.FUNCTIONS in p.measures or site.time:
-                where = "inside a scan" if site.time else f"with {p!r}"
+            if p.value.moves or Measure.FUNCTIONS in p.measures:
                 raise site_error(
                     site.name,
-                    f"{name} evaluates several draws of a score-function estimator, which it cannot {where}",
+                    f"{name} evaluates several draws of a score-function estimator, which it cannot with {p!r}",
                     self.instead + ", or Reinforce(LeaveOneOut()).",
                 )
             if Measure.SCORE_NORM in p.measures:

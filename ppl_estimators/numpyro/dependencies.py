@@ -9,6 +9,7 @@ effects (a mutable array, a callback that may keep something) also on all that w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ from jax.interpreters import ad
 from ..core.errors import EstimatorError, site_error
 
 _PREFIX = "ppl_estimators:"
+#: before the name of a site whose value was handed over to a step of a scan of the model
+HANDED_OVER = "over:"
 _NOTHING: frozenset[Any] = frozenset()
 
 Deps = frozenset[Any]
@@ -35,11 +38,13 @@ LOOP = "while loop"
 class Found(NamedTuple):
     """``of``: the pytree that the program returns, each array replaced by the names of the sites it depends on.
     ``stuck``: sites on whose values an output depends through an operation that reverse mode cannot differentiate,
-    and that operation. ``traced``: the program itself, to compare with what another tracing gives."""
+    and that operation. ``traced``: the program itself, to compare with what another tracing gives. ``reads``: as
+    ``of``, pairs of the nearest sites on the way and of how many steps of the scan ago these were drawn."""
 
     of: Any
     stuck: dict[str, str]
     traced: ClosedJaxpr
+    reads: Callable[[], Any]
 
 
 def mark(value: Any, site: str) -> Any:
@@ -52,11 +57,15 @@ def dependencies(fn: Callable[[], Any]) -> Found:
     closed, shape = jax.make_jaxpr(fn, return_shape=True)()
     jaxpr, slopes = closed.jaxpr, _Slopes()
     nothing = [_NOTHING] * len(jaxpr.invars)
-    of = jax.tree.unflatten(jax.tree.structure(shape), _Values().walk(jaxpr, nothing))
+
+    def found(walk: _Walk) -> Any:
+        return jax.tree.unflatten(jax.tree.structure(shape), walk.walk(jaxpr, nothing))
+
+    of = found(_Values())
     for site, loop in _NOTHING.union(*slopes.walk(jaxpr, nothing)):
         if loop is not None:
             slopes.stuck.setdefault(site, loop)
-    return Found(of, slopes.stuck, closed)
+    return Found(of, slopes.stuck, closed, lambda: found(_Reads()))
 
 
 def same(a: ClosedJaxpr, b: ClosedJaxpr) -> bool:
@@ -165,6 +174,13 @@ class _Walk:
     def literal(self, value: Any) -> Deps:
         return _NOTHING
 
+    def next_step(self, body: Jaxpr, carry: Deps) -> Deps:
+        """What a step puts into the carry, as the next one finds it."""
+        return carry
+
+    #: are marks of values that were handed over to a scan of the model of interest?
+    handed_over = False
+
     #: does what decides (the predicate of a branch, the test of a loop) reach what is decided?
     control = True
 
@@ -188,7 +204,9 @@ class _Walk:
     def equation(self, eqn: Any, inputs: list[Deps]) -> list[Deps]:
         name = eqn.primitive.name
         if name == "name" and str(eqn.params["name"]).startswith(_PREFIX):
-            return [self.marker(str(eqn.params["name"]).removeprefix(_PREFIX), inputs[0])]
+            site = str(eqn.params["name"]).removeprefix(_PREFIX)
+            over = site.startswith(HANDED_OVER) and not self.handed_over
+            return [inputs[0] if over else self.marker(site, inputs[0])]
         followed = None
         if name == "scan":
             followed = self.scan(eqn, inputs)
@@ -210,7 +228,7 @@ class _Walk:
         carry = inputs[consts : consts + carries]
         while True:  # what one step puts into the carry reaches every later step
             outputs = self.walk(body, [*inputs[:consts], *carry, *inputs[consts + carries :]])
-            grown = [a | b for a, b in zip(carry, outputs[:carries], strict=True)]
+            grown = [a | self.next_step(body, b) for a, b in zip(carry, outputs[:carries], strict=True)]
             if grown == carry:
                 return [*grown, *outputs[carries:]]
             carry = grown
@@ -255,6 +273,30 @@ class _Values(_Walk):
 
     def effect(self, eqn: Any, inputs: list[Deps], world: Deps) -> Deps:
         return world.union(*inputs, _markers(eqn))
+
+
+#: more steps than so many are not counted
+COUNTED = 4
+
+
+class _Reads(_Walk):
+    """Which sites a value reads, the nearest only, and how many steps ago these were drawn; infinity stands for more
+    than are counted."""
+
+    handed_over = True
+
+    def marker(self, site: str, value: Deps) -> Deps:
+        return frozenset([(site, 0)])
+
+    def leaf(self, eqn: Any, inputs: list[Deps]) -> list[Deps]:
+        return [self.effect(eqn, inputs, _NOTHING)] * len(eqn.outvars)
+
+    def effect(self, eqn: Any, inputs: list[Deps], world: Deps) -> Deps:
+        return world.union(*inputs, ((s, n) for s in _markers(eqn) for n in (0, math.inf)))
+
+    def next_step(self, body: Jaxpr, carry: Deps) -> Deps:
+        drawn = _NOTHING.union(*map(_markers, body.eqns))  # by steps of this scan
+        return frozenset((s, (n + 1 if n < COUNTED else math.inf) if s in drawn else n) for s, n in carry)
 
 
 class _Edges(_Walk):

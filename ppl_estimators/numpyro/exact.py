@@ -208,17 +208,13 @@ class _Program:
             return found if self.objective.moves else jax.lax.stop_gradient(found)
 
         def draw(msg: Message) -> Array:
-            return value(msg, digits[msg["name"]])
-
-        def in_scan(msg: Message) -> Array | None:
-            if msg["type"] != "sample" or msg["is_observed"]:
-                return None
-            return value(msg, digits[msg["name"]][msg["infer"]["_scan_current_index"]])
+            mine = digits[msg["name"]]
+            return value(msg, mine[msg["step"]] if "step" in msg else mine)
 
         traces = execute(
             Keys(jax.random.key(0)), jax.random.key(1), {**self.state, **params},
             _Minibatch(self.model, indices), _Minibatch(self.guide, indices), self.args, self.kwargs,
-            draw=draw, in_scan=in_scan, layout=_layout(self.shapes),
+            draw=draw, layout=_layout(self.shapes),
         )  # fmt: skip
         weights = [self.rules[n].weigh(m["fn"], digits[n], m["value"]) for n, m in traces.latents().items()]
         weight = sum(weights)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from numpyro.primitives import Messenger
 
 from ..core.errors import EstimatorError
@@ -36,6 +37,8 @@ class WithEstimators:
         for site in requests.sites.values():
             if isinstance(site.requested, Estimator):
                 given = site.requested.given(args, kwargs)
+                if site.time and match(self.estimators, site.name) is None:  # of one step, from inside it
+                    given = {k: jax.ShapeDtypeStruct((1, *x.shape), x.dtype) for k, x in given.items()}
                 declare(site, _kept(site, given), given)
         declare(Site(NAME, "", OTHER, (), (), frozenset()), self.objective.keeps(), {})
         return result

@@ -38,11 +38,11 @@ class _Chosen(Randomness):
     def __init__(self, given: Given):
         self.given = given
 
-    def value(self, name: str, fn: Any, key: Array) -> tuple[Array, list[Any]]:
+    def value(self, name: str, fn: Any, key: Array, step: Array | None = None) -> tuple[Array, list[Any]]:
         rule = rule_of(name, fn, NODES)
         return rule.value(fn, jnp.asarray(self.given.choices(name, tuple(rule.elements), rule.size))), []
 
-    def noise(self, names: Sequence[str], label: str, noise: Any, key: Array) -> Array:
+    def noise(self, names: Sequence[str], label: str, noise: Any, key: Array, step: Array | None = None) -> Array:
         return jnp.stack([jnp.asarray(self.given.noise(name, label, noise), float) for name in names])
 
 

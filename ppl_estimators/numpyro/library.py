@@ -106,7 +106,7 @@ class NumPyroLibrary:
             check_keys(hooked.estimators, list(found.sites), "with_estimators", in_model)
         sites = found.sites
         check_objective(self.settings.objective, found.terms)
-        graph = Graph(found.ancestors, {n: s.plates for n, s in sites.items()}, {n: s.order for n, s in sites.items()})
+        graph = Graph(found.ancestors, {n: s.plates for n, s in sites.items()}, found.steps)
         plan = make_plan(
             list(found.sites.values()),
             found.terms,
@@ -139,25 +139,25 @@ class NumPyroLibrary:
         self, draw: Callable[[Message], Array], source: Keys, *, first: bool = False, constants: bool = False,
         wide: Any = None, above: Traces | None = None,
     ) -> Traces:  # fmt: skip
-        return self._execute(source, draw, self._in_scan, constants=constants)
+        return self._execute(source, draw, constants=constants)
 
     def guide_again(self, traces: Traces, source: Keys) -> Traces:
         values = {n: m["value"] for n, m in traces.latents().items()}
+        return self._execute(source, lambda msg: self.part(msg, values[msg["name"]]), constants=True, model=False)
 
-        def in_scan(msg: Message) -> Array | None:
-            return values.get(msg["name"]) if msg["type"] == "sample" and not msg["is_observed"] else None
-
-        return self._execute(source, lambda msg: values[msg["name"]], in_scan, constants=True, model=False)
-
-    def _execute(self, source: Keys, draw: Any, in_scan: Any, *, constants: bool, model: bool = True) -> Traces:
+    def _execute(self, source: Keys, draw: Any, *, constants: bool, model: bool = True) -> Traces:
         params, args, kwargs = self.params, self.args, self.kwargs
         if constants:
             params, args, kwargs = jax.tree.map(_constant, (params, args, kwargs))
-        chosen = self.model if model else None
-        return execute(
-            source, self.key, params, chosen, self.guide, args, kwargs,
-            draw=draw, in_scan=in_scan, layout=self._layout(),
-        )  # fmt: skip
+
+        def drawn(msg: Message) -> Array:
+            value = draw(msg)
+            if "step" in msg and isinstance(asked := self.requested(msg), Estimator):
+                msg["given"] = asked.given(args, kwargs)
+            return value
+
+        chosen, layout = self.model if model else None, self._layout()
+        return execute(source, self.key, params, chosen, self.guide, args, kwargs, draw=drawn, layout=layout)
 
     def _layout(self) -> Layout | None:
         """Where the values of enumerated sites go in a run, if the program has some."""
@@ -165,31 +165,20 @@ class NumPyroLibrary:
             return None
         return Layout(self.shapes, lambda n: (named := self.settings.asked(n, None)) is not None and named.sums)
 
-    def _in_scan(self, msg: Message) -> Array | None:
-        """Values of latent sites inside a scan, where no handler of ours can reach."""
-        if msg["type"] != "sample" or msg["is_observed"] or self._plan.estimators[msg["name"]].value.moves:
-            return None
-        return jax.lax.stop_gradient(msg["fn"].sample(msg["kwargs"]["rng_key"]))
-
     def dream(self, source: Keys) -> Traces:
         check_dreams(self.guide)
 
-        def draw(name: str, fn: Any, key: Array) -> Array:
-            return jax.lax.stop_gradient(self.randomness.value(f"dreamt {name}", fn, key)[0])
-
-        def in_scan(msg: Message) -> Array | None:
-            if msg["type"] != "sample" or msg["is_observed"]:
-                return None
-            return jax.lax.stop_gradient(msg["fn"].sample(msg["kwargs"]["rng_key"]))
+        def draw(msg: Message) -> Array:
+            name, key = f"dreamt {msg['name']}", msg["kwargs"]["rng_key"]
+            return jax.lax.stop_gradient(self.randomness.value(name, msg["fn"], key, msg.get("step"))[0])
 
         keys, (guide, model) = Keys(key_of(source.key, "turned")), turned(self.model, self.guide)
-        return execute(
-            keys, self.key, self.params, guide, model, self.args, self.kwargs,
-            draw=lambda msg: draw(msg["name"], msg["fn"], msg["kwargs"]["rng_key"]), in_scan=in_scan,
-        )  # fmt: skip
+        return execute(keys, self.key, self.params, guide, model, self.args, self.kwargs, draw=draw)
 
-    def arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        return self.args, self.kwargs
+    def given(self, msg: Message, estimator: Estimator) -> Values:
+        asked = self.settings.asked(msg["name"], self.requested(msg)) or estimator  # as this run of the guide made it
+        inside = "given" in msg and asked is self.requested(msg)  # in each step of a scan
+        return msg["given"] if inside else asked.given(self.args, self.kwargs)
 
     def terms(
         self, traces: Traces, plan: Plan, relaxed: frozenset[str], *, only: frozenset[str] | None = None,
@@ -213,19 +202,15 @@ class NumPyroLibrary:
         others = {
             n: another(latents[n]["fn"], latents[n]["value"], key_of(self.key, f"another {n}"), pattern) for n in sites
         }
-        values = {n: m["value"] for n, m in latents.items()} | others
 
         def draw(msg: Message) -> Array:
             name = msg["name"]
             if name not in others:
                 return self.again(msg, latents[name], constants=True)
             msg["intermediates"] = []
-            return others[name]
+            return self.part(msg, others[name])
 
-        def in_scan(msg: Message) -> Array | None:
-            return values.get(msg["name"]) if msg["type"] == "sample" and not msg["is_observed"] else None
-
-        traces = self._execute(run.source, draw, in_scan, constants=True)
+        traces = self._execute(run.source, draw, constants=True)
         return {(t.side, t.site): t.value for t in self.terms(traces, run.plan, run.plan.soft)}
 
     # ---- one site -----------------------------------------------------------------------------------------------
@@ -238,23 +223,40 @@ class NumPyroLibrary:
 
     def view(self, plan: Plan, msg: Message, wide: Any = None) -> Site:
         facts = plan.sites[msg["name"]]
-        return view(msg).filled(plates=facts.plates, coupled=facts.coupled)
+        site = view(msg).filled(plates=facts.plates, coupled=facts.coupled, turns=facts.turns)
+        return site.filled(time=False, declared=facts.declared) if "step" in msg else site
 
     def own(self, msg: Message) -> Array:
-        value, msg["intermediates"] = self.randomness.value(msg["name"], msg["fn"], msg["kwargs"]["rng_key"])
+        key, step = msg["kwargs"]["rng_key"], msg.get("step")
+        value, msg["intermediates"] = self.randomness.value(msg["name"], msg["fn"], key, step)
         return value
 
     def value(self, source: Keys, msg: Message, number: int) -> Array:
-        key = source.of(msg["name"], number) if number else msg["kwargs"]["rng_key"]
-        return self.randomness.value(msg["name"], msg["fn"], key)[0]
+        key = self._key(source, msg, number) if number else msg["kwargs"]["rng_key"]
+        return self.randomness.value(msg["name"], msg["fn"], key, msg.get("step"))[0]
+
+    @staticmethod
+    def _key(source: Keys, msg: Message, number: int) -> Array:
+        """That of noise number ``number``, in each step of a scan another."""
+        return Keys(msg["kwargs"]["rng_key"] if "step" in msg else source.key).of(msg["name"], number)
 
     def again(self, msg: Message, first: Message, *, constants: bool) -> Array:
         kept = (first["value"], first["intermediates"])
-        value, msg["intermediates"] = jax.lax.stop_gradient(kept) if constants else kept
+        kept = jax.tree.map(partial(self.part, msg), jax.lax.stop_gradient(kept) if constants else kept)
+        value, msg["intermediates"] = kept
         return value
 
+    def part(self, msg: Message, x: Array) -> Array:
+        return x[msg["step"]] if "step" in msg else x
+
+    def step(self, msg: Message, noise: Values) -> bool:
+        if "step" not in msg:
+            return False
+        msg["noise"] = noise
+        return True
+
     def either(self, condition: Array, new: Array, old: Array, msg: Message, first: Message) -> Array:
-        before = jax.lax.stop_gradient(first["intermediates"])
+        before = jax.lax.stop_gradient(jax.tree.map(partial(self.part, msg), first["intermediates"]))
         msg["intermediates"] = jax.tree.map(partial(jnp.where, condition), msg["intermediates"], before)
         return jnp.where(condition, new, old)
 
@@ -264,8 +266,8 @@ class NumPyroLibrary:
     def noise(self, source: Keys, msg: Message, site: Site, label: str, noise: Noise, number: int) -> Array:
         """Noise of which only the shape matters is drawn once for all sites that ask for the same (see `Keys`)."""
         name = site.name
-        if noise.concentration is not None:
-            return self.randomness.noise([name], label, noise, source.of(name, number))[0]
+        if noise.concentration is not None or "step" in msg:
+            return self.randomness.noise([name], label, noise, self._key(source, msg, number), msg.get("step"))[0]
         if (name, label) not in source.noise:
             names = self._alike[name]
             rows = self.randomness.noise(names, label, noise, source.of(names[0], number))
@@ -280,7 +282,8 @@ class NumPyroLibrary:
         declared = estimator.keeps(site, given)
         if not declared:
             return Kept(given=given)
-        if site.declared is None or site.declared.requested != estimator:
+        asked = None if site.declared is None else site.declared.requested
+        if asked is None or asked.structure() != estimator.structure():  # the arrays are this run's own
             raise site_error(
                 site.name,
                 f"{estimator!r} keeps parameters or state between steps, which the guide does not declare",

@@ -16,11 +16,11 @@ Array = Any
 class Randomness:
     """What `EstimatorELBO.randomness` is unless a test puts a source of its own there."""
 
-    def value(self, name: str, fn: Any, key: Array) -> tuple[Array, list[Any]]:
-        """A draw from a site's own distribution, and its intermediates."""
+    def value(self, name: str, fn: Any, key: Array, step: Array | None = None) -> tuple[Array, list[Any]]:
+        """A draw from a site's own distribution, and its intermediates; ``step``: the number of that of a scan."""
         return fn.sample_with_intermediates(key)
 
-    def noise(self, names: Sequence[str], label: str, noise: Noise, key: Array) -> Array:
+    def noise(self, names: Sequence[str], label: str, noise: Noise, key: Array, step: Array | None = None) -> Array:
         """Noise that estimators asked for, ``[len(names), *shape]``; uniform noise lies strictly inside (0, 1)."""
         shape = (len(names), *noise.shape)
         if noise.law == "normal":

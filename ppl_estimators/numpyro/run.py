@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,11 +23,12 @@ from numpyro.ops.pytree import PytreeTrace
 from numpyro.primitives import Messenger
 from numpyro.util import format_shapes
 
+from ..core.credit import Steps
 from ..core.enumeration import Enumeration, Unplaced, marked, missing, warn_of_minibatches
 from ..core.errors import EstimatorError, site_error, warn
 from ..core.posterior import Tables
-from ..core.site import Plate, Site, Term
-from .dependencies import dependencies, mark, same
+from ..core.site import Plate, Site, Term, Window
+from .dependencies import COUNTED, HANDED_OVER, dependencies, mark, same
 from .distributions import (
     cost_log_prob,
     describe,
@@ -44,8 +46,11 @@ from .ops import OPS
 Array = Any
 Message = dict[str, Any]
 
-#: value of a latent site, from its message, which holds its key
+#: value of a latent site, from its message, which holds its key. That of a step of a scan has its number as "step": the
+#: place among the values of all steps.
 Draw = Callable[[Message], Array]
+#: what a message of such a step may hold beside, and what is stacked to that of all steps
+_ALONG = ("noise", "given")
 
 
 @dataclass
@@ -116,10 +121,11 @@ class DuplicateName(EstimatorError, AssertionError):
 
 
 class Scan(NamedTuple):
-    """One of NumPyro's scans: the how manieth of its side, whether it runs from the last step to the first, and the
-    names of the sites inside that are not observed."""
+    """One of NumPyro's scans: the how manieth of its side, how many steps it has, whether it runs from the last to the
+    first, and the names of the sites inside that are not observed."""
 
     number: int
+    length: int
     reverse: bool
     latent: frozenset[str]
 
@@ -137,12 +143,12 @@ class _Conduct(Messenger):
         draw: Draw,
         record: dict[str, Message],
         params: Mapping[str, Array],
-        in_scan: Any = None,
         guide: Mapping[str, Message] | None = None,
         layout: Layout | None = None,
+        handed_over: Draw | None = None,
     ):
-        self.layout = layout
-        self.key, self.plate_key, self.draw, self.record, self.in_scan = key, plate_key, draw, record, in_scan
+        self.layout, self.handed_over = layout, handed_over
+        self.key, self.plate_key, self.draw, self.record = key, plate_key, draw, record
         self.params, self.guide = params, guide
         self.side = "guide" if guide is None else "model"
         self.kinds: dict[str, str] = {}  # of what has a name
@@ -193,8 +199,9 @@ class _Conduct(Messenger):
         elif kind in ("prng_key", "control_flow") and msg["kwargs"]["rng_key"] is None:
             self.anonymous += 1
             msg["kwargs"]["rng_key"] = key_of(self.key, f"{self.side} {kind} {self.anonymous}")
-            if kind == "control_flow" and self.in_scan is not None:
-                msg["kwargs"]["substitute_stack"].append(("substitute", self.in_scan))
+            inside = self.handed_over if self.guide is not None else partial(self._inside, _flow(msg))
+            if kind == "control_flow" and inside is not None:
+                msg["kwargs"]["substitute_stack"].append(("substitute", inside))
             if msg.get("fn") is scan_wrapper and self.guide is not None:
                 msg["fn"] = _plain_scan if self.layout is None else partial(self.layout.scan, self.guide, scan_wrapper)
 
@@ -212,17 +219,38 @@ class _Conduct(Messenger):
             if "time" in msg and kind == "sample":  # a value of the guide's, which was handed over once more
                 self.record[name]["value"] = _promote_scanned_value_shapes(msg["value"], msg["fn"])
 
+    def _inside(self, flow: tuple[int, bool] | None, msg: Message) -> Array | None:
+        """The value of a latent site of the guide inside a scan or a cond, whose handlers are all that hears of it.
+        What leaves a step beside its value goes the way of the intermediates, which are stacked."""
+        if not _latent(msg) or msg["value"] is not None:
+            return None
+        if msg["kwargs"].get("sample_shape"):
+            msg["fn"] = msg["fn"].expand((*msg["kwargs"]["sample_shape"], *msg["fn"].batch_shape))
+            msg["kwargs"]["sample_shape"] = ()
+        number = msg["infer"].get("_scan_current_index")
+        inner = msg.copy()
+        if flow is not None and number is not None:
+            length, reverse = flow
+            inner["step"] = length - 1 - number if reverse else number
+        value = self.draw(inner)
+        along = {k: inner[k] for k in _ALONG if k in inner}
+        msg["intermediates"] = {"": inner["intermediates"], **along} if along else inner["intermediates"]
+        return value
+
     def look_inside(self, msg: Message) -> None:
-        """Latent sites of NumPyro's scan and cond: no handler of ours reaches them, and what has no value is drawn."""
+        """The latent sites of NumPyro's scan and cond."""
         traces = jax.tree.leaves(msg["value"], is_leaf=lambda x: isinstance(x, PytreeTrace))
         inside = {n: m for t in traces if isinstance(t, PytreeTrace) for n, m in t.trace.items()}
-        if msg["fn"] is not cond_wrapper:
+        if (flow := _flow(msg)) is not None:
             self.scans += 1
-            *_, reverse = msg["args"]
             latent = frozenset(n for n, m in inside.items() if _latent(m) and not is_summed(m))
-            scan = Scan(self.scans, bool(reverse), latent)
+            scan = Scan(self.scans, *flow, latent)
             for inner in inside.values():
                 inner["scan"] = scan
+                if isinstance(inner.get("intermediates"), dict):
+                    along = inner["intermediates"]
+                    inner["intermediates"] = along.pop("")
+                    inner.update(along)
         for name, inner in inside.items():
             if not _latent(inner) or is_summed(inner):
                 continue
@@ -275,6 +303,14 @@ def turned(model: Callable[..., Any], guide: Callable[..., Any]) -> tuple[Callab
     )
 
 
+def _flow(msg: Message) -> tuple[int, bool] | None:
+    """Of a scan: how many steps it has, and whether it runs from the last to the first."""
+    if msg["type"] != "control_flow" or msg["fn"] is cond_wrapper:
+        return None
+    _, _, xs, length, reverse = msg["args"]
+    return jnp.shape(jax.tree.leaves(xs)[0])[0] if length is None else length, bool(reverse)
+
+
 def execute(
     keys: Keys,
     plate_key: Array,
@@ -285,18 +321,22 @@ def execute(
     kwargs: Mapping[str, Any],
     *,
     draw: Draw,
-    in_scan: Callable[[Message], Any] | None = None,
     layout: Layout | None = None,
+    handed_over: Draw | None = None,
 ) -> Traces:
     """Run the guide, then the model on the guide's values (unless ``model`` is None). ``layout``: where values of
-    enumerated sites go; a run that finds it needs one raises `Unplaced`."""
+    enumerated sites go; a run that finds it needs one raises `Unplaced`. ``handed_over``: what takes the place of the
+    guide's values inside scans of the model."""
     traces = Traces()
-    with _Conduct(keys.key, plate_key, draw, traces.guide, params, in_scan, layout=layout):
+    with _Conduct(keys.key, plate_key, draw, traces.guide, params, layout=layout):
         substitute(guide, data=dict(params))(*args, **kwargs)
     if model is not None:
         own = {**params, **{n: m["value"] for n, m in traces.guide.items() if m["type"] == "mutable"}}
         refuse = partial(_refuse, layout=layout)
-        with _Conduct(keys.key, plate_key, refuse, traces.model, params, guide=traces.guide, layout=layout):
+        with _Conduct(
+            keys.key, plate_key, refuse, traces.model, params,
+            guide=traces.guide, layout=layout, handed_over=handed_over,
+        ):  # fmt: skip
             drawn = {n: m for n, m in traces.guide.items() if m["type"] in ("sample", "plate")}
             replay(substitute(model, data=own), trace=drawn)(*args, **kwargs)
         _same_sizes(traces)
@@ -446,10 +486,7 @@ def terms_of(
                     raise _no_log_prob(name, side, record, error) from error
                 deps = frozenset() if depends_on is None else depends_on.get((side, term), everything)
                 value = log_p if sign > 0 else -log_p
-                order = _order(side, record[term], traces)
-                if values is not None and term in values.blocks and values.steps(term) is None:
-                    order = None
-                found = Term(side, term, value, traces.plates(side, term), deps, order)
+                found = Term(side, term, value, traces.plates(side, term), deps)
                 terms.append(found if values is None else values.weighted(OPS, found, partial(_log_q, traces.guide)))
     return terms
 
@@ -474,16 +511,44 @@ def _log_q(guide: Mapping[str, Message], name: str) -> Array:
     return log_q(guide[name]["fn"], guide[name]["value"])
 
 
-def _order(side: str, msg: Message, traces: Traces) -> str | None:
-    """The name of the time axis along which the steps of a site follow those of the guide's: in one scan of the guide
-    that runs forward, or in a scan of the model that does too and takes just its values."""
+def _order(term: Term, traces: Traces) -> tuple[str, Scan] | None:
+    """The scan of the guide whose steps those of a term follow, and the scan that the term is in: that one, or one of
+    the model that takes just its values, step number i that of step i. NumPyro counts the steps as they are run, and
+    where a scan runs from the end, the arrays that come out of it from the other end."""
+    values, record = traces.values, traces.guide if term.side == "guide" else traces.model
+    msg = record[term.site]
     scan = msg.get("scan")
-    if scan is None or scan.reverse or not scan.latent:
+    if scan is None or not scan.latent:
         return None
-    of_guide = scan if side == "guide" else _common(traces.guide[n].get("scan") for n in scan.latent)
-    if of_guide is None or of_guide.reverse or of_guide.latent != scan.latent:
+    if values is not None and term.side == "model" and term.site in values.blocks and values.steps(term.site) is None:
         return None
-    return f"scan {of_guide.number}"
+    of_guide = scan if term.side == "guide" else _common(traces.guide[n].get("scan") for n in scan.latent)
+    if of_guide is None or of_guide.latent != scan.latent or of_guide.length != scan.length:
+        return None
+    return f"scan {of_guide.number}", scan
+
+
+def _steps(
+    terms: Sequence[Term], orders: Mapping[int, tuple[str, Scan]], reads: Sequence[Any], unclear: frozenset[str]
+) -> dict[tuple[str, str], Steps]:
+    """Of the terms whose number is in ``orders``; ``reads`` as in `dependencies.Found`, ``unclear`` names sites of
+    which it does not show what a scan of the model reads."""
+    of_sites = {t.site: orders[i][0] for i, t in enumerate(terms) if t.side == "guide" and i in orders}
+    found = {}
+    for i, (order, scan) in orders.items():
+        side, own, readers = terms[i].side, terms[i].site, dict[str, Window]()
+        for name, ago in reads[i]:
+            site = name.removeprefix(HANDED_OVER)
+            if of_sites.get(site) != order:
+                continue
+            window = Window(min(ago, COUNTED), ago)
+            if side == "guide" and scan.reverse:
+                window = Window(-window.last, -window.first)
+            if side == "model" and (site in unclear or (name == site and (site != own or scan.reverse))):
+                window = Window(-math.inf, math.inf)  # NumPyro hands out a latent site's own value as the guide's array
+            readers[site] = readers[site].joined(window) if site in readers else window
+        found[side, own] = Steps(order, readers, flipped=side == "model" and scan.reverse)
+    return found
 
 
 def _common(scans: Iterable[Scan | None]) -> Scan | None:
@@ -525,9 +590,7 @@ def view(msg: Message, traces: Traces | None = None) -> Site:
     plates = plates_of(msg) if traces is None else _scaled_plates(msg, traces)
     if traces is not None and traces.values is not None:
         plates |= traces.values.guide[msg["name"]].values
-    site = describe(msg["name"], msg["fn"], plates, msg["scale"], msg["infer"], msg["value"])
-    scan = msg.get("scan")
-    return site if scan is None or scan.reverse else replace(site, order=f"scan {scan.number}")
+    return describe(msg["name"], msg["fn"], plates, msg["scale"], msg["infer"], msg["value"])
 
 
 @dataclass(frozen=True)
@@ -536,9 +599,9 @@ class Survey:
     and no arrays, so that nothing of a trace outlives it.
 
     ``ancestors``: of each latent site, the sites that its value depends on. ``dtypes``: what their samplers return.
-    ``stuck``: see `dependencies.Found`. ``followed``: false where values are concrete and cannot be followed
-    (`jax.disable_jit`); then everything depends on all that was drawn before it. ``again``: whether the program is the
-    same when it is traced again. ``in_model``: the sites of the model.
+    ``stuck``: see `dependencies.Found`. ``steps``: see `credit.Steps`, by side and site. ``followed``: false where
+    values are concrete and cannot be followed (`jax.disable_jit`); then everything depends on all that was drawn before
+    it. ``again``: whether the program is the same when it is traced again. ``in_model``: the sites of the model.
     """
 
     sites: dict[str, Site]
@@ -546,6 +609,7 @@ class Survey:
     ancestors: dict[str, frozenset[str]]
     dtypes: dict[str, Any]
     stuck: dict[str, str]
+    steps: dict[tuple[str, str], Steps]
     followed: bool
     again: Callable[[], bool]
     in_model: Sequence[str]
@@ -606,33 +670,43 @@ def survey(
     """Run guide and model once, and see which latent values reach which cost terms."""
     followed = not interpreted()
     seen: dict[str, Any] = {}
+    unclear: set[str] = set()
 
     def draw(msg: Message) -> Array:
         value, msg["intermediates"] = msg["fn"].sample_with_intermediates(msg["kwargs"]["rng_key"])
         return mark(value, msg["name"])
 
-    def in_scan(msg: Message) -> Array | None:
-        return mark(msg["fn"].sample(msg["kwargs"]["rng_key"]), msg["name"]) if _latent(msg) else None
+    def handed_over(msg: Message) -> Array | None:
+        """A value of the guide's, as a step of a scan of the model takes it."""
+        value, fn = msg["value"], msg["fn"]
+        if value is None or not _latent(msg):
+            return None
+        if jnp.ndim(value) != len(fn.batch_shape) + fn.event_dim:  # NumPyro would take it for that of all steps
+            unclear.add(msg["name"])
+            return None
+        return mark(value, HANDED_OVER + msg["name"])
 
     def program() -> Any:
         marked = jax.tree.map(lambda x: mark(x, _PARAMETERS), dict(params)) if followed else params
         traces = execute(
-            keys, plate_key, marked, model, guide, args, kwargs, draw=draw, in_scan=in_scan, layout=layout()
-        )
+            keys, plate_key, marked, model, guide, args, kwargs,
+            draw=draw, layout=layout(), handed_over=handed_over if followed else None,
+        )  # fmt: skip
         latents = traces.latents()
-        in_model = [n for n in latents if n in traces.model and _latent(traces.model[n])]
-        for n in in_model:
+        both = [n for n in latents if n in traces.model and _latent(traces.model[n])]
+        for n in both:
             _same_plates(n, latents[n], traces.model[n], traces)
         terms = terms_of(traces)
         seen["sites"] = {n: still(view(m, traces), m["fn"]) for n, m in latents.items()}
         seen["dtypes"] = {n: sampled_dtype(m["fn"]) for n, m in latents.items()}
         seen["terms"] = [replace(t, value=None, cost=None, weight=None) for t in terms]
+        seen["orders"] = {i: o for i, t in enumerate(terms) if (o := _order(t, traces)) is not None}
         if traces.values is not None:
             warn_of_minibatches(traces.values)
         seen["model"] = [n for n, m in traces.model.items() if m["type"] == "sample"]
         seen["order"] = [n for n, m in traces.guide.items() if m["type"] == "sample"]
         auxiliary = {n for n, m in latents.items() if m["infer"].get("is_auxiliary")}
-        seen["odd"] = [n for n in latents if (n in in_model) == (n in auxiliary)], auxiliary
+        seen["odd"] = [n for n in latents if (n in both) == (n in auxiliary)], auxiliary
         values = {n: m["value"] for n, m in latents.items()}
         return [t.value for t in terms], values, {n: ends(m["fn"]) for n, m in latents.items()}
 
@@ -640,11 +714,12 @@ def survey(
         return not followed or same(traced, jax.make_jaxpr(lambda: program())())  # a new function: not from a cache
 
     if followed:
-        (of_terms, of_values, of_ends), stuck, traced = dependencies(program)
+        (of_terms, of_values, of_ends), stuck, traced, reads = dependencies(program)
+        steps = _steps(seen["terms"], seen["orders"], reads()[0], frozenset(unclear)) if seen["orders"] else {}
     else:
         program()
         of_terms, of_values, of_ends = _in_order(seen["order"], seen["sites"], seen["terms"])
-        stuck = {}
+        stuck, steps = {}, {}
     odd, auxiliary = seen["odd"]
     for name in odd:
         if name in auxiliary:
@@ -660,6 +735,7 @@ def survey(
         {n: deps & drawn - {n} for n, deps in of_values.items()},
         seen["dtypes"],
         {n: operation for n, operation in stuck.items() if n in drawn},
+        steps,
         followed,
         again,
         seen["model"],

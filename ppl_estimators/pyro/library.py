@@ -361,8 +361,9 @@ class PyroLibrary:
         with as_written(), Buffers.lent(source.buffers):
             return execute(guide, model, self.args, self.kwargs, draw=draw, subsamples=self.subsamples)
 
-    def arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        return self.args, self.kwargs
+    def given(self, msg: Message, estimator: Estimator) -> Values:
+        asked = self.settings.asked(msg["name"], self.requested(msg)) or estimator  # as this run of the guide made it
+        return asked.given(self.args, self.kwargs)
 
     def terms(
         self, traces: Traces, plan: Plan, relaxed: frozenset[str], *, only: frozenset[str] | None = None,
@@ -455,6 +456,12 @@ class PyroLibrary:
 
     def again(self, msg: Message, first: Message, *, constants: bool) -> Array:
         return first["value"].detach() if constants else first["value"]
+
+    def part(self, msg: Message, x: Array) -> Array:
+        return x
+
+    def step(self, msg: Message, noise: Values) -> bool:
+        return False
 
     def sampled(self, msg: Message, value: Array) -> Array:
         return value

@@ -33,16 +33,18 @@ class FromTableJax(JaxRandomness):
         self.table: Table = {}
         self.row = 0
 
-    def value(self, name: str, fn: Any, key: Any) -> Any:
+    def value(self, name: str, fn: Any, key: Any, step: Any = None) -> Any:
         given = jnp.asarray(self.table[name]["value"])[self.row]
+        given = given if step is None else given[step]
         if fn.support.is_discrete:
             return given.astype(jax.eval_shape(fn.sample, key).dtype), []
         while hasattr(fn, "base_dist"):
             fn = fn.base_dist
         return fn.loc + fn.scale * given, []  # Normal sites take standard noise
 
-    def noise(self, names: Sequence[str], label: str, noise: Any, keys: Any) -> Any:
+    def noise(self, names: Sequence[str], label: str, noise: Any, keys: Any, step: Any = None) -> Any:
         rows = [jnp.asarray(self.table[name][label])[self.row] for name in names]
+        rows = rows if step is None else [row[step] for row in rows]
         return jnp.stack([jnp.broadcast_to(row, noise.shape) for row in rows])
 
 
@@ -68,7 +70,7 @@ class InTurn(FromTableJax):
 
     calls = -1
 
-    def value(self, name: str, fn: Any, key: Any) -> Any:
+    def value(self, name: str, fn: Any, key: Any, step: Any = None) -> Any:
         self.calls += 1
         given = self.table[name]["value"][self.row]
         return given[self.calls % given.shape[0]].astype(jax.eval_shape(fn.sample, key).dtype), []

@@ -54,7 +54,7 @@ def site_of(family, parameters, count):
 def estimates(estimator, family, parameters, noise, f=cost, log_q=None):
     """The gradient in each parameter at each row of the noise, ``{name: [G, ...]}``."""
     count = len(next(iter(noise.values())))
-    noise = {k: jnp.moveaxis(jnp.asarray(x), 0, 1) if k == "m" else jnp.asarray(x) for k, x in noise.items()}
+    noise = {k: jnp.asarray(x) for k, x in noise.items()}
     site = site_of(family, parameters, count)
     draw = estimator.draw(OPS, site, noise)
     if estimator.value.moves:
@@ -313,7 +313,7 @@ def test_measure_valued_normal():
         noise = {
             "w": np.exp(-(rayleigh**2) / 2)[:, None],
             "u": uniform[:, None],
-            "m": np.stack([maxwell, 0 * maxwell, 0 * maxwell], 1)[..., None],
+            "m": np.stack([maxwell, 0 * maxwell, 0 * maxwell], -1)[:, None],
             "sign": sign[:, None],
         }
         parameters = {"loc": np.array([loc]), "scale": np.array([scale])}

@@ -343,7 +343,7 @@ def test_rao_gumbel_at_a_one_hot_site_has_the_mean_of_gumbel_straight_through_an
 class RawSource(FromTableJax):
     """Draws are what the table says, not a transform of it."""
 
-    def value(self, name, fn, key):
+    def value(self, name, fn, key, step=None):
         return jnp.asarray(self.table[name]["value"])[self.row].astype(float), []
 
 

@@ -234,7 +234,7 @@ def gaussian(estimator, quadratic=False):
 class SignedSource(FromTableJax):
     """The sign of the secant is read from the table too."""
 
-    def noise(self, names, label, noise, keys):
+    def noise(self, names, label, noise, keys, step=None):
         return jnp.stack([jnp.asarray(self.table[name][label])[self.row] for name in names])
 
 

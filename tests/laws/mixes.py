@@ -337,12 +337,10 @@ AVERAGED: dict[str, list[Mix]] = {
     "masked_by_handler": [DISARM],
 }
 
-#: a scan draws its steps together, so single elements cannot be moved in NumPyro
-NUMPYRO_REFUSES = {("over_time", "disarm"), ("over_time", "enumerate")}
 #: a Python branch on a value needs particles one after another in Pyro, and that is slow
 PYRO_SEQUENTIAL = {"branching", "branching_guide"}
 PYRO_SLOW = {("branching", "leave_one_out"), ("branching", "disarm"), ("branching_guide", "disarm")}
-LEFT_OUT = {"numpyro": NUMPYRO_REFUSES, "pyro": PYRO_SLOW}
+LEFT_OUT: dict[str, set[tuple[str, str]]] = {"numpyro": set(), "pyro": PYRO_SLOW}
 
 
 def facts(estimator: Estimator) -> tuple[Any, ...]:

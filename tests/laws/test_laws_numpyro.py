@@ -26,7 +26,6 @@ from mixes import (
     EVERY_DRAW,
     EVERY_STATE,
     LOO,
-    NUMPYRO_REFUSES,
     ON_AVERAGE,
     PAIRS_OF_STATES,
     Mix,
@@ -111,13 +110,6 @@ def test_the_averaged_model_is_unbiased(name: str, mix: Mix) -> None:
     measured = with_power(measure(name, mix, mix.draws, average_model=True), case.exact_gradient())
     assert_unbiased(measured, case.exact_gradient())
     assert_mean_loss(measured, case)
-
-
-@pytest.mark.parametrize(("name", "estimator"), sorted(NUMPYRO_REFUSES))
-def test_scan_refuses_what_moves_single_steps(name: str, estimator: str) -> None:
-    mix = next(m for m in ON_AVERAGE[name] if m.name == estimator)
-    with pytest.raises(EstimatorError, match=r"site 'z': .*scan.*Use Reinforce"):
-        measure(name, mix, 2)(0)
 
 
 # Law 1: the value.

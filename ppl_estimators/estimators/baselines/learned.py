@@ -22,8 +22,9 @@ class Learned(Baseline):
     Not for       several particles: LeaveOneOut() needs no training
 
     ``inputs``: what it sees. None: the site's own distribution parameters, a function of its parents only. An array
-    ``[*plates, ...]``; or a function of the guide's arguments that returns one. Inputs are constants: no gradient
-    flows into them. They must not depend on the site's own draw.
+    ``[*plates, ...]``; or a function of the guide's arguments that returns one. In a NumPyro `scan` that of the step
+    where the site names it itself, from outside ``[steps, *plates, ...]``. Inputs are constants: no gradient flows into
+    them. They must not depend on the site's own draw.
 
     ``network``: None for one tanh layer of ``hidden`` units that starts at 0; else a `torch.nn.Module` (Pyro), or a
     flax, nnx or equinox module (NumPyro), from ``[..., F]`` to ``[..., 1]``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ...core.errors import site_error
 from ...core.keep import Initial, Keeps, Kept, guarded
 from ...core.ops import Array, Ops
 from ...core.site import Site
@@ -20,7 +21,8 @@ class MovingAverage(Baseline):
 
     One number per site, whatever the batch: the mean over particles and plate elements, of the cost of one element (the
     N/B of a minibatch is taken out, and put back where the average is subtracted). The baseline of a step is the
-    average *before* that step; the first step has none. A step whose cost is not finite leaves the average alone.
+    average *before* that step; the first step has none. A step whose cost is not finite leaves the average alone. Each
+    step of a NumPyro `scan` has an average of its own, as each site of a Python loop has.
 
     >>> MovingAverage(decay=0.95)
     MovingAverage(0.95)
@@ -35,13 +37,25 @@ class MovingAverage(Baseline):
             raise ValueError(f"MovingAverage(decay) needs 0 <= decay < 1, got {self.decay!r}.")
 
     def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
-        return Keeps(state={"mean": Initial(), "started": Initial()})
+        each = Initial(site.batch_shape[:1] if site.time else ())
+        return Keeps(state={"mean": each, "started": each})
 
     def predict(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Array:
-        return ops.zeros_like(cost) + ops.like(kept.state["mean"], cost) * site.subsampling
+        old = kept.state["mean"]
+        if site.time:
+            if tuple(old.shape) != site.batch_shape[:1]:
+                raise site_error(
+                    site.name,
+                    f"MovingAverage() keeps an average for each of {old.shape[0]} steps of a scan, and there are "
+                    f"{site.batch_shape[0]} now",
+                    "Pad the series to one length, or use Reinforce(LeaveOneOut()) with several particles.",
+                )
+            old = ops.reshape(old, (-1, *(1,) * (cost.ndim - 2)))
+        return ops.zeros_like(cost) + ops.like(old, cost) * site.subsampling
 
     def fit(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> tuple[Array | None, Mapping[str, Array]]:
         old, started = kept.state["mean"], kept.state["started"]
-        now = ops.like(ops.mean(cost) / site.subsampling, old)
+        others = tuple(i for i in range(cost.ndim) if i != 1) if site.time else None
+        now = ops.like(ops.mean(cost, axis=others) / site.subsampling, old)
         mean = ops.where(started > 0, self.decay * old + (1 - self.decay) * now, now)
         return None, guarded(ops, kept.state, {"mean": mean, "started": ops.ones_like(started) + 0 * now})
