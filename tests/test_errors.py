@@ -262,6 +262,16 @@ def test_bounds_refuse_what_estimates_the_elbo(lib):
         lib.loss(lib.ELBO(DoublyReparameterized(), **options), model, guide)
 
 
+def test_a_module_that_cannot_be_told_of_dreams():
+    class Guide(pyro.nn.PyroModule):
+        def forward(self):
+            pyro.sample("z", tdist.Normal(pyro.param("a", torch.tensor(0.2)), 1.0))
+
+    elbo = ours_torch.EstimatorELBO(objective=WakeSleep(sleep_phi=0.5), num_particles=2)
+    with pytest.raises(EstimatorError, match=r"calls the guide with observations="):
+        elbo.loss_and_grads(lambda: pyro.sample("z", tdist.Normal(torch.tensor(0.0), 1.0)), Guide())
+
+
 def test_a_minibatch_of_a_part_of_every_weight(lib):
     """Both fixes of the message, as typed; and what no latent moves may stand anywhere."""
 

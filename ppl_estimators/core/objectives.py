@@ -169,7 +169,8 @@ class Dreamt(Additive):
 
 def check_dreams(guide: Callable[..., Any]) -> None:
     """Can the guide be told what the model dreams?"""
-    taken = signature(getattr(guide, "guide", guide)).parameters
+    written = getattr(guide, "guide", guide)  # without the hook
+    taken = signature(getattr(written, "forward", written)).parameters  # a module's
     if "observations" not in taken and all(p.kind is not p.VAR_KEYWORD for p in taken.values()):
         raise EstimatorError(
             "WakeSleep(sleep_phi=...) calls the guide with observations={site: value}, the data that the model dreams, "

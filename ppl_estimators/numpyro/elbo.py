@@ -47,7 +47,7 @@ class EstimatorELBO(Configured, Trace_ELBO):
     ``debug``: name the sites whose cost is not finite, also from compiled steps, by a callback to the host. Without it
     such a step shows in the loss, and changes no running average.
 
-    ``objective``: None for the ELBO, or ImportanceWeighted(), Renyi(alpha).
+    ``objective``: None for the ELBO, or ImportanceWeighted(), Renyi(alpha), WakeSleep(), ...: the page "Objectives".
 
     ``max_parallel``: how many counterfactual evaluations run side by side; the rest wait their turn. Memory grows
     with it, not with the number of evaluations.

@@ -45,7 +45,7 @@ class EstimatorELBO(Configured, ELBO):
     sites together (every value, three categories, or pairs); where these do not suffice for every site, two
     further particles, each the others' baseline. See `ppl_estimators.policy`.
 
-    ``objective``: None for the ELBO, or ImportanceWeighted(), Renyi(alpha).
+    ``objective``: None for the ELBO, or ImportanceWeighted(), Renyi(alpha), WakeSleep(), ...: the page "Objectives".
 
     ``max_parallel``: how many counterfactual evaluations run side by side where ``vectorize_particles=True`` says
     that model and guide can be vectorised; otherwise they run one after another.

@@ -348,25 +348,32 @@ def test_a_particle_without_weight(estimator):
     def guide():
         numpyro.sample("z", dist.Categorical(logits=numpyro.param("a", a)))
 
-    elbo = InjectedJax({"z": estimator}, num_particles=3, objective=ImportanceWeighted())
+    def at(k, v, log_w):  # the bound with one particle elsewhere
+        return jax.nn.logsumexp(log_w[jnp.asarray(z).at[k].set(v)])
+
+    z, options = np.array([2, 0, 1]), {"num_particles": 3, "objective": ImportanceWeighted()}
+    elbo = InjectedJax({"z": estimator}, **options)
     half, u = 0.5 * np.ones((1, 3)), 0.1 + 0.8 * np.eye(3)[[2, 0, 1]]
     noise = {"value": np.array([[2, 0, 1]]), "u": u[None], "which": half, "side": half}
     _, found = jax_gradients(elbo, model, guide, {"a": a}, {"z": noise})
     assert np.isfinite(found).all()
     if estimator == StochasticTriple():
         return
-    z = np.array([2, 0, 1])
 
-    def surrogate(a):
-        log_w = jnp.log(1 / 3) + log_p - jax.nn.log_softmax(a)
+    def surrogate(a, average):
+        q, log_w = jax.nn.softmax(a), jnp.log(1 / 3) + log_p - jax.nn.log_softmax(a)
         weights = jnp.exp(log_w[z] - jax.nn.logsumexp(log_w[z]))
         total = jnp.sum(jax.lax.stop_gradient(weights) * -jax.nn.log_softmax(a)[z])
-        for k in range(3):  # every value of one particle, those of the others held
-            there = jnp.stack([jax.nn.logsumexp(log_w[jnp.asarray(z).at[k].set(v)]) for v in range(3)])
-            total += jnp.sum(jax.lax.stop_gradient(there) * jax.nn.softmax(a))
-        return -total
+        there = jnp.stack([jnp.stack([at(k, v, log_w) for v in range(3)]) for k in range(3)])
+        if average:
+            total = jnp.sum(jax.lax.stop_gradient(q) * there) / 3
+        # every value of one particle, those of the others held
+        return -total - jnp.sum(jax.lax.stop_gradient(there) * q)
 
-    np.testing.assert_allclose(found[0], jax.grad(surrogate)(a), atol=1e-12)
+    np.testing.assert_allclose(found[0], jax.grad(surrogate)(a, False), atol=1e-12)
+    averaged = InjectedJax({"z": estimator}, average_model=True, **options)
+    _, found = jax_gradients(averaged, model, guide, {"a": a}, {"z": noise})
+    np.testing.assert_allclose(found[0], jax.grad(surrogate)(a, True), atol=1e-12)
 
 
 def test_exact_gradient_knows_what_no_latent_moves():
