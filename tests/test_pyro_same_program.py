@@ -542,6 +542,24 @@ def test_a_key_that_no_structure_has_is_still_an_error():
         EstimatorELBO({"q": Enumerate()}).loss_and_grads(labels, labels_guide, torch.zeros(2))
 
 
+def test_a_call_without_latent_sites_may_come_first():
+    """Nothing was sampled in it; the key is tried at the next call."""
+
+    def guide(on):
+        if on:
+            pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.3))))
+
+    def model(on):
+        pyro.factor("f", pyro.sample("z", dist.Bernoulli(0.4)) if on else torch.tensor(0.0))
+
+    elbo = EstimatorELBO({"z": Enumerate()})
+    with pytest.warns(EstimatorWarning, match=r"'z' matches no latent site of the guide\. Sites: none\. It waits"):
+        elbo.loss_and_grads(model, guide, False)
+    elbo.loss_and_grads(model, guide, True)
+    with pytest.raises(EstimatorError, match=r"'q' matches no latent site of the guide\. Sites: 'z'"):
+        EstimatorELBO({"q": Enumerate()}).loss_and_grads(model, guide, True)
+
+
 def test_sequences_of_other_lengths_are_planned_by_the_same_rule():
     def walk(n, logit):
         z = torch.tensor(0.0)

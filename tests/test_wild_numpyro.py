@@ -560,6 +560,8 @@ def test_what_model_and_guide_may_differ_in():
     subsampled = normal("u", plates={"rows": (6, None, 3)})
     assert loss(subsampled, subsampled).shape == ()
     assert loss(subsampled, handlers.scale(bare, scale=2.0)).shape == ()  # scaled by hand
+    density = dist.Delta(jnp.zeros(3), log_density=2.0 * jnp.ones(3))  # the same, as AutoSemiDAIS has it
+    assert loss(subsampled, lambda: numpyro.sample("u", density)).shape == ()
     with pytest.warns(EstimatorWarning, match="site 'u': plate 'rows' subsamples it in the model but not in the guide"):
         assert loss(subsampled, bare).shape == ()
 

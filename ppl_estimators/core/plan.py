@@ -62,14 +62,16 @@ def _hint(value: Any) -> str:
 
 def check_keys(mapping: Mapping[str, Any], sites: Sequence[str], where: str, others: Sequence[str] = ()) -> None:
     """Every key must match a latent site of the guide; or one of ``others``, which are latent at another time; or be
-    numbered as some of them are: a longer sequence may come."""
+    numbered as some of them are: a longer sequence may come. A call without latent sites says nothing of the rest."""
     for key in mapping:
         if any(fnmatchcase(name, key) or name == key for name in (*sites, *others)):
             continue
         known = ", ".join(f"'{s}'" for s in sites) or "none"
         fact = f"{where}: '{key}' matches no latent site of the guide. Sites: {known}."
         stem = key.rstrip("0123456789")
-        if stem != key and any(name.rstrip("0123456789") == stem != name for name in sites):
+        if not sites:
+            warn(f"{fact} It waits for a call that has some.")
+        elif stem != key and any(name.rstrip("0123456789") == stem != name for name in sites):
             warn(f"{fact} It waits for a call that has '{key}'; if there is none, use one of these names or '{stem}*'.")
         else:
             raise EstimatorError(f"{fact} Use one of these names, or a glob pattern such as 'z_*'.")

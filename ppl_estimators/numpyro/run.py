@@ -16,7 +16,7 @@ import numpy as np
 from jax import dtypes
 from numpyro.contrib.control_flow.cond import cond_wrapper
 from numpyro.contrib.control_flow.scan import _promote_scanned_value_shapes, scan_wrapper
-from numpyro.distributions.distribution import Unit
+from numpyro.distributions.distribution import Delta, Unit
 from numpyro.distributions.util import scale_and_mask
 from numpyro.handlers import replay, substitute
 from numpyro.ops.pytree import PytreeTrace
@@ -427,7 +427,8 @@ def _same_plates(name: str, guide: Message, model: Message, traces: Traces) -> N
             "Give the plate one name on both sides: the model then takes the guide's subsample.",
         )
     for here, there, found in (("guide", "model", only[0]), ("model", "guide", only[1])):
-        if found and not _same_scale(guide["scale"], model["scale"]):
+        given = isinstance(unwrapped(guide["fn"]), Delta)  # AutoSemiDAIS scales its density by hand
+        if found and not given and not _same_scale(guide["scale"], model["scale"]):
             warn(
                 f"site '{name}': plate '{found[0]}' subsamples it in the {here} but not in the {there}, and scales one "
                 "log probability only. Open the same plate on both sides.",
