@@ -100,15 +100,14 @@ def remaining(factors: Iterable[tuple[Axis, ...]]) -> frozenset[Plate]:
     return frozenset.intersection(*axes) | values
 
 
-def probability(ops: Ops, factors: Sequence[Factor], values: frozenset[Plate]) -> Factor:
-    """Π of conditional probabilities, given by their logarithms, of ``values``; those of others are summed over."""
+def log_probability(ops: Ops, factors: Sequence[Factor], values: frozenset[Plate]) -> Factor:
+    """log Π of probabilities, given by their logarithms, of ``values``; those of others are summed over."""
     renamed = [
         f._replace(axes=tuple(a.name if isinstance(a, Plate) and a.values and a not in values else a for a in f.axes))
         for f in factors
     ]
     others = list(dict.fromkeys(name for f in renamed for name in f.summed))
-    both = joined(ops, summed_out(ops, renamed, others))
-    return both._replace(value=ops.exp(both.value))
+    return joined(ops, summed_out(ops, renamed, others))
 
 
 def placed(ops: Ops, f: Factor) -> Array:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from . import elimination
-from .elimination import Axis, Factor, Time, blocks, factor, marginal, probability, remaining
+from .elimination import Axis, Factor, Time, blocks, factor, log_probability, marginal, remaining
 from .errors import EstimatorError, site_error, warn
 from .ops import Array, Ops
 from .site import Plate, Term, weighed
@@ -163,6 +163,8 @@ class Enumeration:
             check_reach(name, model[name], {n: c for n, c in model.items() if name in c.axes.values()})
         self.inside = {n: name for name, b in self.blocks.items() for n in b.members}
         self._weights: dict[frozenset[Plate], Array] = {}
+        self._chances: dict[frozenset[Plate], Factor] = {}
+        self._order = {n: i for i, n in enumerate(guide)}
 
     def term(self, side: str, name: str) -> str:
         """The term that a site's log probability is part of."""
@@ -245,9 +247,19 @@ class Enumeration:
                     f"Remove the mark of '{v.name}' in the guide: its estimator then draws it.",
                 )
         if values not in self._weights:
-            factors = [self.guide[v.name].factor(ops, log_q(v.name)) for v in sorted(ancestry)]
-            self._weights[values] = elimination.placed(ops, probability(ops, factors, values))
+            self._weights[values] = ops.exp(elimination.placed(ops, self._log_chance(ops, values, log_q)))
         return self._weights[values]
+
+    def _log_chance(self, ops: Ops, values: frozenset[Plate], log_q: Callable[[str], Array]) -> Factor:
+        """q(v) = Σ q(v_last | parents) q(the others, parents): along a chain, in time proportional to its steps."""
+        if values not in self._chances:
+            last = max(values, key=lambda v: self._order[v.name])
+            own = self.guide[last.name]
+            factors = [own.factor(ops, log_q(last.name))]
+            if rest := (values | own.values) - {last}:
+                factors.append(self._log_chance(ops, rest, log_q))
+            self._chances[values] = log_probability(ops, factors, values)
+        return self._chances[values]
 
 
 def warn_of_minibatches(values: Enumeration) -> None:
