@@ -22,7 +22,7 @@ from pyro.infer import infer_discrete
 from scipy.special import log_softmax, logsumexp, softmax
 from scipy.stats import chi2, norm
 
-from ppl_estimators import Enumerate, MovingAverage, Reinforce
+from ppl_estimators import Enumerate, EstimatorError, MovingAverage, Reinforce
 from ppl_estimators.numpyro import EstimatorELBO as JaxELBO
 from ppl_estimators.numpyro import with_estimators as with_jax
 from ppl_estimators.pyro import EstimatorELBO as TorchELBO
@@ -301,3 +301,13 @@ def test_a_site_that_is_named_and_a_program_that_sums_nothing():
     assert marked["z"].shape == marginals["z"].shape == (1, 4, 2)
     samples, marginals = JaxELBO().posterior(jax.random.key(0), {}, mixture(Jax)[1], mixture(Jax)[1], num_samples=5)
     assert (samples["shift"].shape, marginals) == ((5,), {})
+
+
+def test_draws_of_different_sites():
+    def program():
+        if pyro.sample("b", tdist.Bernoulli(0.5)):
+            pyro.sample("c", tdist.Normal(0.0, 1.0))
+
+    assert TorchELBO().posterior(program, program).samples["b"].shape == (1,)
+    with pytest.raises(EstimatorError, match="site 'c': in some of the draws only"):
+        TorchELBO().posterior(program, program, num_samples=20)

@@ -264,14 +264,16 @@ class Step:
 
     def posterior(self, count: int) -> Posterior:
         """What is known of the latent sites after so many runs of the program as it draws itself."""
-        library = self.library
+        library, names = self.library, set[str]()
 
         def one(source: Any) -> tuple[dict[str, Any], Run]:
             run = Run(source, library.plan())
             run.traces = library.run(library.own, source, first=True)
             run.plan = library.plan(run.traces)
-            tables = library.tables(run.traces)
-            found = posterior(library.ops, run.traces.values, tables, library.uniform(source))
+            found = posterior(library.ops, run.traces.values, library.tables(run.traces), library.uniform(source))
+            if other := names and names ^ found.samples.keys():
+                raise site_error(min(other), "in some of the draws only", "Ask for one at a time, num_samples=1.")
+            names.update(found.samples)
             return {"objective": library.zero(), "sites": {}, "posterior": found._asdict()}, run
 
         return Posterior(**library.particles(one, count).arrays["posterior"])
