@@ -311,3 +311,25 @@ def test_draws_of_different_sites():
     assert TorchELBO().posterior(program, program).samples["b"].shape == (1,)
     with pytest.raises(EstimatorError, match="site 'c': in some of the draws only"):
         TorchELBO().posterior(program, program, num_samples=20)
+
+
+def test_draws_of_a_scan_beside_a_sum():
+    """Steps that the guide draws come with the values of those that are summed."""
+
+    def model():
+        def step(z, x):
+            shift = numpyro.sample("shift", jdist.Normal(0.0, 1.0))
+            z = numpyro.sample("z", jdist.Categorical(logits=jnp.asarray(TABLE)[z]))
+            numpyro.sample("x", jdist.Normal(jnp.asarray(PLACE)[z] + shift, 1.0), obs=x)
+            return z, None
+
+        scan(step, 0, jnp.asarray(SERIES[:, 0]))
+
+    def guide():
+        scan(lambda c, _: (c, numpyro.sample("shift", jdist.Delta(0.0, log_density=0.3))), 0, None, length=5)
+
+    samples, marginals = jax.jit(lambda key: JaxELBO().posterior(key, {}, model, guide, num_samples=2))(
+        jax.random.key(0)
+    )
+    assert (samples["shift"].shape, samples["z"].shape) == ((2, 5), (2, 5))
+    np.testing.assert_allclose(marginals["z"][1], smoothed()[:, 0], rtol=1e-10)
