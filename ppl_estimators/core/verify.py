@@ -30,6 +30,7 @@ Same = Callable[[Array, Array], bool]
 
 #: most further runs of the program at a step, and in a test
 BUDGET, THOROUGH = 24, 1000
+_CANDIDATES = 32  # groups that are looked at for each
 #: of elements in the values of one site, beyond all at once
 _PATTERNS = 3
 
@@ -199,23 +200,24 @@ def groups(
 ) -> Iterator[tuple[list[str], list[Key]]]:
     """Groups of sites, each with the terms that are credited to none of it, until every pair was met or the budget is
     spent: each time the group that tests most pairs, of those that some term is not credited to, and halves of them."""
-    everything = frozenset(sites)
-    open_pairs = {k: everything - deps for k, deps in depends_on.items() if everything - deps}
+    bit = {n: 1 << i for i, n in enumerate(sorted(sites))}  # sets as integers: there may be a thousand sites
+    credited = {k: sum(bit[n] for n in deps if n in bit) for k, deps in depends_on.items()}
+    open_pairs = {k: sum(bit.values()) & ~deps for k, deps in credited.items()}
     choose = random.Random(0)
     for _ in range(budget):
-        candidates = {pairs for pairs in open_pairs.values() if pairs}
+        candidates = sorted({pairs for pairs in open_pairs.values() if pairs})
         if not candidates:
             return
+        candidates = choose.sample(candidates, min(_CANDIDATES, len(candidates)))
         for pairs in list(candidates):
-            ordered = sorted(pairs)
-            if len(ordered) > 1:
-                candidates.add(frozenset(choose.sample(ordered, len(ordered) // 2)))
+            members = [b for b in bit.values() if b & pairs]
+            candidates.append(sum(choose.sample(members, max(1, len(members) // 2))))
 
-        def tested(group: frozenset[str]) -> int:
-            return sum(len(group & open_pairs[k]) for k in open_pairs if not group & depends_on[k])
+        def tested(group: int) -> int:
+            return sum((group & open_pairs[k]).bit_count() for k, deps in credited.items() if not group & deps)
 
-        group = max(sorted(candidates, key=sorted), key=tested)
-        silent = [k for k in open_pairs if not group & depends_on[k]]
+        group = max(candidates, key=tested)
+        silent = [k for k, deps in credited.items() if not group & deps and open_pairs[k]]
         for k in silent:
-            open_pairs[k] -= group
-        yield sorted(group), silent
+            open_pairs[k] &= ~group
+        yield [n for n, b in bit.items() if b & group], silent

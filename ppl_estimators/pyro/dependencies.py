@@ -320,23 +320,25 @@ class Provenance(TorchFunctionMode):
         for thing in things:
             kind = type(thing)
             if kind is torch.Tensor or kind is torch.nn.Parameter:
-                self._adopted(thing, deps)
+                entry = self._of.get(id(thing))
+                if entry is None or entry[0]() is not thing:
+                    self._adopted(thing, deps)
             elif kind not in _ATOMS:
                 objects.append(thing)
         if objects:
             found: list[torch.Tensor] = []
             _gather(objects, through, found, set())
             for x in found:
-                self._adopted(x, deps)
+                entry = self._of.get(id(x))
+                if entry is None or entry[0]() is not x:
+                    self._adopted(x, deps)
 
     def _adopted(self, x: torch.Tensor, deps: Sites) -> None:
-        entry = self._of.get(id(x))
-        if entry is None or entry[0]() is not x:
-            left = self._left.get(id(x))
-            if left is not None and left[0]() is x:
-                self.of(x)
-            else:
-                self._record(x, deps)
+        left = self._left.get(id(x))
+        if left is not None and left[0]() is x:
+            self.of(x)
+        else:
+            self._record(x, deps)
 
     # ---- what the adapter tells and asks ----------------------------------------------------------------------------
 

@@ -815,6 +815,8 @@ def _alone(found: Mapping[str, Any], axis: int) -> dict[str, Any]:
     for key, x in found.items():
         if isinstance(x, torch.Tensor):
             joined[key] = x.unsqueeze(axis)
+        elif key == "named" and x.keys() == {"logits"}:
+            joined[key] = {"logits": joined["logits"]}  # the same
         elif x and type(x) is dict:
             joined[key] = _alone(x, 1 if key == "elsewhere" else axis)
         else:
