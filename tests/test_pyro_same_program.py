@@ -16,6 +16,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 
 from ppl_estimators import (
+    ARMS,
     REBAR,
     ControlVariate,
     DisARM,
@@ -700,3 +701,35 @@ def test_a_guide_is_run_again_only_if_the_model_reads_what_it_leaves(estimator, 
             if estimator == Enumerate():
                 assert a.grad.item() == pytest.approx(float(exact), abs=1e-6), way
         assert sum(guides) == (1 if way == "nothing" else len(guides)), way
+
+
+def _factor(z):
+    pyro.factor("f", -3.0 * z, has_rsample=True)
+
+
+def _observed(z):
+    pyro.sample("f", dist.Normal(3.0 * z, 1.0), obs=torch.tensor(0.2), infer={"is_auxiliary": True})
+
+
+@pytest.mark.parametrize("below", [_factor, _observed])
+def test_a_cost_of_the_guide_counts_though_the_first_other_value_was_none(below):
+    """The values of a coupled draw may be all alike: a run with these doesn't show what another would change."""
+
+    def model():
+        z = pyro.sample("z", dist.Bernoulli(0.4))
+        pyro.sample("x", dist.Normal(2.0 * z, 1.0), obs=torch.tensor(0.8))
+
+    def guide():
+        below(pyro.sample("z", dist.Bernoulli(logits=pyro.param("a", torch.tensor(0.7)))))
+
+    a = pyro.param("a", torch.tensor(0.7))
+    EstimatorELBO({"z": Enumerate()}).loss_and_grads(model, guide)  # all values, and so exact
+    exact = a.grad.item()
+    for seed in range(8):
+        pyro.set_rng_seed(seed)
+        elbo, found = EstimatorELBO({"z": ARMS(3)}, vectorize_particles=False), []
+        for _ in range(8):
+            a.grad = None
+            elbo.loss_and_grads(model, guide)
+            found.append(a.grad.item())
+        assert sum(found) / 8 == pytest.approx(exact, abs=0.3), seed

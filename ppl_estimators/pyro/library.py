@@ -86,7 +86,7 @@ class Memory:
     verified: Recent = field(default_factory=lambda: Recent(256))
     distrusted: set[Hashable] = field(default_factory=set)  # programs whose dependencies were found incomplete
     broadcasts: Recent = field(default_factory=lambda: Recent(256))
-    standing: Recent = field(default_factory=lambda: Recent(256))  # does a guide do the same again?
+    standing: Recent = field(default_factory=lambda: Recent(256))  # of which sites' other values a guide knows nothing
     narrow: set[Hashable] = field(default_factory=set)  # programs that do not broadcast
     enumerating: set[Hashable] = field(default_factory=set)  # programs some of whose values are laid out side by side
     last: Plan | None = None
@@ -587,23 +587,29 @@ class PyroLibrary:
         self, evaluate: Callable[..., Any], values: Sequence[Values], group: Group, run: Run
     ) -> tuple[dict[str, Array], dict[averaging.Key, Array]]:
         """The same one after another. A guide of which nothing is below the group is not run again: what it gives the
-        model is known. Whether that is so in truth is asked once for each structure."""
-        memory, held, plan = self.memory, run.source.buffers, run.plan
+        model is known. Whether that is so in truth is asked of each site once it takes another value."""
+        memory, held, plan, members = self.memory, run.source.buffers, run.plan, frozenset(group.sites)
         held.settle()
         stands = not (held.buffers or held.rest or self._follow.carried or self.observes)
         stands &= not (plan.below(group) or plan.branches or torch.is_grad_enabled())
-        key = (*self._structure(plan), group.sites) if stands else None
-        if stands and key not in memory.standing:
-            try:
-                self._stands = True
-                costs, _ = evaluate(values[0])
-                self._stands = False
-                again, _ = evaluate(values[0])
-                memory.standing.store(key, all(equal(OPS, costs[n], again[n]) for n in group.sites))
-            except Exception:
-                memory.standing.store(key, False)
+        stands &= not any(t.side == "guide" and t.site not in members and t.depends_on & members for t in plan.terms)
+        if stands:
+            key, drawn = (*self._structure(plan), group.sites), run.traces.guide
+            known = memory.standing.recall(key) or dict.fromkeys(members)  # None: not asked yet
+            new = [n for n in members if known[n] is None and not torch.equal(values[0][n], drawn[n]["value"])]
+            if new and False not in known.values():
+                try:
+                    self._stands = True
+                    costs, _ = evaluate(values[0])
+                    self._stands = False
+                    again, _ = evaluate(values[0])
+                    same = all(equal(OPS, costs[n], again[n]) for n in members)
+                except Exception:
+                    same = False
+                memory.standing.store(key, known := {**known, **dict.fromkeys(new, same)})
+            stands = all(known.values())
         try:
-            self._stands = stands and memory.standing.recall(key)
+            self._stands = stands
             costs, terms = zip(*map(evaluate, values), strict=True)
         finally:
             self._stands = False
