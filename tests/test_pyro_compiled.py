@@ -382,6 +382,14 @@ def counted(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     return z
 
 
+PAIRS = {"pair": (0, torch.zeros(2))}
+
+
+def put_away(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    PAIRS["pair"] = 0, torch.ones(2)
+    return z
+
+
 def iterated(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     return z + next(NUMBERS)
 
@@ -409,6 +417,7 @@ def its_own_draw(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         (outside, "hands the data of a tensor to other code at .*np.cumsum"),
         (listed, "hands the data of a tensor to other code at .*tolist"),
         (counted, "changes 'calls' when it runs"),
+        (put_away, "changes 'pair' when it runs"),
         (iterated, "not what a later step does"),
         (pythons_draw, "a random generator that is not torch's own"),
         (its_own_draw, "generator"),

@@ -15,7 +15,7 @@ import torch
 from .dependencies import _ATOMS, _ELEMENTS, _ELSEWHERE, _MODULE, _OBJECTS, _WALKED, _names
 
 _MISSING = object()
-_SCALARS = frozenset((bool, int, float, complex, str, bytes, tuple, torch.dtype, torch.device, torch.Size))
+_SCALARS = frozenset((bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size))
 # Their own accounts may change from run to run; of these everything counts.
 _PLAIN = (dict, list, set, deque, types.FunctionType, type)
 
@@ -79,6 +79,8 @@ def _held(holder: Any, key: Any) -> Any:
 
 
 def _equal(now: Any, value: Any) -> bool:
+    if type(now) is tuple and type(value) is tuple:
+        return len(now) == len(value) and all(a is b or _equal(a, b) for a, b in zip(now, value, strict=True))
     return type(now) is type(value) and type(now) in _SCALARS and bool(now == value)
 
 
