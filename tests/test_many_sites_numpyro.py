@@ -9,7 +9,7 @@ import pytest
 
 from ppl_estimators import ARMS, DisARM, Enumerate, LeaveOneOut, Reinforce
 from ppl_estimators.numpyro import EstimatorELBO
-from ppl_estimators.numpyro.library import NumPyroLibrary
+from ppl_estimators.numpyro.library import NumPyroLibrary, _side_by_side
 from ppl_estimators.numpyro.run import key_of, keys_of
 
 
@@ -76,6 +76,21 @@ def test_keys_of_one_key_are_of_its_kind(key):
     np.testing.assert_array_equal(jax.random.uniform(keys[7]), jax.random.uniform(key_of(key, names[7])))
     drawn = jax.vmap(lambda k: jax.random.uniform(k, (2_000,)))(keys)
     assert len(np.unique(drawn)) > 0.99 * drawn.size
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 7, 12, 13])
+def test_jobs_in_chunks_of_one_size(count):
+    """The program holds one copy of the job, and does the last one again where the chunks do not come out even."""
+    traced, over = [], {"a": jnp.arange(count), "b": jnp.linspace(0.0, 1.0, count)}
+
+    def one(job):
+        traced.append(job)
+        return {"sum": job["a"] + job["b"], "twice": 2 * job["a"]}
+
+    found = _side_by_side(one, over, 4)
+    np.testing.assert_array_equal(found["sum"], over["a"] + over["b"])
+    np.testing.assert_array_equal(found["twice"], 2 * np.arange(count))
+    assert len(traced) == 1
 
 
 def test_keys_are_independent():

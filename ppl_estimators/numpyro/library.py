@@ -347,17 +347,16 @@ class NumPyroLibrary:
             return jax.tree.map(lambda x: x[None], one(jnp.asarray(0)))
         if interpreted():
             return _one_by_one(one, jnp.arange(group.alternatives))
-        chunk = min(self.settings.max_parallel, group.alternatives)
         # held back in the backward pass, not held: the activations of one chunk at a time
         mapped = jax.checkpoint(one) if differentiable else one
-        return jax.lax.map(mapped, jnp.arange(group.alternatives), batch_size=chunk)
+        return _side_by_side(mapped, jnp.arange(group.alternatives), self.settings.max_parallel)
 
     def mapped(self, one: Callable[[Any], dict[str, Array]], jobs: Any) -> dict[str, Array]:
         jobs = jax.tree.map(jnp.asarray, jobs, is_leaf=lambda x: isinstance(x, list))
         count = len(jax.tree.leaves(jobs)[0])
         if interpreted():
             return _one_by_one(one, [jax.tree.map(lambda x: x[i], jobs) for i in range(count)])  # noqa: B023
-        return jax.lax.map(one, jobs, batch_size=min(self.settings.max_parallel, count))
+        return _side_by_side(one, jobs, self.settings.max_parallel)
 
     def rows(self, x: Array, rows: Sequence[int]) -> Array:
         return x[np.array(rows)]
@@ -392,6 +391,17 @@ class NumPyroLibrary:
         for found in [*out["sites"].values(), *([out["averages"]] if "averages" in out else [])]:
             found["elsewhere"] = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found["elsewhere"])
         return Joined(out, {n: plan.sites[n] for n in out["sites"]}, plan.estimators, kept, count)
+
+
+def _side_by_side(one: Callable[[Any], Any], over: Any, most: int) -> Any:
+    """A map, at most so many at a time, in chunks of one size: a last one that is smaller would be compiled for itself.
+    So the last job is done again where they do not come out even."""
+    count = len(jax.tree.leaves(over)[0])
+    chunk = -(-count // -(-count // most))
+    if count % chunk:
+        whole = np.minimum(np.arange(count + -count % chunk), count - 1)
+        over = jax.tree.map(lambda x: x[whole], over)
+    return jax.tree.map(lambda x: x[:count], jax.lax.map(one, over, batch_size=chunk))
 
 
 def _one_by_one(one: Callable[[Any], Any], over: Iterable[Any]) -> Any:
