@@ -155,6 +155,8 @@ def test_things_that_are_no_estimators(lib):
         lib.ELBO({"z": DisARM})
     with pytest.raises(TypeError, match=r"takes a mapping from site names"):
         lib.ELBO(["z"])
+    with pytest.raises(TypeError, match=r"takes a mapping.*got .*DisARM'> \(write it with parentheses\)\."):
+        lib.ELBO(DisARM)
     with pytest.raises(TypeError, match=r'takes "auto" or an estimator'):
         lib.ELBO(default="automatic")
     with pytest.raises(ValueError, match=r"max_parallel=...\) needs 1 or more"):

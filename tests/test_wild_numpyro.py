@@ -630,6 +630,15 @@ def test_a_latent_in_a_branch_of_both_does_not_take_the_guides_value():
     ):
         loss(hidden("cond", {}), hidden("cond", {}), num_particles=2)
 
+    def noted() -> None:
+        def branch(_: Any) -> None:
+            numpyro.deterministic("twice", 2.0 * numpyro.sample("z", dist.Normal()))
+
+        cond(True, branch, branch, None)
+
+    with pytest.raises(EstimatorError, match="site 'z': inside numpyro's cond"):
+        loss(noted, noted)
+
 
 def test_the_refusal_of_a_mark_gives_advice_that_works():
     def program(law: dist.Distribution, **infer: Any) -> Callable[[], None]:
@@ -804,9 +813,12 @@ def test_a_program_that_is_another_when_traced_again(fetch):
 
 
 def test_a_program_that_is_the_same_when_traced_again():
-    key = random.key(3)
+    key, starts = random.key(3), np.random.default_rng(0)
 
     def model(x: Any) -> None:
+        numpyro.param(
+            "unused", jnp.exp(starts.normal(size=3)), constraint=constraints.positive
+        )  # another at each tracing
         with numpyro.plate("data", 50, subsample_size=5) as i:
             z = numpyro.sample("z", dist.Bernoulli(0.3 * jnp.ones(5)))
             loc = jax.lax.fori_loop(0, 3, lambda _, s: s + z, jnp.asarray([0.1] * 5))
@@ -819,5 +831,5 @@ def test_a_program_that_is_the_same_when_traced_again():
             numpyro.sample("z", dist.Bernoulli(logits=jax.jit(jnp.tanh)(m * x[i]) * drop))
 
     elbo = EstimatorELBO(DisARM())
-    step = jax.jit(jax.value_and_grad(lambda m, x: elbo.loss(random.key(0), {"m": m}, model, guide, x)))
-    assert jnp.isfinite(step(0.2, ROWS)[1])
+    step = jax.jit(jax.value_and_grad(lambda p, x: elbo.loss(random.key(0), p, model, guide, x)))
+    assert jnp.isfinite(step({"m": 0.2, "unused": jnp.ones(3)}, ROWS)[1]["m"])

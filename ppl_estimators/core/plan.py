@@ -31,7 +31,8 @@ def check_mapping(mapping: Any, where: str) -> dict[str, Estimator]:
     if isinstance(mapping, Estimator):
         return {"*": mapping}
     if not isinstance(mapping, Mapping):
-        raise TypeError(f"{where} takes a mapping from site names (or glob patterns) to estimators, got {mapping!r}.")
+        fact = f"{where} takes a mapping from site names (or glob patterns) to estimators, got {mapping!r}"
+        raise TypeError(f"{fact}{_hint(mapping)}.")
     for key, value in mapping.items():
         if not isinstance(value, Estimator):
             raise TypeError(f"{where}: the entry for '{key}' is not an estimator: {value!r}{_hint(value)}.")

@@ -74,11 +74,16 @@ def same(a: ClosedJaxpr, b: ClosedJaxpr) -> bool:
 
 
 def _numbers(closed: ClosedJaxpr) -> Iterator[Any]:
-    """The operations of a program in order, and every number in it."""
-    yield from closed.consts
+    """The operations of a program in order, and every number in it, as far as its results depend on them: where a
+    parameter starts, drawn by numpy, is of no account once it has a value."""
+    live = _live(closed.jaxpr)
+    yield from (x for v, x in zip(closed.jaxpr.constvars, closed.consts, strict=True) if v in live)
     open_ = [closed.jaxpr]
     for jaxpr in open_:  # which grows
+        live = _live(jaxpr)
         for eqn in jaxpr.eqns:
+            if not eqn.effects and live.isdisjoint(eqn.outvars):
+                continue
             yield eqn.primitive.name
             yield from (v.val for v in eqn.invars if isinstance(v, Literal))
             for param in eqn.params.values():
@@ -89,6 +94,15 @@ def _numbers(closed: ClosedJaxpr) -> Iterator[Any]:
                         open_.append(inner)
                     elif isinstance(item, (bool, int, float, np.ndarray)):
                         yield item
+
+
+def _live(jaxpr: Jaxpr) -> set[Any]:
+    """The variables that its results depend on."""
+    wanted = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not wanted.isdisjoint(eqn.outvars):
+            wanted.update(v for v in eqn.invars if not isinstance(v, Literal))
+    return wanted
 
 
 def _alike(a: Any, b: Any) -> bool:

@@ -679,9 +679,10 @@ def survey(
 
     def handed_over(msg: Message) -> Array | None:
         """A value of the guide's, as a step of a scan of the model takes it."""
-        value, fn = msg["value"], msg["fn"]
+        value = msg["value"]
         if value is None or not _latent(msg):
             return None
+        fn = msg["fn"]
         if jnp.ndim(value) != len(fn.batch_shape) + fn.event_dim:  # NumPyro would take it for that of all steps
             unclear.add(msg["name"])
             return None
