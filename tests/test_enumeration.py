@@ -440,6 +440,62 @@ def test_scans_in_numpyro_are_the_forward_algorithm():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), found, jax.value_and_grad(exact)(params))
 
 
+@pytest.mark.parametrize(
+    ("length", "beside", "reverse"), [(4, False, False), (4, False, True), (3, True, True), (2, False, False)]
+)
+def test_a_scan_begins_with_another_state_for_each_element(length, beside, reverse):
+    """Second order, with the observation before; what comes out of the steps and what they end with is used. The plate
+    of the start is carried on only where ``beside`` the chain something is drawn."""
+    rng, carried = np.random.default_rng(0), []
+    with jax.enable_x64(True):
+        starts = jnp.array([0, 2, 1])
+        x = jnp.asarray(rng.normal(size=(length, 3)))
+        params = {"t": jnp.asarray(rng.normal(size=(3, 3, 3))), "m": jnp.asarray(rng.normal(size=3))}
+
+        def model(scanned):
+            t, m = numpyro.param("t", 0.0), numpyro.param("m", 0.0)
+
+            def step(before, value, name=""):
+                old, z, x = before
+                y = numpyro.sample("y", jdist.Normal(0.5, 1.0)) if beside and scanned else 0.0
+                carried.append(jnp.shape(z) if scanned else ())
+                with numpyro.plate("s", 3):
+                    new = numpyro.sample(f"z{name}", jdist.Categorical(logits=t[old, z] + x[..., None]), infer=MARK)
+                    numpyro.sample(f"x{name}", jdist.Normal(m[new] + 0.3 * x + y, 1.0), obs=value)
+                return (z, new, value), numpyro.deterministic(f"out{name}", 0.1 * x + value)
+
+            before = (starts[::-1], starts, 0.5 * starts)
+            if scanned:
+                with numpyro.handlers.trace() as inside:
+                    before, outs = scan(step, before, x, reverse=reverse, history=2)
+                outs = (outs + inside["out"]["value"]) / 2
+            else:
+                outs = [0.0] * length
+                for i in range(length)[:: -1 if reverse else 1]:
+                    before, outs[i] = step(before, x[i], f" {i}")
+            with numpyro.plate("s", 3):
+                mean = m[before[1]] + sum((i + 1) * out for i, out in enumerate(outs))
+                numpyro.sample("last", jdist.Normal(mean, 1.0), obs=0.3)
+
+        def guide(scanned):
+            if beside and scanned:
+                law = jdist.Delta(0.0, log_density=jdist.Normal(0.5, 1.0).log_prob(0.0))
+                scan(lambda c, _: (c, numpyro.sample("y", law)), 0, None, length=length, reverse=reverse)
+
+        elbo, key = ours_jax.EstimatorELBO(), jax.random.key(0)
+
+        def both():
+            for scanned in (False, True):
+                yield jax.value_and_grad(lambda p: elbo.loss(key, p, model, guide, scanned))(params)  # noqa: B023
+                yield elbo.posterior(key, params, model, guide, scanned).marginals
+
+        expected, each, found, chain = jax.jit(lambda: list(both()))()
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), found, expected)
+        assert max(map(math.prod, carried)) == 9 and math.prod(carried[-1]) == (9 if beside else 3)
+        each = jnp.stack([each[f"z {i}"] for i in range(length)], axis=1)
+        np.testing.assert_allclose(chain["z"], each, atol=1e-10)
+
+
 def test_a_thousand_steps_of_sixteen_states():
     x, table = jnp.sin(jnp.arange(1000.0)), 2.0 * jnp.eye(16)
 

@@ -395,6 +395,10 @@ ALONE = {
         "survey": "makes it",
     },
     ("pyro", "enumeration.py"): {"declared": "plates; NumPyro's are looked up in the traces"},
+    ("numpyro", "enumeration.py"): {
+        "in_turn": "the first steps of a scan beside the others; Pyro has no scan",
+        "steps_of": "has them",
+    },
     ("pyro", "distributions.py"): {
         "support_moves": "asks the tensors behind the ends; NumPyro's walk asks it of `ends`",
         "constant": "parameters that lead nowhere; NumPyro stops them before the program runs",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -87,17 +87,28 @@ class Layout:
 
         A value that goes from step to step lies along one dimension when a step begins, and along another, that of the
         site, when it ends; there it is moved from this to that. After the scan it lies where a step would begin.
+
+        What the scan begins with often has plates that no value has which is carried on. Then the first steps are apart
+        from the scan, or all would be as large as these.
         """
-        f, first, xs, length, reverse = args
+        f, carry, xs, length, reverse = args
+        length = jnp.shape(jax.tree.leaves(xs)[0])[0] if length is None else length
         self._scans += 1
         found = _Scan(self, drawn, f"scan {self._scans}", kwargs.pop("history", 1))
-        run = partial(scan_wrapper, xs=xs, length=length, reverse=reverse, **kwargs)
+        run, firsts = partial(scan_wrapper, reverse=reverse, **kwargs), list[tuple[Any, Any]]()
         outside = dict(self.axes)
         try:
-            carry = found.begin(run, f, first)
+            while True:
+                wide, spare = found.begin(partial(run, xs=xs, length=length), f, carry)
+                if not (spare and found.sizes) or found.draws or len(firsts) == found.history or length == 1:
+                    break
+                now, xs = _first(xs, reverse)
+                (_, key, _), (trace, (ends, ys)) = run(found.end(f), carry, xs=now, length=1)
+                run, length, carry = partial(run, rng_key=key), length - 1, jax.tree.map(lambda x: x[0], ends)
+                firsts.append((trace, ys))
             if not found.sizes:
-                return run(f, carry)
-            (steps, key, last), (trace, ys) = run(found.step(f, carry), carry)
+                return run(f, wide, xs=xs, length=length)
+            (steps, key, last), (trace, ys) = run(found.step(f, wide), wide, xs=xs, length=length)
             inside = {**self.axes, **{found.before(n, k): _before(n, k) for n, k in found.moves}}
         finally:
             self.axes = outside
@@ -105,8 +116,27 @@ class Layout:
         time = Time(found.name, bool(reverse), tuple((names[n], found.sizes[n]) for n in names))
         for msg in trace.trace.values():
             msg["time"], msg["scope"] = time, inside
+            msg["firsts"] = [first.trace[msg["name"]] for first, _ in firsts]
+            if msg["type"] == "deterministic":
+                msg["value"] = in_turn([m["value"] for m in steps_of(msg)], reverse)
+        ys = jax.tree.map(lambda *parts: in_turn(parts, reverse), *(y for _, y in firsts), ys)
         self.axes |= {found.before(n, k): _before(n, k - 1) for n, k in found.moves}
-        return (steps, key, last), (trace, ys)
+        return (steps + len(firsts), key, last), (trace, ys)
+
+
+def _first(xs: Any, reverse: bool) -> tuple[Any, Any]:
+    """What a scan is over in its first step, and in the others."""
+    now, later = (slice(-1, None), slice(-1)) if reverse else (slice(1), slice(1, None))
+    return jax.tree.map(lambda x: x[now], xs), jax.tree.map(lambda x: x[later], xs)
+
+
+def in_turn(parts: Sequence[Any], reverse: bool) -> Any:
+    """Arrays that have some steps of a scan each, in the order in which they were run."""
+    if len(parts) == 1:
+        return parts[0]
+    shape = jnp.broadcast_shapes(*(x.shape[1:] for x in parts))
+    parts = [jnp.reshape(x, (x.shape[0], *(1,) * (len(shape) - x.ndim + 1), *x.shape[1:])) for x in parts]
+    return jnp.concatenate([jnp.broadcast_to(x, (x.shape[0], *shape)) for x in parts[:: -1 if reverse else 1]])
 
 
 def _before(name: str, steps: int) -> str:
@@ -120,6 +150,7 @@ class _Scan:
         self.layout, self.drawn, self.name, self.history = layout, drawn, name, history
         self.sizes: dict[str, int] = {}  # of the sites that are summed out
         self.moves: dict[tuple[str, int], None] = {}  # which are carried, as the value of so many steps before
+        self.draws = False  # has it sites that are not summed out?
 
     def before(self, name: str, steps: int) -> int:
         return self.layout.place(_before(name, steps), _GAP)
@@ -127,8 +158,8 @@ class _Scan:
     def depth(self, name: str) -> int:
         return max(k for n, k in self.moves if n == name)
 
-    def begin(self, run: Any, f: Any, carry: Any) -> Any:
-        """``carry``, wide enough for whatever a step ends with."""
+    def begin(self, run: Any, f: Any, carry: Any) -> tuple[Any, bool]:
+        """``carry``, wide enough for whatever a step ends with; is it wider than that?"""
         while True:
             ends: list[Any] = []
 
@@ -140,9 +171,20 @@ class _Scan:
 
             jax.eval_shape(lambda carry: run(probe, carry)[0][0], carry)
             wide = jax.tree.map(_wide, carry, ends[-1])
-            if all(jnp.shape(a) == jnp.shape(b) for a, b in zip(*map(jax.tree.leaves, (carry, wide)), strict=True)):
-                return carry
+            here, grown, end = ([jnp.shape(x) for x in jax.tree.leaves(tree)] for tree in (carry, wide, ends[-1]))
+            if here == grown:
+                return carry, here != end
             carry = wide
+
+    def end(self, f: Any) -> Any:
+        """A step whose end is not carried, but comes out of it."""
+
+        def step(before: Any, x: Any) -> Any:
+            with _Inside(self):
+                after, y = f(before, x)
+            return before, (jax.tree.map(self.moved, after), y)
+
+        return step
 
     def step(self, f: Any, carry: Any) -> Any:
         def step(before: Any, x: Any) -> Any:
@@ -200,7 +242,9 @@ class _Inside(Messenger):
             return
         # no mark reaches the inside of a scan: NumPyro's own handler marks all that can be enumerated there
         value = self.scan.layout.around(msg, self.scan.drawn, gap=_GAP, unmarked=True)
-        if value is not None:
+        if value is None:
+            self.scan.draws = True
+        else:
             msg["value"] = value
             self.scan.sizes[msg["name"]] = value.shape[0]
             self._promote.postprocess_message(msg)  # or the steps would lie along different dimensions of the two
@@ -229,11 +273,20 @@ def is_summed(msg: Message) -> bool:
     return msg.get("summed", False)
 
 
+def steps_of(msg: Message) -> list[Message]:
+    """A message, and before it those of the first steps of its scan that are apart from the others."""
+    return [*msg.get("firsts", ()), msg]
+
+
 def cell(side: str, msg: Message, plates: frozenset[Plate], layout: Layout) -> Cell:
     """Where a message's log probability lies."""
     fn, scale, time = msg["fn"], 1.0 if msg["scale"] is None else msg["scale"], msg.get("time")
-    shape = jnp.broadcast_shapes(fn.batch_shape, jnp.shape(msg["value"])[: jnp.ndim(msg["value"]) - fn.event_dim])
-    own, plain = shape["scan" in msg :], (layout.shapes or {}).get((side, msg["name"]), ())
+    batches = [
+        jnp.broadcast_shapes(m["fn"].batch_shape, jnp.shape(m["value"])[: jnp.ndim(m["value"]) - fn.event_dim])
+        for m in steps_of(msg)
+    ]
+    own = jnp.broadcast_shapes(*(shape["scan" in msg :] for shape in batches))
+    plain = (layout.shapes or {}).get((side, msg["name"]), ())
     for dim in range(-min(len(own), layout.nesting or 0), 0):
         if own[dim] not in (1, plain[dim] if -dim <= len(plain) else 1):
             raise site_error(
@@ -244,4 +297,4 @@ def cell(side: str, msg: Message, plates: frozenset[Plate], layout: Layout) -> C
                 "the elements of a plate can't see an enumerated site in it.",
             )
     axes = placed(msg["name"], own, msg.get("scope", layout.axes), layout.nesting or 0)
-    return Cell(plates, axes if time is None else {**axes, -len(shape): time}, is_summed(msg), scale)
+    return Cell(plates, axes if time is None else {**axes, -1 - len(own): time}, is_summed(msg), scale)

@@ -40,7 +40,7 @@ from .distributions import (
     unmasked,
     unwrapped,
 )
-from .enumeration import Layout, cell, countable, is_enumerated, is_summed, support
+from .enumeration import Layout, cell, countable, in_turn, is_enumerated, is_summed, steps_of, support
 from .ops import OPS
 
 Array = Any
@@ -466,13 +466,11 @@ def terms_of(
             if msg["type"] == "sample":
                 term = name if values is None else values.term(side, name)
                 fn = jax.lax.stop_gradient(msg["fn"]) if side == "guide" and name in hard else msg["fn"]
-                if is_summed(msg):  # its probabilities sum to one
-                    fn = unmasked(fn)
                 try:
                     log_p = (
                         _relaxed_log_prob(name, fn, msg["value"], side)
                         if name in relaxed
-                        else cost_log_prob(fn, msg["value"], msg["intermediates"])
+                        else _log_p({**msg, "fn": fn})
                     )
                     if side == "model" and values is not None and term in values.blocks:
                         of_blocks[name] = log_p
@@ -499,13 +497,19 @@ def tables_of(traces: Traces) -> Tables:
         return Tables({}, {}, {}, drawn)
     enumerated = {n: m for n, m in traces.guide.items() if is_enumerated(m)}
     factors = {n: traces.model[n] for n in traces.values.inside}
-    log_p = {}
-    for name, msg in factors.items():
-        fn = unmasked(msg["fn"]) if is_summed(msg) else msg["fn"]
-        log_p[name] = cost_log_prob(fn, msg["value"], msg["intermediates"])
+    log_p = {n: _log_p(m) for n, m in factors.items()}
     both = {**enumerated, **{n: m for n, m in factors.items() if is_summed(m)}}
     values = {n: support(m["fn"]) for n, m in both.items()}
     return Tables(log_p, {n: _log_q(traces.guide, n) for n in enumerated}, values, drawn)
+
+
+def _log_p(msg: Message) -> Array:
+    """Not scaled, and masked, unless the site is summed out: then its probabilities sum to one."""
+    parts = [
+        cost_log_prob(unmasked(m["fn"]) if is_summed(m) else m["fn"], m["value"], m["intermediates"])
+        for m in steps_of(msg)
+    ]
+    return in_turn(parts, "time" in msg and msg["time"].reverse)
 
 
 def _log_q(guide: Mapping[str, Message], name: str) -> Array:
