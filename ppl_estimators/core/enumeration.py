@@ -165,6 +165,9 @@ class Enumeration:
         self._weights: dict[frozenset[Plate], Array] = {}
         self._chances: dict[frozenset[Plate], Factor] = {}
         self._order = {n: i for i, n in enumerate(guide)}
+        self._above: dict[str, frozenset[Plate]] = {}
+        for name, cell in guide.items():
+            self._above[name] = cell.values.union(*(self._above.get(v.name, ()) for v in cell.values))
 
     def term(self, side: str, name: str) -> str:
         """The term that a site's log probability is part of."""
@@ -188,11 +191,8 @@ class Enumeration:
         return frozenset(v.name for v in self._ancestry((self.guide if side == "guide" else self.model)[name].values))
 
     def _ancestry(self, values: frozenset[Plate]) -> frozenset[Plate]:
-        while True:
-            grown = values.union(*(self.guide[v.name].values for v in values))
-            if grown == values:
-                return values
-            values = grown
+        """These values, and those that decide how probable they are, and so on."""
+        return values.union(*(self._above[v.name] for v in values))
 
     def total(self, ops: Ops, name: str, log_p: Mapping[str, Array]) -> Array:
         """The value of a block, scaled. ``log_p``: of its members, masked but for those that are summed out, and not
@@ -252,14 +252,17 @@ class Enumeration:
 
     def _log_chance(self, ops: Ops, values: frozenset[Plate], log_q: Callable[[str], Array]) -> Factor:
         """q(v) = Σ q(v_last | parents) q(the others, parents): along a chain, in time proportional to its steps."""
-        if values not in self._chances:
+        wanted, steps = values, []
+        while values and values not in self._chances:
             last = max(values, key=lambda v: self._order[v.name])
-            own = self.guide[last.name]
-            factors = [own.factor(ops, log_q(last.name))]
-            if rest := (values | own.values) - {last}:
-                factors.append(self._log_chance(ops, rest, log_q))
+            rest = (values | self.guide[last.name].values) - {last}
+            steps.append((values, last, rest))
+            values = rest
+        for values, last, rest in reversed(steps):
+            factors = [self.guide[last.name].factor(ops, log_q(last.name))]
+            factors += [self._chances[rest]] if rest else []
             self._chances[values] = log_probability(ops, factors, values)
-        return self._chances[values]
+        return self._chances[wanted]
 
 
 def warn_of_minibatches(values: Enumeration) -> None:
