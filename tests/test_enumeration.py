@@ -31,6 +31,8 @@ from ppl_estimators import numpyro as ours_jax
 from ppl_estimators import pyro as ours_torch
 from ppl_estimators.core.elimination import Factor, marginal
 from ppl_estimators.core.site import Plate
+from ppl_estimators.numpyro.distributions import log_p_of_all, unmasked
+from ppl_estimators.numpyro.enumeration import support
 from ppl_estimators.pyro.ops import OPS
 from ppl_estimators.testing import exact_gradient
 
@@ -494,6 +496,32 @@ def test_a_scan_begins_with_another_state_for_each_element(length, beside, rever
         assert max(map(math.prod, carried)) == 9 and math.prod(carried[-1]) == (9 if beside else 3)
         each = jnp.stack([each[f"z {i}"] for i in range(length)], axis=1)
         np.testing.assert_allclose(chain["z"], each, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        lambda p: jdist.Categorical(logits=3.0 * p),
+        lambda p: jdist.Categorical(probs=p),
+        lambda p: jdist.Categorical(logits=3.0 * p[0]).expand((1, 5)),
+        lambda p: jdist.Categorical(p[:, None]).expand((2, 5)).mask(p[:, :1] > 0.1),
+        lambda p: jdist.Binomial(2, p[:, 0]),
+        lambda p: jdist.Categorical(jnp.stack([p, p[::-1]])[:, *[None] * 4]),  # of two steps
+    ],
+)
+def test_all_values_of_a_site_in_numpyro(law):
+    """Where log 0 is among them, too."""
+    p = jnp.array([[0.0, 0.3, 0.7], [0.2, 0.5, 0.3]])
+
+    def both(p):
+        fn = law(p)
+        values = support(fn)[:, None, None]
+        return log_p_of_all(fn, values, -3), unmasked(fn).log_prob(values)
+
+    found, expected = both(p)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    slopes = (jax.jit(jax.jacobian(lambda p, i=i: both(p)[i]))(p + 0.1) for i in (0, 1))
+    np.testing.assert_allclose(*slopes, rtol=1e-5, atol=1e-6)
 
 
 def test_a_thousand_steps_of_sixteen_states():

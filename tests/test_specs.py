@@ -410,6 +410,7 @@ ALONE = {
         "ends": "what says where a support ends; Pyro asks `support_moves`",
         "StillLaw": "what a plan may ask of a law without its arrays",
         "cost_log_prob": "right at logits of exactly 0, where the library's slope is not",
+        "log_p_of_all": "Pyro's own categorical does as it does",
         "sampled_dtype": "under a trace nothing is drawn to be looked at",
     },
     ("pyro", "keep.py"): {

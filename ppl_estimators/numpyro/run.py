@@ -33,11 +33,11 @@ from .distributions import (
     cost_log_prob,
     describe,
     ends,
+    log_p_of_all,
     log_q,
     relaxed_log_prob,
     sampled_dtype,
     still,
-    unmasked,
     unwrapped,
 )
 from .enumeration import Layout, cell, countable, in_turn, is_enumerated, is_summed, steps_of, support
@@ -506,7 +506,9 @@ def tables_of(traces: Traces) -> Tables:
 def _log_p(msg: Message) -> Array:
     """Not scaled, and masked, unless the site is summed out: then its probabilities sum to one."""
     parts = [
-        cost_log_prob(unmasked(m["fn"]) if is_summed(m) else m["fn"], m["value"], m["intermediates"])
+        log_p_of_all(m["fn"], m["value"], m["enumerated"])
+        if is_summed(m)
+        else cost_log_prob(m["fn"], m["value"], m["intermediates"])
         for m in steps_of(msg)
     ]
     return in_turn(parts, "time" in msg and msg["time"].reverse)
