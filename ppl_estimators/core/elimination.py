@@ -78,19 +78,19 @@ def factor(ops: Ops, log_p: Array, axes: Mapping[int, Axis]) -> Factor:
 def blocks(factors: Sequence[tuple[Axis, ...]]) -> list[tuple[int, ...]]:
     """The numbers of the factors, given by their axes, that are connected by variables; those without any belong to
     none."""
-    found: list[tuple[set[str], list[int]]] = []
+    found: dict[str, tuple[set[str], list[int]]] = {}  # of each variable its block, of variables and of factors
     for i, axes in enumerate(factors):
-        names, members = {a for a in axes if isinstance(a, str)}, [i]
-        if not names:
+        parts = {id(p): p for p in (found.setdefault(a, ({a}, [])) for a in axes if isinstance(a, str))}
+        if not parts:
             continue
-        apart = []
-        for block in found:
-            if block[0] & names:
-                names, members = names | block[0], block[1] + members
-            else:
-                apart.append(block)
-        found = [*apart, (names, members)]
-    return sorted(tuple(sorted(members)) for _, members in found)
+        names, members = block = max(parts.values(), key=lambda p: len(p[0]))  # which takes in the smaller ones
+        members.append(i)
+        for more, others in parts.values():
+            if more is not names:
+                names |= more
+                members += others
+                found |= dict.fromkeys(more, block)
+    return sorted(tuple(sorted(m)) for m in {id(m): m for _, m in found.values()}.values())
 
 
 def remaining(factors: Iterable[tuple[Axis, ...]]) -> frozenset[Plate]:

@@ -80,17 +80,18 @@ def check_elements(
         )
 
 
-def check_reach(name: str, own: Cell, moved: Mapping[str, Cell]) -> None:
+def check_reach(cells: Mapping[str, Cell]) -> None:
     """Elements that a plate makes independent move nothing together that is outside of it."""
-    for other, cell in moved.items():
-        if outside := own.plates - cell.plates:
-            plate = min(outside).name
-            raise site_error(
-                name,
-                f"summed out inside plate '{plate}', and site '{other}' outside of it depends on its elements: every "
-                "combination of their values would count",
-                f"Put '{other}' in the plate too, if it has an element for each; or draw '{name}' in the guide.",
-            )
+    for other, cell in cells.items():
+        for name in (a for a in cell.axes.values() if isinstance(a, str) and a in cells):
+            if outside := cells[name].plates - cell.plates:
+                plate = min(outside).name
+                raise site_error(
+                    name,
+                    f"summed out inside plate '{plate}', and site '{other}' outside of it depends on its elements: "
+                    "every combination of their values would count",
+                    f"Put '{other}' in the plate too, if it has an element for each; or draw '{name}' in the guide.",
+                )
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,7 @@ class Enumeration:
                 members = tuple(names[i] for i in numbers)
                 first = next(n for n in members if model[n].summed)
                 self.blocks[first] = Block(members, remaining([axes[n] for n in members]))
-        for name in (n for b in self.blocks.values() for n in b.members if model[n].summed):
-            check_reach(name, model[name], {n: c for n, c in model.items() if name in c.axes.values()})
+        check_reach(model)
         self.inside = {n: name for name, b in self.blocks.items() for n in b.members}
         self._weights: dict[frozenset[Plate], Array] = {}
         self._chances: dict[frozenset[Plate], Factor] = {}
