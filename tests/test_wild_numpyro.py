@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import jax
@@ -624,20 +625,41 @@ def test_a_latent_in_the_models_control_flow_is_never_drawn_from_the_prior(insid
         loss(hidden(inside, infer), normal("p"))
 
 
-def test_a_latent_in_a_branch_of_both_does_not_take_the_guides_value():
-    with pytest.raises(
-        EstimatorError, match="site 'z': inside numpyro's cond, where the model cannot take the guide's"
-    ):
-        loss(hidden("cond", {}), hidden("cond", {}), num_particles=2)
+@pytest.mark.parametrize(
+    "spec", [None, {"c": DisARM(), "x": DisARM()}, {"x": Reinforce(LeaveOneOut())}, {"x": ARMS(3)}], ids=repr
+)
+def test_latents_in_branches_of_guide_and_model(spec: Any, double_precision: None) -> None:
+    """Which the model's branches take from the guide, and its later sites too; against the sum over both bits."""
 
-    def noted() -> None:
-        def branch(_: Any) -> None:
-            numpyro.deterministic("twice", 2.0 * numpyro.sample("z", dist.Normal()))
+    def model() -> None:
+        c = numpyro.sample("c", dist.Bernoulli(0.4))
+        coins = [lambda _, p=p: numpyro.sample("x", dist.Bernoulli(p)) for p in (0.7, 0.2)]
+        x = cond(c > 0, *coins, None)
+        numpyro.deterministic("twice", 2.0 * x)
+        numpyro.sample("y", dist.Normal(2.0 * x + c, 1.0), obs=1.3)
 
-        cond(True, branch, branch, None)
+    def guide() -> None:
+        a, b = numpyro.param("a", jnp.array(0.3)), numpyro.param("b", jnp.array([0.5, -0.4]))
+        c = numpyro.sample("c", dist.Bernoulli(logits=a))
+        cond(c > 0, *[lambda _, i=i: numpyro.sample("x", dist.Bernoulli(logits=b[i])) for i in (1, 0)], None)
 
-    with pytest.raises(EstimatorError, match="site 'z': inside numpyro's cond"):
-        loss(noted, noted)
+    def exact(p: Any) -> Any:
+        total = 0.0
+        for c, x in product((0, 1), (0, 1)):
+            log_q = dist.Bernoulli(logits=p["a"]).log_prob(c) + dist.Bernoulli(logits=p["b"][c]).log_prob(x)
+            log_p = dist.Bernoulli(0.4).log_prob(c) + dist.Bernoulli(0.7 if c else 0.2).log_prob(x)
+            total += jnp.exp(log_q) * (log_q - log_p - dist.Normal(2.0 * x + c, 1.0).log_prob(1.3))
+        return total
+
+    params = {"a": jnp.array(0.3), "b": jnp.array([0.5, -0.4])}
+    elbo = EstimatorELBO(spec, num_particles=2)
+    draws = jax.jit(jax.vmap(lambda k: jax.grad(lambda p: elbo.loss(k, p, model, guide))(params)))(
+        jax.random.split(jax.random.key(0), 20_000)
+    )
+    for name, right in jax.grad(exact)(params).items():
+        error = draws[name].std(0) / len(draws[name]) ** 0.5
+        assert (jnp.abs(draws[name].mean(0) - right) < 4 * error).all()
+        assert (error < 0.05).all()
 
 
 def test_the_refusal_of_a_mark_gives_advice_that_works():

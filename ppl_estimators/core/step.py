@@ -119,8 +119,8 @@ class Library(verify.Library, Protocol):
         """Of an array of a whole site, that of a message: all of it, or of a scan that of the step."""
 
     def step(self, msg: Message, noise: Values) -> bool:
-        """Is the message that of one step of a scan, of which nothing but the value gets out? Then ``noise`` does too,
-        and that of all steps is the "noise" of the site's message."""
+        """Is the message that of one step of a scan, or of a branch, of which nothing but the value gets out? Then
+        ``noise`` does too, and that of all steps is the "noise" of the site's message."""
 
     def sampled(self, msg: Message, value: Array) -> Array:
         """``value`` in the type that the site's own sampler returns."""

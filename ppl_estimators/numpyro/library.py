@@ -41,6 +41,7 @@ from .run import (
     Message,
     Traces,
     execute,
+    inside,
     interpreted,
     key_of,
     keys_of,
@@ -250,7 +251,7 @@ class NumPyroLibrary:
         return x[msg["step"]] if "step" in msg else x
 
     def step(self, msg: Message, noise: Values) -> bool:
-        if "step" not in msg:
+        if not inside(msg):
             return False
         msg["noise"] = noise
         return True
@@ -266,7 +267,7 @@ class NumPyroLibrary:
     def noise(self, source: Keys, msg: Message, site: Site, label: str, noise: Noise, number: int) -> Array:
         """Noise of which only the shape matters is drawn once for all sites that ask for the same (see `Keys`)."""
         name = site.name
-        if noise.concentration is not None or "step" in msg:
+        if noise.concentration is not None or inside(msg):
             return self.randomness.noise([name], label, noise, self._key(source, msg, number), msg.get("step"))[0]
         if (name, label) not in source.noise:
             names = self._alike[name]

@@ -199,7 +199,9 @@ class _Conduct(Messenger):
         elif kind in ("prng_key", "control_flow") and msg["kwargs"]["rng_key"] is None:
             self.anonymous += 1
             msg["kwargs"]["rng_key"] = key_of(self.key, f"{self.side} {kind} {self.anonymous}")
-            inside = self.handed_over if self.guide is not None else partial(self._inside, _flow(msg))
+            inside: Any = self.handed_over if self.guide is not None else partial(self._inside, _flow(msg))
+            if msg.get("fn") is cond_wrapper and self.guide is not None:  # which replays nothing by itself
+                inside = {n: m["value"] for n, m in self.guide.items() if _latent(m)}
             if kind == "control_flow" and inside is not None:
                 msg["kwargs"]["substitute_stack"].append(("substitute", inside))
             if msg.get("fn") is scan_wrapper and self.guide is not None:
@@ -229,7 +231,9 @@ class _Conduct(Messenger):
             msg["kwargs"]["sample_shape"] = ()
         number = msg["infer"].get("_scan_current_index")
         inner = msg.copy()
-        if flow is not None and number is not None:
+        if flow is None:
+            inner["branch"] = True
+        elif number is not None:
             length, reverse = flow
             inner["step"] = length - 1 - number if reverse else number
         value = self.draw(inner)
@@ -247,10 +251,11 @@ class _Conduct(Messenger):
             scan = Scan(self.scans, *flow, latent)
             for inner in inside.values():
                 inner["scan"] = scan
-                if isinstance(inner.get("intermediates"), dict):
-                    along = inner["intermediates"]
-                    inner["intermediates"] = along.pop("")
-                    inner.update(along)
+        for inner in inside.values():
+            if isinstance(inner.get("intermediates"), dict):
+                along = inner["intermediates"]
+                inner["intermediates"] = along.pop("")
+                inner.update(along)
         for name, inner in inside.items():
             if not _latent(inner) or is_summed(inner):
                 continue
@@ -264,12 +269,6 @@ class _Conduct(Messenger):
                     )
             elif name not in self.guide:
                 _refuse(inner, self.layout)
-            elif msg["fn"] is cond_wrapper:
-                raise site_error(
-                    name,
-                    "inside numpyro's cond, where the model cannot take the guide's value",
-                    "Draw it before the cond, or use jnp.where on its parameters.",
-                )
 
 
 class _Dreaming(Messenger):
@@ -380,6 +379,11 @@ def _same_sizes(traces: Traces) -> None:
                 f"plate '{name}': {sizes[0]} in the guide, {sizes[1]} in the model. Give both the same size and "
                 "subsample_size."
             )
+
+
+def inside(msg: Message) -> bool:
+    """Is the site met in a step of a scan, or in a branch of a cond?"""
+    return "step" in msg or "branch" in msg
 
 
 def _latent(msg: Message) -> bool:
