@@ -41,7 +41,6 @@ from .run import (
     Message,
     Traces,
     execute,
-    inside,
     interpreted,
     key_of,
     keys_of,
@@ -251,7 +250,7 @@ class NumPyroLibrary:
         return x[msg["step"]] if "step" in msg else x
 
     def step(self, msg: Message, noise: Values) -> bool:
-        if not inside(msg):
+        if not _inside(msg):
             return False
         msg["noise"] = noise
         return True
@@ -267,7 +266,7 @@ class NumPyroLibrary:
     def noise(self, source: Keys, msg: Message, site: Site, label: str, noise: Noise, number: int) -> Array:
         """Noise of which only the shape matters is drawn once for all sites that ask for the same (see `Keys`)."""
         name = site.name
-        if noise.concentration is not None or inside(msg):
+        if noise.concentration is not None or _inside(msg):
             return self.randomness.noise([name], label, noise, self._key(source, msg, number), msg.get("step"))[0]
         if (name, label) not in source.noise:
             names = self._alike[name]
@@ -423,3 +422,8 @@ def _alike(plan: Plan) -> dict[str, tuple[str, ...]]:
 
 def _constant(x: Any) -> Any:
     return jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x
+
+
+def _inside(msg: Message) -> bool:
+    """Is the site met in a step of a scan, or in a branch of a cond?"""
+    return "step" in msg or "branch" in msg

@@ -381,11 +381,6 @@ def _same_sizes(traces: Traces) -> None:
             )
 
 
-def inside(msg: Message) -> bool:
-    """Is the site met in a step of a scan, or in a branch of a cond?"""
-    return "step" in msg or "branch" in msg
-
-
 def _latent(msg: Message) -> bool:
     return msg["type"] == "sample" and not msg["is_observed"]
 
