@@ -149,8 +149,8 @@ def main() -> None:
     columns = ("devices", "NumPyro, DisARM()", "TraceGraph_ELBO", "Pyro, DisARM()", "Trace_ELBO")
     report.table("Milliseconds a step, in brackets in steps of one device", columns, rows)
     report.remark(
-        f"{os.cpu_count()} cores, so that many devices work at once. What is beyond n over the number of cores is what "
-        "the devices say to one another, and the optimiser's work, which every process of Pyro does for itself."
+        f"{os.cpu_count()} cores: of more devices some wait. Devices of JAX on one host share its threads; a process "
+        "of Pyro has one, and does the optimiser's work for itself."
     )
     report.write()
 

@@ -349,7 +349,7 @@ def test_many_steps_in_pyro_take_time_in_proportion():
 
 
 @pytest.mark.usefixtures("double_precision")
-def test_a_structured_guide_reaches_the_evidence():
+def test_a_structured_guide_that_is_the_posterior_has_the_evidence():
     """A chain of 20 steps, summed in the model and in the guide: where the guide is the posterior, by a backward
     recursion, the bound is tight and its gradient zero; elsewhere it is not."""
     steps, marked = 20, config_enumerate
