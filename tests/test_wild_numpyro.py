@@ -662,6 +662,62 @@ def test_latents_in_branches_of_guide_and_model(spec: Any, double_precision: Non
         assert (error < 0.05).all()
 
 
+@pytest.mark.parametrize("flow", ["scan", "cond"])
+def test_a_minibatch_in_control_flow_is_that_of_the_guide(flow: str, double_precision: None) -> None:
+    """Guide and model see the same elements inside; else the posterior of one datum is held against another's."""
+    x = jnp.arange(6.0)
+
+    def program(site: Callable[[Any], None]) -> Callable[[], None]:
+        def inside(carry: Any = None, _: Any = None) -> Any:
+            with numpyro.plate("data", len(x), subsample_size=2) as i:
+                site(i)
+            return carry, None
+
+        def run() -> None:
+            if flow == "scan":
+                scan(inside, jnp.array(0), None, length=2)
+            else:
+                cond(jnp.array(True), inside, inside, jnp.array(0))
+
+        return run
+
+    def latent(i: Any) -> None:
+        numpyro.sample("o", dist.Normal(1.0 * numpyro.sample("z", dist.Bernoulli(0.3)), 1.0), obs=x[i])
+
+    def guide() -> None:
+        b = numpyro.param("b", jnp.array([0.5, -0.4]))
+        program(lambda i: numpyro.sample("z", dist.Bernoulli(logits=b[0] * x[i] / 5 + b[1])))()
+
+    def exact(b: Any) -> Any:
+        a = b[0] * x / 5 + b[1]
+        cost = [jax.nn.log_sigmoid(s * a) - jnp.log(p) - dist.Normal(z, 1.0).log_prob(x)
+                for s, p, z in ((1, 0.3, 1.0), (-1, 0.7, 0.0))]  # fmt: skip
+        return (2 if flow == "scan" else 1) * jnp.sum(jax.nn.sigmoid(a) * cost[0] + jax.nn.sigmoid(-a) * cost[1])
+
+    b, elbo = jnp.array([0.5, -0.4]), EstimatorELBO({"z": Reinforce(LeaveOneOut())}, num_particles=2)
+    draws = jax.jit(jax.vmap(lambda k: jax.grad(lambda b: elbo.loss(k, {"b": b}, program(latent), guide))(b)))(
+        jax.random.split(jax.random.key(0), 20_000)
+    )
+    right, error = jax.grad(exact)(b), draws.std(0) / len(draws) ** 0.5
+    assert (jnp.abs(draws.mean(0) - right) < 4 * error).all()
+    assert (error < 0.03 * jnp.abs(right)).all()
+
+
+@pytest.mark.parametrize("outer", ["scan", "cond"])
+@pytest.mark.parametrize("inner", ["scan", "cond"])
+def test_a_latent_in_control_flow_inside_another_is_refused(outer: str, inner: str) -> None:
+    def nested(flow: str, body: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        if flow == "scan":
+            return lambda carry: scan(lambda c, _: (body(c), None), carry, None, length=2)[0]
+        return lambda carry: cond(carry > 0, body, body, carry)
+
+    def program() -> None:
+        nested(outer, nested(inner, lambda carry: numpyro.sample("z", dist.Normal(carry, 1.0))))(jnp.array(0.5))
+
+    with pytest.raises(EstimatorError, match="site 'z': drawn in a scan or a cond that is inside another one"):
+        loss(program, program)
+
+
 def test_the_refusal_of_a_mark_gives_advice_that_works():
     def program(law: dist.Distribution, **infer: Any) -> Callable[[], None]:
         return lambda: numpyro.sample("z", law, infer=infer)

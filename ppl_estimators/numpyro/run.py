@@ -196,7 +196,9 @@ class _Conduct(Messenger):
             msg["value"] = self.draw(msg)
         elif kind == "plate" and msg["value"] is None:
             msg["kwargs"]["rng_key"] = key_of(self.plate_key, f"plate {msg['name']}")
-        elif kind in ("prng_key", "control_flow") and msg["kwargs"]["rng_key"] is None:
+        if kind == "control_flow":
+            _within(msg, lambda fn: _Within(fn, self.plate_key))
+        if kind in ("prng_key", "control_flow") and msg["kwargs"]["rng_key"] is None:
             self.anonymous += 1
             msg["kwargs"]["rng_key"] = key_of(self.key, f"{self.side} {kind} {self.anonymous}")
             inside: Any = self.handed_over if self.guide is not None else partial(self._inside, _flow(msg))
@@ -271,6 +273,36 @@ class _Conduct(Messenger):
                 _refuse(inner, self.layout)
 
 
+class _Within(Messenger):
+    """Inside a scan or a cond, where no handler outside reaches: plates see the elements that their name says, in guide
+    and model and at every step, and a latent site in such a thing inside another is refused."""
+
+    def __init__(self, fn: Callable[..., Any], plate_key: Array, nested: bool = False):
+        self.plate_key, self.nested = plate_key, nested
+        super().__init__(fn)
+
+    def process_message(self, msg: Message) -> None:
+        if msg["type"] == "control_flow":
+            _within(msg, lambda fn: _Within(fn, self.plate_key, nested=True))
+        elif msg["type"] == "plate" and msg["value"] is None:
+            msg["kwargs"]["rng_key"] = key_of(self.plate_key, f"plate {msg['name']}")
+        elif self.nested and _latent(msg):
+            raise site_error(
+                msg["name"],
+                "drawn in a scan or a cond that is inside another one, where no value comes from the guide to the model",
+                "Write one scan over all steps, and jnp.where on the parameters in the place of a cond.",
+            )
+
+
+def _within(msg: Message, wrapped: Callable[[Any], Any]) -> None:
+    """Wraps the functions that a scan or a cond calls."""
+    first, *rest = msg["args"]
+    if msg["fn"] is cond_wrapper:
+        msg["args"] = (first, *map(wrapped, rest[:2]), *rest[2:])
+    else:
+        msg["args"] = (wrapped(first), *rest)
+
+
 class _Dreaming(Messenger):
     """Has observed sites drawn, and takes note of their values."""
 
@@ -280,7 +312,7 @@ class _Dreaming(Messenger):
 
     def process_message(self, msg: Message) -> None:
         if msg["type"] == "control_flow":  # no handler reaches inside
-            msg["args"] = tuple(_Dreaming(x, {}) if callable(x) else x for x in msg["args"])
+            _within(msg, lambda fn: _Dreaming(fn, {}))
         if msg["type"] != "sample":
             return
         msg["infer"] = {**msg["infer"], "enumerate": None}
