@@ -40,6 +40,7 @@ from ppl_estimators import (
 from ppl_estimators.numpyro import EstimatorELBO, dependencies
 from ppl_estimators.numpyro.dependencies import mark, scan_layout
 from ppl_estimators.numpyro.distributions import reparameterised
+from ppl_estimators.testing import exact_gradient
 
 # ---- the walker ----------------------------------------------------------------------------------------------------
 
@@ -693,6 +694,9 @@ def test_a_minibatch_in_control_flow_is_that_of_the_guide(flow: str, double_prec
         cost = [jax.nn.log_sigmoid(s * a) - jnp.log(p) - dist.Normal(z, 1.0).log_prob(x)
                 for s, p, z in ((1, 0.3, 1.0), (-1, 0.7, 0.0))]  # fmt: skip
         return (2 if flow == "scan" else 1) * jnp.sum(jax.nn.sigmoid(a) * cost[0] + jax.nn.sigmoid(-a) * cost[1])
+
+    with pytest.raises(EstimatorError, match="site 'z': in plate 'data' inside a scan or a cond, and scaled"):
+        exact_gradient(program(latent), guide)  # which can't list these minibatches
 
     b, elbo = jnp.array([0.5, -0.4]), EstimatorELBO({"z": Reinforce(LeaveOneOut())}, num_particles=2)
     draws = jax.jit(jax.vmap(lambda k: jax.grad(lambda b: elbo.loss(k, {"b": b}, program(latent), guide))(b)))(

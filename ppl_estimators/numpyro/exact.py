@@ -179,6 +179,14 @@ class _Program:
             for n, m in {**traces.guide, **traces.model}.items()
             if m["type"] == "plate" and m["args"][0] != len(m["value"])
         }
+        for name, msg in {**traces.guide, **traces.model}.items():
+            hidden = [f.name for f in msg.get("cond_indep_stack", ()) if f.name not in traces.guide | traces.model]
+            if hidden and msg.get("scale") is not None:
+                raise site_error(
+                    name,
+                    f"in plate '{hidden[0]}' inside a scan or a cond, and scaled: its minibatches can't be listed",
+                    "Let the plate see all of its elements, without a handler that scales it.",
+                )
         self.state = {n: v for n, v in (params or {}).items() if n not in self.params}
         self.depends_on = self._dependencies() if objective.keeps_score else None
 

@@ -289,7 +289,7 @@ class _Within(Messenger):
         elif self.nested and _latent(msg):
             raise site_error(
                 msg["name"],
-                "drawn in a scan or a cond that is inside another one, where no value comes from the guide to the model",
+                "drawn in a scan or a cond that is inside another one, where no value comes from guide to model",
                 "Write one scan over all steps, and jnp.where on the parameters in the place of a cond.",
             )
 
