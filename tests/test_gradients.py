@@ -26,7 +26,7 @@ from ppl_estimators import (
     RELAXWithModel,
     Stein,
 )
-from ppl_estimators.core.gradients import EXPLICIT
+from ppl_estimators.measure.gradients import EXPLICIT
 from ppl_estimators.numpyro import EstimatorELBO as NumPyroELBO
 from ppl_estimators.numpyro import with_estimators as numpyro_with
 from ppl_estimators.numpyro.gradients import Gradients as NumPyroGradients

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..backends import Library, named, of_elbo, of_program
 from ..core.errors import EstimatorError, site_error
-from ..core.gradients import check_sites
+from ..measure.gradients import check_sites
 from ..measure.look import in_short
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..backends import Library
 from ..core.errors import EstimatorError
-from ..core.gradients import EXPLICIT
+from ..measure.gradients import EXPLICIT
 from .library import Advance, bar, check_finite, library_of
 from .moments import Moments, signal_to_noise
 from .program import check_call, check_program, within

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,10 @@ from numpyro.optim import SGD
 from numpyro.primitives import Messenger
 
 from ..core.errors import EstimatorWarning
-from ..core.gradients import (
-    EXPLICIT,
+from ..core.plan import Plan
+from ..measure.gradients import (
+    Chunks,
+    GradientDraws,
     Progress,
     check_names,
     check_program,
@@ -28,7 +30,6 @@ from ..core.gradients import (
     check_sites,
     kept_by_estimators,
 )
-from ..core.plan import Plan
 from .elbo import EstimatorELBO
 from .exact import named_leaves
 from .run import key_of
@@ -40,7 +41,7 @@ CHUNK_NUMBERS = 2**22
 CHUNK_DRAWS = 256
 
 
-class Gradients:
+class Gradients(GradientDraws):
     """Draws of the gradient of ``elbo``, in the unconstrained space that `SVI` optimises.
 
     ``params``: values by name, in the parameters' own (constrained) space, as from ``svi.get_params(state)``; those
@@ -157,45 +158,17 @@ class Gradients:
         loss, gradient = self._many(1, "total")(self._point, self._keys(seed, index, 1))
         return float(loss[0]), {n: g[0] for n, g in named_leaves(gradient).items()}
 
-    def draws(
-        self, num_draws: int, seed: int = 0, progress: Progress | None = None, start: int = 0
-    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """Chunks of draws: losses ``[chunk]`` and gradients ``{name: [chunk, ...]}``; compiled once."""
-        return self._chunks("total", num_draws, seed, progress, start, 1)
-
-    def parts(
-        self, num_draws: int, seed: int = 0, progress: Progress | None = None, start: int = 0
-    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """The same draws in parts: ``{name: [chunk, 1 + sites, ...]}``, in the order of ``part_names``.
-
-        A site's part is the gradient that reaches the cost by way of its own distribution and no later site's: its
-        surrogate, or the cost's slope in its reparameterised value, followed back to every parameter. The parts sum
-        to the gradient.
-        """
-        return self._chunks("parts", num_draws, seed, progress, start, 2 * len(self.sites) + 2)
-
-    def pairs(
-        self, num_draws: int, seed: int = 0, progress: Progress | None = None, start: int = 0
-    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """Two draws for each of ``num_draws`` minibatches: losses ``[chunk, 2]``, ``{name: [chunk, 2, ...]}``."""
-        return self._chunks("pairs", num_draws, seed, progress, start, 4)
-
     @property
     def has_parts(self) -> bool:
         return True
 
-    @property
-    def part_names(self) -> list[str]:
-        return [EXPLICIT, *self.sites]
-
-    def chunk(self, copies: int = 1) -> int:
+    def chunk(self, kind: str = "total") -> int:
         """How many draws are held at once."""
+        copies = {"total": 1, "parts": 2 * len(self.sites) + 2, "pairs": 4}[kind]
         return int(np.clip(CHUNK_NUMBERS // max(self.size * copies, 1), 1, CHUNK_DRAWS))
 
-    def _chunks(
-        self, kind: str, num_draws: int, seed: int, progress: Progress | None, start: int, copies: int
-    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        chunk = min(self.chunk(copies), num_draws)
+    def _chunks(self, kind: str, num_draws: int, seed: int, progress: Progress | None, start: int) -> Chunks:
+        chunk = min(self.chunk(kind), num_draws)
         done = 0
         while done < num_draws:
             losses, gradients = self._many(chunk, kind)(self._point, self._keys(seed, start + done, chunk))

@@ -20,7 +20,7 @@ from numpyro.primitives import Messenger
 
 from ..core import families
 from ..core.errors import EstimatorError, EstimatorWarning
-from ..core.gradients import check_sites, kept_by_estimators
+from ..measure.gradients import check_sites, kept_by_estimators
 from ..measure.watch import Moment, Snapshot, Watcher, jumps, place
 from .distributions import unwrapped
 from .elbo import EstimatorELBO

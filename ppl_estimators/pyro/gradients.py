@@ -20,8 +20,10 @@ from torch.distributions import Distribution, Transform, constraints
 from torch.distributions.constraint_registry import transform_to
 
 from ..core.errors import EstimatorError
-from ..core.gradients import (
-    EXPLICIT,
+from ..core.plan import Plan
+from ..measure.gradients import (
+    Chunks,
+    GradientDraws,
     Progress,
     check_names,
     check_program,
@@ -29,7 +31,6 @@ from ..core.gradients import (
     check_sites,
     kept_by_estimators,
 )
-from ..core.plan import Plan
 from .elbo import EstimatorELBO
 from .library import Memory
 
@@ -38,7 +39,7 @@ Array = torch.Tensor
 _STATE = ("$state.", "__baseline_avg_downstream_cost_")
 
 
-class Gradients:
+class Gradients(GradientDraws):
     """Draws of the gradient of ``elbo``, in the unconstrained space that `SVI` optimises.
 
     ``params``: values by name, in the parameters' own (constrained) space, as from ``pyro.param(name)``; those left
@@ -186,55 +187,34 @@ class Gradients:
             loss, surrogate, parameters = self._run(self.guide)
             return float(loss), self._gradient(surrogate, parameters)
 
-    def draws(
-        self, num_draws: int, seed: int = 0, progress: Progress | None = None, start: int = 0
-    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """Draws one after another, each a chunk of one: losses ``[1]`` and gradients ``{name: [1, ...]}``."""
+    def _parts(self, seed: int, index: int) -> tuple[float, dict[str, np.ndarray]]:
+        gates = dict.fromkeys(self.sites, False)
+        with self._apart(seed, index):
+            loss, surrogate, parameters = self._run(_through_gates(gates, self.guide))
+            if surrogate is None:
+                raise EstimatorError(
+                    f"{type(self.elbo).__name__} runs backward itself, so its gradient has no parts. "
+                    "Ask for parameters only, or use EstimatorELBO."
+                )
+            upto = [self._gradient(surrogate, parameters, again=True)]
+            for site in self.sites:
+                gates[site] = True
+                upto.append(self._gradient(surrogate, parameters, again=True))
+        stacked = {n: np.stack([h[n] for h in upto]) for n in self.names}
+        return float(loss), {n: np.concatenate([h[:1], np.diff(h, axis=0)]) for n, h in stacked.items()}
+
+    def _twice(self, seed: int, index: int) -> tuple[list[float], dict[str, np.ndarray]]:
+        """Two losses and gradients, ``[2, ...]``, of one minibatch."""
+        with _Minibatch([seed, index]):
+            both = [self.draw(seed, 2 * index + i) for i in range(2)]
+        return [loss for loss, _ in both], {n: np.stack([g[n] for _, g in both]) for n in self.names}
+
+    def _chunks(self, kind: str, num_draws: int, seed: int, progress: Progress | None, start: int) -> Chunks:
+        """One after another, each a chunk of one."""
+        one: Any = {"total": self.draw, "parts": self._parts, "pairs": self._twice}[kind]
         for done in range(num_draws):
-            loss, gradient = self.draw(seed, start + done)
+            loss, gradient = one(seed, start + done)
             yield np.array([loss]), {n: g[None] for n, g in gradient.items()}
-            if progress is not None:
-                progress(done + 1)
-
-    def parts(
-        self, num_draws: int, seed: int = 0, progress: Progress | None = None, start: int = 0
-    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """The same draws in parts: ``{name: [1, 1 + sites, ...]}``, in the order of ``part_names``.
-
-        A site's part is the gradient that reaches the cost by way of its own distribution and no later site's: its
-        surrogate, or the cost's slope in its reparameterised value, followed back to every parameter. The parts sum
-        to the gradient.
-        """
-        for done in range(num_draws):
-            gates = dict.fromkeys(self.sites, False)
-            with self._apart(seed, start + done):
-                loss, surrogate, parameters = self._run(_through_gates(gates, self.guide))
-                if surrogate is None:
-                    raise EstimatorError(
-                        f"{type(self.elbo).__name__} runs backward itself, so its gradient has no parts. "
-                        "Ask for parameters only, or use EstimatorELBO."
-                    )
-                upto = [self._gradient(surrogate, parameters, again=True)]
-                for site in self.sites:
-                    gates[site] = True
-                    upto.append(self._gradient(surrogate, parameters, again=True))
-            stacked = {n: np.stack([h[n] for h in upto]) for n in self.names}
-            yield (
-                np.array([float(loss)]),
-                {n: np.concatenate([h[:1], np.diff(h, axis=0)])[None] for n, h in stacked.items()},
-            )
-            if progress is not None:
-                progress(done + 1)
-
-    def pairs(
-        self, num_draws: int, seed: int = 0, progress: Progress | None = None, start: int = 0
-    ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """Two draws for each of ``num_draws`` minibatches: losses ``[1, 2]``, ``{name: [1, 2, ...]}``."""
-        for done in range(num_draws):
-            with _Minibatch([seed, start + done]):
-                both = [self.draw(seed, 2 * (start + done) + i) for i in range(2)]
-            gradients = {n: np.stack([g[n] for _, g in both])[None] for n in self.names}
-            yield np.array([[loss for loss, _ in both]]), gradients
             if progress is not None:
                 progress(done + 1)
 
@@ -249,13 +229,9 @@ class Gradients:
         ours = whose in (EstimatorELBO.loss_and_grads, TraceGraph_ELBO.loss_and_grads)
         return ours or (whose.__module__.startswith("pyro.") and hasattr(self.elbo, "differentiable_loss"))
 
-    def chunk(self, copies: int = 1) -> int:
+    def chunk(self, kind: str = "total") -> int:
         """How many draws are held at once."""
         return 1
-
-    @property
-    def part_names(self) -> list[str]:
-        return [EXPLICIT, *self.sites]
 
     def seconds(self, steps: int) -> list[float]:
         """The time of each of some steps: loss and gradient, no optimiser."""

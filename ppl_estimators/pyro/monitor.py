@@ -17,7 +17,7 @@ from torch.overrides import _get_current_function_mode
 
 from ..core import families
 from ..core.errors import EstimatorError
-from ..core.gradients import check_sites, kept_by_estimators
+from ..measure.gradients import check_sites, kept_by_estimators
 from ..measure.watch import Moment, Snapshot, Watcher, jumps, place
 from .dependencies import StopParameters
 from .distributions import unwrapped

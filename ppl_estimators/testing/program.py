@@ -8,8 +8,8 @@ from typing import Any
 from ..backends import of_elbo
 from ..core.elbo import Configured
 from ..core.errors import EstimatorError
-from ..core.gradients import check_program as check_roles
 from ..core.verify import Checked
+from ..measure.gradients import check_program as check_roles
 
 
 def check_program(

@@ -10,8 +10,8 @@ import numpy as np
 
 from ..backends import of_elbo, of_program
 from ..core.errors import EstimatorError
-from ..core.gradients import kept_by_estimators
 from ..core.objectives import Objective
+from ..measure.gradients import kept_by_estimators
 from ..measure.states import Exact, Minibatches
 from .draws import Differences
 from .exact import exact_gradient

@@ -1,20 +1,53 @@
-"""What both `Gradients` share: names, and errors that name the user's mistake."""
+"""What both `Gradients` share: kinds of draws, names, and errors that name the user's mistake."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from .errors import EstimatorError
+import numpy as np
 
-Array = Any
+from ..core.errors import EstimatorError
 
 #: called with the number of draws done so far
 Progress = Callable[[int], None]
 
 #: the part of the gradient that reaches the parameters through no latent site's distribution: the model's own
 EXPLICIT = "(explicit)"
+
+#: losses ``[chunk, ...]`` and gradients ``{name: [chunk, ...]}``
+Chunks = Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]
+
+
+class GradientDraws:
+    """The draws of a `Gradients`, each a function of ``(seed, index)``; the first index is ``start``."""
+
+    sites: list[str]
+
+    def _chunks(self, kind: str, num_draws: int, seed: int, progress: Progress | None, start: int) -> Chunks:
+        raise NotImplementedError
+
+    def draws(self, num_draws: int, seed: int = 0, progress: Progress | None = None, start: int = 0) -> Chunks:
+        """Losses ``[chunk]`` and gradients ``{name: [chunk, ...]}``."""
+        return self._chunks("total", num_draws, seed, progress, start)
+
+    def parts(self, num_draws: int, seed: int = 0, progress: Progress | None = None, start: int = 0) -> Chunks:
+        """The same draws in parts: ``{name: [chunk, 1 + sites, ...]}``, in the order of ``part_names``.
+
+        A site's part is the gradient that reaches the cost by way of its own distribution and no later site's: its
+        surrogate, or the cost's slope in its reparameterised value, followed back to every parameter. The parts sum
+        to the gradient.
+        """
+        return self._chunks("parts", num_draws, seed, progress, start)
+
+    def pairs(self, num_draws: int, seed: int = 0, progress: Progress | None = None, start: int = 0) -> Chunks:
+        """Two draws for each of ``num_draws`` minibatches: losses ``[chunk, 2]``, ``{name: [chunk, 2, ...]}``."""
+        return self._chunks("pairs", num_draws, seed, progress, start)
+
+    @property
+    def part_names(self) -> list[str]:
+        return [EXPLICIT, *self.sites]
 
 
 def kept_by_estimators(name: str, sites: Iterable[str]) -> bool:
