@@ -36,9 +36,6 @@ class Value(Enum):
     PLAIN = "plain"
     #: the library's own reparameterised draw: -log q in full
     LIBRARY = "library"
-    #: the same: -log q through the value only, every parameter of the guide held fixed; a bound of several particles
-    #: puts what this leaves out into the weights of the value's path
-    STICKING = "sticking"
     #: a differentiable draw of the estimator's own: -log q in full
     OWN = "own"
     #: the same, but the value carries only a part of the gradient, and `Estimator.local` has the rest
@@ -59,7 +56,7 @@ class Value(Enum):
     @property
     def library(self) -> bool:
         """Is it the library's own draw?"""
-        return self in (Value.LIBRARY, Value.STICKING)
+        return self is Value.LIBRARY
 
 
 @dataclass(frozen=True)
@@ -140,6 +137,9 @@ class Estimator(Spec):
     families: ClassVar[tuple[str, ...] | None] = None
     #: how the value is made
     value: ClassVar[Value] = Value.PLAIN
+    #: is -log q differentiated through the value only, every parameter of the guide held fixed? A bound of several
+    #: particles puts what this leaves out into the weights of the value's path
+    sticks: ClassVar[bool] = False
     #: what it wants known of the drawn value under the site's own law
     measures: ClassVar[frozenset[Measure]] = frozenset()
     #: does it compare draws with one another, of which there must be two then, and independent?

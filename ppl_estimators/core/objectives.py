@@ -265,7 +265,7 @@ class MultiSample(Objective):
             raise site_error(
                 site.name, f"{name} is a bound of several particles, got num_particles={particles}", "Pass 2 or more."
             )
-        if estimator.value is Value.STICKING and site.time:
+        if estimator.sticks and site.time:
             raise site_error(
                 site.name,
                 f"{estimator!r} under {name} needs a run in which the values stand still, and in a scan they can't",
@@ -516,7 +516,8 @@ class WakeSleep(MultiSample):
 
     def check(self, site: Site, estimator: Estimator, particles: int) -> None:
         further = estimator.alternatives(site).count or estimator.relaxations(site).count
-        if further or estimator.value not in (Value.LIBRARY, Value.PLAIN) or (site.time and estimator.value.moves):
+        own = estimator.value not in (Value.LIBRARY, Value.PLAIN) or estimator.sticks
+        if further or own or (site.time and estimator.value.moves):
             raise site_error(
                 site.name,
                 f"WakeSleep takes plain draws, and has no use for {estimator!r}",

@@ -189,7 +189,7 @@ class Plan:
     @cached_property
     def sticking(self) -> frozenset[str]:
         """Sites whose -log q is differentiated through the value only."""
-        return frozenset(n for n, e in self.estimators.items() if e.value is Value.STICKING)
+        return frozenset(n for n, e in self.estimators.items() if e.sticks)
 
     @cached_property
     def depends_on(self) -> dict[tuple[str, str], frozenset[str]]:
@@ -375,9 +375,9 @@ def _check_analytic(site: Site, terms: Sequence[Term], graph: Graph, objective: 
 def _check_sticking(chosen: Mapping[str, Estimator], graph: Graph) -> None:
     """The path of such a value has a weight of its own, from its site's parameters on: nothing that moves may come in
     from above with another, and no score function below would see it."""
-    for name in (n for n, e in chosen.items() if e.value is Value.STICKING):
+    for name in (n for n, e in chosen.items() if e.sticks):
         for up in graph.ancestors[name]:
-            if chosen[up].value.moves and chosen[up].value is not Value.STICKING:
+            if chosen[up].value.moves and not chosen[up].sticks:
                 raise site_error(
                     name,
                     f"{chosen[name]!r} under a bound weighs the path of its value, and site '{up}' "
@@ -385,7 +385,7 @@ def _check_sticking(chosen: Mapping[str, Estimator], graph: Graph) -> None:
                     f"Use {chosen[name]!r} at both, or Pathwise() at both.",
                 )
         for down in graph.descendants(frozenset([name])):
-            if not chosen[down].value.whole or chosen[down].value is Value.HARD:
+            if not chosen[down].sticks and chosen[down].value not in (Value.LIBRARY, Value.OWN):
                 raise site_error(
                     name,
                     f"{chosen[name]!r} under a bound of several particles needs values below it that carry their "

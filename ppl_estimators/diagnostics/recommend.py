@@ -15,7 +15,7 @@ import ppl_estimators
 from ..backends import Library
 from ..catalogue import ENTRIES, Kind
 from ..core.errors import EstimatorError
-from ..core.estimator import Estimator, Value
+from ..core.estimator import Estimator
 from ..core.plan import Plan
 from .candidates import Program, look, resolve
 from .compare import Compared, Comparison, draw_frontier, reason, row
@@ -459,5 +459,5 @@ def candidates() -> list[Estimator]:
         if e.unbiased and e.kind is not Kind.composition and isinstance(e.subject, Estimator)
         and not e.kept and not any(map(callable, vars(e.subject).values()))
     ]  # fmt: skip
-    same: dict[Value, Estimator] = {}  # for the ELBO a draw of the library's is told by its `value`
-    return [*(e for e in found if not e.value.library or same.setdefault(e.value, e) is e), UNBIASED]
+    same: dict[bool, Estimator] = {}  # for the ELBO there are two draws of the library's
+    return [*(e for e in found if not e.value.library or same.setdefault(e.sticks, e) is e), UNBIASED]

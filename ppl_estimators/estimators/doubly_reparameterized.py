@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from ..core.densities import check_density, check_ends
-from ..core.estimator import Value
-from ..core.site import Site
-from .library_draw import LibraryDraw
+from ..core.estimator import Estimator
+from .without_score import WithoutScore
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DoublyReparameterized(LibraryDraw):
+class DoublyReparameterized(WithoutScore):
     """Reparameterisation of a bound of several particles, the score part of −log q reparameterised once more.
 
     Approximates  ∇_λ E[(1 − α)⁻¹ log 1/K Σ_k w_k^{1−α}],   w_k = p(x, z_k) / q_λ(z_k)
@@ -25,16 +22,18 @@ class DoublyReparameterized(LibraryDraw):
     K. Written as a path it becomes a part of the weights above: α = 0 is the importance-weighted bound. For the ELBO
     this is StickingTheLanding(), which under a bound is the same as this.
 
+    ``estimator`` draws instead of the library: ImplicitPathwise(), say, at a mixture; or GumbelSoftmax() and its kin,
+    whose gradient is no more than nearly that of the bound, but which vanishes with growing K as that of the bound
+    does. Without this it does not: the score is that of the discrete law, and has a mean at relaxed values.
+
     >>> DoublyReparameterized()
     DoublyReparameterized()
+    >>> from ppl_estimators import GumbelSoftmax
+    >>> DoublyReparameterized(GumbelSoftmax(0.3))
+    DoublyReparameterized(GumbelSoftmax(0.3))
 
     Reference: Tucker, Lawson, Gu & Maddison (2019), "Doubly Reparameterized Gradient Estimators for Monte Carlo
     Objectives", arXiv:1810.04152.
     """
 
-    value: ClassVar[Value] = Value.STICKING
-
-    def check(self, site: Site, particles: int) -> None:
-        super().check(site, particles)
-        check_ends(site)
-        check_density(site)
+    estimator: Estimator | None = None

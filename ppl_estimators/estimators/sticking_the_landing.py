@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from ..core.densities import check_density, check_ends
-from ..core.estimator import Value
-from ..core.site import Site
-from .library_draw import LibraryDraw
+from ..core.estimator import Estimator
+from .without_score import WithoutScore
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class StickingTheLanding(LibraryDraw):
+class StickingTheLanding(WithoutScore):
     """Reparameterisation without the score part of −log q.
 
     Approximates  ∇_λ E_{z ~ q_λ}[log p(x, z) − log q_λ(z)]
@@ -26,7 +23,8 @@ class StickingTheLanding(LibraryDraw):
     be noisier than Pathwise. Every parameter of the guide is held fixed inside log q, also those through which this
     site moves the parameters of later sites. Under a bound of several particles the dropped part has another mean, and
     comes back as a weight of the path: it is DoublyReparameterized() there. Refused at a support that moves with the
-    parameters, where dropping the score part is biased.
+    parameters, where dropping the score part is biased. ``estimator`` draws instead of the library, such as
+    ImplicitPathwise() at a mixture.
 
     >>> StickingTheLanding()
     StickingTheLanding()
@@ -34,9 +32,4 @@ class StickingTheLanding(LibraryDraw):
     Reference: Roeder, Wu & Duvenaud (2017), "Sticking the Landing", arXiv:1703.09194.
     """
 
-    value: ClassVar[Value] = Value.STICKING
-
-    def check(self, site: Site, particles: int) -> None:
-        super().check(site, particles)
-        check_ends(site)
-        check_density(site)
+    estimator: Estimator | None = None
