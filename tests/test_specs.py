@@ -359,8 +359,7 @@ def test_the_adapters_have_the_same_files():
 #: public names that one adapter's file has and its twin has not, and why
 ALONE = {
     ("pyro", "library.py"): {
-        "Recent": "what a program has shown, from step to step; in NumPyro a step is traced and nothing is kept",
-        "Memory": "holds it",
+        "Recent": "what a program has shown, from step to step; a step of NumPyro is traced, and one plan kept",
         "PyroLibrary": "the twins' classes bear their library's name",
         "traced": "the table of shapes that Pyro's validation prints",
     },
@@ -387,6 +386,7 @@ ALONE = {
         "Keys": "of the sites, by their names; Pyro has one generator",
         "key_of": "the same",
         "keys_of": "the same",
+        "kinds_of": "what a call outside of jit is known by; Pyro's library tells it by `_kind`",
         "DuplicateName": "a mistake where NumPyro itself raises an AssertionError",
         "Scan": "Pyro has no scan",
         "plain_shapes": "Pyro's own ELBO counts plates",

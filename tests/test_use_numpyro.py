@@ -579,3 +579,48 @@ def test_a_function_with_a_known_mean_beside_a_wrapped_guide() -> None:
     result = make_svi({"z": spec}).run(jax.random.key(0), 50, DATA, progress_bar=False)
     assert np.isfinite(np.asarray(result.losses)).all()
     assert set(result.state.mutable_state) == {"z$state"}
+
+
+def test_outside_of_jit_a_program_is_traced_anew_only_where_it_has_become_another() -> None:
+    shown, calls = ["normal"], []
+
+    def draw(a: Any, infer: Mapping[str, Any]) -> Any:
+        calls.append(shown[0])
+        if shown[0] in ("bit", "marked"):
+            z = 1.0 * numpyro.sample("z", dist.Bernoulli(logits=a), infer=infer if shown[0] == "marked" else {})
+        elif shown[0] == "named":
+            z = numpyro.sample("z", dist.Normal(a, 1.0), infer={"estimator": Reinforce(Constant(1.0))})
+        else:
+            z = numpyro.sample("z", dist.Normal(a, 1.0))
+        return z + numpyro.sample("w", dist.Gumbel(a, 1.0)) if shown[0] == "more" else z
+
+    def model() -> None:
+        z = draw(0.2, {})
+        with numpyro.plate("data", 10 if shown[0] == "scaled" else 6, subsample_size=6):
+            numpyro.sample("x", dist.Normal(z, 2.0 if shown[0] == "scale" else 1.0), obs=DATA)
+
+    def guide() -> None:
+        draw(numpyro.param("a", 0.7), {"enumerate": "parallel"})
+
+    def step(elbo: EstimatorELBO) -> Any:
+        return lambda: jax.value_and_grad(lambda a: elbo.loss(jax.random.key(1), {"a": a}, model, guide))(0.7)
+
+    def called(elbo: EstimatorELBO) -> int:
+        calls.clear()
+        jax.eval_shape(step(elbo))
+        return len(calls)
+
+    elbo = EstimatorELBO()
+    assert (called(elbo), called(elbo)) == (4, 2)
+    shown[0] = "scale"  # of the same structure, and its numbers are those of this call
+    assert called(elbo) == 2
+    for kind in ("more", "scaled", "bit", "named", "marked"):
+        shown[0] = kind
+        if kind in ("more", "bit"):
+            assert jax.jit(step(elbo))() == jax.jit(step(EstimatorELBO()))(), kind
+        else:
+            assert called(elbo) > 4, kind
+        shown[0] = "normal"
+        called(elbo)
+        assert called(elbo) == 2
+    assert called(pickle.loads(pickle.dumps(elbo))) == 4

@@ -22,7 +22,7 @@ from ..core.step import Step
 from ..measure.evaluation import Evaluation, arguments, chunks, evaluation
 from ..policy import AUTOMATIC
 from .keep import state_name
-from .library import NumPyroLibrary
+from .library import Memory, NumPyroLibrary
 from .randomness import Randomness
 
 Array = Any
@@ -93,7 +93,7 @@ class EstimatorELBO(Configured, Trace_ELBO):
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self._configure(estimators, default, objective, max_parallel, average_model)
         self.debug = debug
-        self.randomness = Randomness()
+        self.randomness, self._memory = Randomness(), Memory()
 
     def loss_with_mutable_state(
         self,
@@ -179,8 +179,10 @@ class EstimatorELBO(Configured, Trace_ELBO):
 
     def step(self, rng_key: Array, params: Mapping[str, Array], model: Any, guide: Any, args: Any, kwargs: Any) -> Step:
         """One evaluation of the loss, before it is evaluated."""
-        settings, mapped = self.settings, self.vectorize_particles_fn
-        library = NumPyroLibrary(settings, self.randomness, rng_key, dict(params), model, guide, args, kwargs, mapped)
+        settings, program = self.settings, (rng_key, dict(params), model, guide, args, kwargs)
+        library = NumPyroLibrary(
+            settings, self.randomness, self._memory, *program, self.vectorize_particles_fn, self.debug
+        )
         return Step(settings, library)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import Any
+from weakref import ref
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,7 @@ from .run import (
     interpreted,
     key_of,
     keys_of,
+    kinds_of,
     plain_shapes,
     survey,
     tables_of,
@@ -53,6 +55,36 @@ from .run import (
 )
 
 Array = Any
+
+
+@dataclass
+class Memory:
+    """The plan of the last program, if all that it asks for is the library's own draws: then it is of no account who
+    depends on whom, and the next call need not be traced beforehand if its run shows the same ``kinds``."""
+
+    settings: Settings | None = None
+    program: tuple[Any, ...] = ()
+    plan: Plan | None = None
+    kinds: Hashable = None
+
+    def recall(self, settings: Settings, *program: Any) -> Plan | None:
+        known = settings is self.settings and all(a() is b for a, b in zip(self.program, program, strict=True))
+        return self.plan if known else None
+
+    def store(self, settings: Settings, plan: Plan, kinds: Hashable, *program: Any) -> None:
+        try:  # nothing lives longer for being remembered: a model may hold the values of a trace
+            self.program = tuple(map(ref, program))
+        except TypeError:
+            return
+        self.settings, self.plan, self.kinds = settings, plan, kinds
+
+    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
+        """A copy of an ELBO, or one that was pickled, looks at its programs anew."""
+        return Memory, ()
+
+
+class _Unplanned(Exception):
+    """A run is not of the structure that is remembered. It is made again, from the same random numbers."""
 
 
 class NumPyroLibrary:
@@ -66,6 +98,7 @@ class NumPyroLibrary:
         self,
         settings: Settings,
         randomness: Randomness,
+        memory: Memory,
         key: Array,
         params: dict[str, Array],
         model: Callable[..., Any],
@@ -73,13 +106,15 @@ class NumPyroLibrary:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         map_particles: Callable[..., Any],
+        debug: bool = False,
     ):
-        self.map_particles = map_particles
+        self.map_particles, self.memory, self.debug = map_particles, memory, debug
         self.settings, self.randomness, self.key, self.params = settings, randomness, key, params
         self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
         self.dtypes: Mapping[str, Any] = {}
         self.shapes: Mapping[tuple[str, str], tuple[int, ...]] | None = None  # if values are laid out side by side
-        self._plan = self._survey()
+        self._remembered = memory.recall(settings, model, guide)
+        self._plan = self._remembered or self._survey()
         self._alike = _alike(self._plan)
 
     @property
@@ -195,7 +230,16 @@ class NumPyroLibrary:
         return lambda *like: self.randomness.uniform(key_of(source.key, f"uniform {next(numbers)}"), *like)
 
     def check(self, run: Run) -> None:
-        """A traced program is the same every time."""
+        """A program that was just traced is the same."""
+        plan = run.plan
+        if plan.local or not plan.saturated or self.shapes is not None:
+            return
+        kinds = kinds_of(run.traces, run.terms)
+        if self._remembered is None:
+            if kinds is not None:
+                self.memory.store(self.settings, plan, kinds, self.model, self.guide)
+        elif kinds != self.memory.kinds:
+            raise _Unplanned
 
     def moved(self, run: Run, sites: Sequence[str], pattern: int) -> dict[tuple[str, str], Array]:
         latents = run.traces.latents()
@@ -216,6 +260,8 @@ class NumPyroLibrary:
     # ---- one site -----------------------------------------------------------------------------------------------
 
     def estimator(self, plan: Plan, msg: Message) -> Estimator:
+        if self._remembered is not None and msg["name"] not in plan.estimators:
+            raise _Unplanned
         return plan.estimators[msg["name"]]
 
     def requested(self, msg: Message) -> Estimator | None:
@@ -367,6 +413,17 @@ class NumPyroLibrary:
         return jax.grad(total, has_aux=True)(values)
 
     def particles(self, one: Callable[[Any], tuple[dict[str, Any], Run]], count: int | None = None) -> Joined:
+        try:
+            return self._particles(one, count)
+        except (_Unplanned, Unplaced):
+            if self._remembered is None:
+                raise
+        self._remembered = self.memory.settings = None
+        self._plan = self._survey()
+        self._alike = _alike(self._plan)
+        return self._particles(one, count)
+
+    def _particles(self, one: Callable[[Any], tuple[dict[str, Any], Run]], count: int | None) -> Joined:
         plan, kept = self._plan, {}
         count = plan.particles if count is None else count
         keys = keys_of(self.key, [f"particle {i}" for i in range(count)])
@@ -376,7 +433,7 @@ class NumPyroLibrary:
             kept.update({n: replace(k, given={}) for n, k in run.kept.items()})
             own = {state_name(n) for n, k in run.kept.items() if k.state}
             found["mutable"] = {n: v for n, v in run.traces.mutable().items() if n not in own}
-            if run.terms:
+            if run.terms and self.debug:
                 finite = jnp.isfinite(jnp.stack([jnp.sum(t.value) for t in run.terms]))
                 found["finite"] = jax.lax.stop_gradient(finite)
             return found
