@@ -388,6 +388,7 @@ ALONE = {
         "keys_of": "the same",
         "kinds_of": "what a call outside of jit is known by; Pyro's library tells it by `_kind`",
         "DuplicateName": "a mistake where NumPyro itself raises an AssertionError",
+        "Program": "with its parameters and its key, which Pyro holds by itself",
         "Scan": "Pyro has no scan",
         "plain_shapes": "Pyro's own ELBO counts plates",
         "Survey": "what one trace shows; Pyro learns it from the runs themselves",

@@ -26,8 +26,3 @@ def unit(n: int) -> Rule:
     t, w = (x + 1) / 2, w / 2
     half, slope = t**3 * (10 - 15 * t + 6 * t**2) / 2, 15 * t**2 * (1 - t) ** 2 * w
     return np.concatenate([half, half + 0.5]), np.log(np.concatenate([slope, slope]))
-
-
-def coarser(n: int) -> int:
-    """A smaller number of nodes: what changes between the two is the error of the quadrature."""
-    return max(2, (2 * n) // 3)

@@ -10,9 +10,32 @@ from typing import Any
 
 import numpy as np
 
-from ..core.errors import EstimatorError
+from ..core.errors import EstimatorError, site_error
+from ..core.objectives import Objective
+from ..core.site import Term
 
 Minibatches = Mapping[str, Sequence[Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a program is summed, see `exact_gradient`."""
+
+    nodes: int
+    max_states: int
+    minibatches: Minibatches | None
+    objective: Objective
+    num_particles: int
+
+    @property
+    def joint(self) -> int:
+        """How many particles are summed together."""
+        return self.objective.joint(self.num_particles)
+
+    @property
+    def coarser(self) -> Asked:
+        """With fewer nodes: what changes is the error of the quadrature."""
+        return replace(self, nodes=max(2, (2 * self.nodes) // 3))
 
 
 @dataclass(frozen=True)
@@ -69,6 +92,31 @@ def check_budget(counts: Sequence[Count], minibatches: Mapping[str, int], max_st
     raise EstimatorError(
         f"exact_gradient would sum {amount} states, and max_states is {max_states:,}: {', '.join(factors)}. "
         f"{advice}, fewer nodes= for continuous sites, or a larger max_states=."
+    )
+
+
+def largest_change(gradient: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:
+    """Of any derivative from one gradient to the other."""
+    return max((float(np.abs(g - other[n]).max()) for n, g in gradient.items() if g.size), default=0.0)
+
+
+def not_finite(term: Term, total: float, latents: Mapping[str, Any]) -> EstimatorError:
+    return site_error(
+        term.site,
+        f"its {'log p' if term.side == 'model' else '-log q'} in the {term.side} is {total} where the latents are "
+        f"{latents}",
+        "The ELBO is not finite there: widen the support, or look for a NaN in the parameters and data.",
+    )
+
+
+def refused(site: str, distribution: str, why: str, discrete: bool) -> EstimatorError:
+    known = "Normal, MultivariateNormal, mixtures and transforms of them, and what has a quantile function (icdf)"
+    if discrete:
+        known = "distributions with a small finite support"
+    return site_error(
+        site,
+        f"exact_gradient cannot sum over {distribution} ({why})",
+        f"It sums over {known}. Pass assert_unbiased(..., reference={{...}}) if you know the gradient otherwise.",
     )
 
 

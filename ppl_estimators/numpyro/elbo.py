@@ -24,6 +24,7 @@ from ..policy import AUTOMATIC
 from .keep import state_name
 from .library import Memory, NumPyroLibrary
 from .randomness import Randomness
+from .run import Program
 
 Array = Any
 _TRACED = object()  # stands for an array among arguments
@@ -179,10 +180,9 @@ class EstimatorELBO(Configured, Trace_ELBO):
 
     def step(self, rng_key: Array, params: Mapping[str, Array], model: Any, guide: Any, args: Any, kwargs: Any) -> Step:
         """One evaluation of the loss, before it is evaluated."""
-        settings, program = self.settings, (rng_key, dict(params), model, guide, args, kwargs)
-        library = NumPyroLibrary(
-            settings, self.randomness, self._memory, *program, self.vectorize_particles_fn, self.debug
-        )
+        settings, program = self.settings, Program(model, guide, args, kwargs, dict(params), rng_key)
+        mapped = self.vectorize_particles_fn
+        library = NumPyroLibrary(settings, self.randomness, self._memory, program, mapped, self.debug)
         return Step(settings, library)
 
 

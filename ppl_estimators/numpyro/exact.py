@@ -18,14 +18,22 @@ from numpyro.primitives import Messenger
 from ..core import families
 from ..core.enumeration import Unplaced
 from ..core.errors import EstimatorError, site_error
-from ..core.objectives import Dreamt, Objective, check_dreams
 from ..core.site import Term
 from ..measure import quadrature
-from ..measure.states import Count, Exact, Minibatches, check_budget, minibatches_of
+from ..measure.states import (
+    Asked,
+    Count,
+    Exact,
+    check_budget,
+    largest_change,
+    minibatches_of,
+    not_finite,
+    refused,
+)
 from .distributions import family, log_q, sampled_dtype, unwrapped
 from .enumeration import Layout
 from .ops import OPS
-from .run import Keys, Message, Traces, execute, plain_shapes, survey, terms_of, turned
+from .run import Keys, Message, Program, Traces, execute, plain_shapes, survey, terms_of
 
 Array = Any
 _CHUNK = 256  # states evaluated side by side
@@ -38,36 +46,18 @@ def exact(
     guide: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    *,
     params: Mapping[str, Any] | None,
-    nodes: int,
-    max_states: int,
-    minibatches: Minibatches | None,
-    objective: Objective,
-    num_particles: int,
+    asked: Asked,
 ) -> Exact:
     """Sum over states."""
-    found = _exact(model, guide, args, kwargs, params, nodes, max_states, minibatches, objective, num_particles)
-    if weight := objective.dreams():
-        check_dreams(guide)
-        turn = (*turned(model, guide), args, kwargs, params, nodes, max_states, minibatches, Dreamt(weight), 1)
-        found = found.and_of(_exact(*turn))
-    return found
-
-
-def _exact(
-    model: Any, guide: Any, args: Any, kwargs: Any, params: Any, nodes: int, max_states: int, minibatches: Any,
-    objective: Objective, num_particles: int,
-) -> Exact:  # fmt: skip
-    program = _Program(model, guide, args, dict(kwargs), params, nodes, objective, num_particles)
-    batches = minibatches_of(program.subsampled, minibatches)
-    states = check_budget(program.counts, {n: len(b) for n, b in batches.items()}, max_states, program.joint)
+    program = _Program(model, guide, args, dict(kwargs), params, asked)
+    batches = minibatches_of(program.subsampled, asked.minibatches)
+    states = check_budget(program.counts, {n: len(b) for n, b in batches.items()}, asked.max_states, asked.joint)
     value, gradient = program.sum(batches)
     error = 0.0
     if program.continuous:
-        coarse = _Program(model, guide, args, dict(kwargs), params, quadrature.coarser(nodes), objective, num_particles)
-        _, other = coarse.sum(batches)
-        error = max((float(np.abs(g - other[n]).max()) for n, g in gradient.items() if g.size), default=0.0)
+        _, other = _Program(model, guide, args, dict(kwargs), params, asked.coarser).sum(batches)
+        error = largest_change(gradient, other)
     return Exact(value, gradient, program.params, states, error, tuple(program.rules))
 
 
@@ -80,26 +70,17 @@ def point(
 ) -> tuple[dict[str, Any], dict[str, Any], Traces]:
     """Parameters, constrained, with those of ``params`` put in, their constraints, and the run that declared them."""
     given = {n: v if isinstance(v, dict) else jnp.asarray(v) for n, v in dict(params or {}).items()}
-    program = Keys(jax.random.key(0)), jax.random.key(1), given, model, guide, args, kwargs
+    program, keys = Program(model, guide, args, kwargs, given, jax.random.key(1)), Keys(jax.random.key(0))
     with _Parameters(given) as recorded:
         try:
-            traces = execute(*program, draw=_own_draw)
+            traces = execute(program, keys, draw=_own_draw)
         except Unplaced:
-            traces = execute(*program, draw=_own_draw, layout=_layout(plain_shapes(*program)))
+            traces = execute(program, keys, draw=_own_draw, layout=_layout(plain_shapes(program, keys)))
     declared = recorded.sites
     if unknown := sorted(n for n in given.keys() - declared.keys() if not n.endswith("$state")):
         raise EstimatorError(f"params: the program declares no parameter {unknown}. There are: {sorted(declared)}.")
     found = {n: jax.tree.map(lambda x: jnp.asarray(x, float), s["value"]) for n, s in declared.items()}
     return found, {n: s["kwargs"].get("constraint", constraints.real) for n, s in declared.items()}, traces
-
-
-def _look_at_guide(guide: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    traces = execute(Keys(jax.random.key(0)), jax.random.key(1), {}, None, guide, args, kwargs, draw=_own_draw)
-    if not traces.latents():
-        raise EstimatorError(
-            "the guide draws no latent site, so there is nothing to estimate. Give the guide a numpyro.sample(...) "
-            "statement, or pass model and guide in this order."
-        )
 
 
 def _layout(shapes: Mapping[tuple[str, str], tuple[int, ...]] | None) -> Layout | None:
@@ -156,22 +137,17 @@ class _Unmarked(Messenger):
 
 
 class _Program:
-    def __init__(
-        self, model: Any, guide: Any, args: Any, kwargs: Any, params: Any, nodes: int, objective: Objective,
-        num_particles: int,
-    ):  # fmt: skip
-        self.objective, self.joint = objective, objective.joint(num_particles)
+    def __init__(self, model: Any, guide: Any, args: Any, kwargs: Any, params: Any, asked: Asked):
+        self.objective, self.joint, self.keys = asked.objective, asked.joint, Keys(jax.random.key(0))
         # what the guide marks is summed over here like all the rest; what only the model has is one term
         guide = _Unmarked(guide)
-        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
-        _look_at_guide(guide, args, kwargs)
+        self._look_at_guide(Program(None, guide, args, kwargs, {}, jax.random.key(1)))
         self.params, constraint, traces = point(model, guide, args, kwargs, params)
-        summing = traces.values is not None
-        program = Keys(jax.random.key(0)), jax.random.key(1), self.params, model, guide, args, kwargs
-        self.shapes = plain_shapes(*program) if summing else None
+        self.program = Program(model, guide, args, kwargs, self.params, jax.random.key(1))
+        self.shapes = plain_shapes(self.program, self.keys) if traces.values is not None else None
         self.transforms = {n: biject_to(c) for n, c in constraint.items()}
         latents = traces.latents()
-        self.rules = {n: rule_of(n, m["fn"], nodes) for n, m in latents.items()}
+        self.rules = {n: rule_of(n, m["fn"], asked.nodes) for n, m in latents.items()}
         self.counts = [Count(n, r.size, math.prod(r.elements)) for n, r in self.rules.items()]
         self.continuous = any(not r.discrete for r in self.rules.values())
         self.subsampled = {
@@ -188,12 +164,18 @@ class _Program:
                     "Let the plate see all of its elements, without a handler that scales it.",
                 )
         self.state = {n: v for n, v in (params or {}).items() if n not in self.params}
-        self.depends_on = self._dependencies() if objective.keeps_score else None
+        self.depends_on = self._dependencies() if self.objective.keeps_score else None
+
+    def _look_at_guide(self, program: Program) -> None:
+        if not execute(program, self.keys, draw=_own_draw).latents():
+            raise EstimatorError(
+                "the guide draws no latent site, so there is nothing to estimate. Give the guide a numpyro.sample(...) "
+                "statement, or pass model and guide in this order."
+            )
 
     def _dependencies(self) -> dict[tuple[str, str], frozenset[str]]:
-        keys, params = (Keys(jax.random.key(0)), jax.random.key(1)), {**self.state, **self.params}
-        program = *keys, params, self.model, self.guide, self.args, self.kwargs
-        return survey(*program, lambda: _layout(self.shapes)).depends_on
+        program = self.program._replace(params={**self.state, **self.params})
+        return survey(program, self.keys, lambda: _layout(self.shapes)).depends_on
 
     # ---- one run --------------------------------------------------------------------------------------------------
 
@@ -219,11 +201,11 @@ class _Program:
             mine = digits[msg["name"]]
             return value(msg, mine[msg["step"]] if "step" in msg else mine)
 
-        traces = execute(
-            Keys(jax.random.key(0)), jax.random.key(1), {**self.state, **params},
-            _Minibatch(self.model, indices), _Minibatch(self.guide, indices), self.args, self.kwargs,
-            draw=draw, layout=_layout(self.shapes),
+        program = self.program._replace(
+            model=_Minibatch(self.program.model, indices), guide=_Minibatch(self.program.guide, indices),
+            params={**self.state, **params},
         )  # fmt: skip
+        traces = execute(program, self.keys, draw=draw, layout=_layout(self.shapes))
         weights = [self.rules[n].weigh(m["fn"], digits[n], m["value"]) for n, m in traces.latents().items()]
         weight = sum(weights)
         return weight if self.objective.moves else jax.lax.stop_gradient(weight), traces
@@ -293,12 +275,7 @@ class _Program:
         values = {n: m["value"].tolist() for n, m in traces.latents().items()}
         for term in terms_of(traces):
             if not bool(jnp.isfinite(term.value).all()):
-                kind = "log p" if term.side == "model" else "-log q"
-                raise site_error(
-                    term.site,
-                    f"its {kind} in the {term.side} is {float(jnp.sum(term.value))} where the latents are {values}",
-                    "The ELBO is not finite there: widen the support, or look for a NaN in the parameters and data.",
-                )
+                raise not_finite(term, float(jnp.sum(term.value)), values)
         if self.joint == 1:
             raise EstimatorError(f"the ELBO is not finite where the latents are {values}.")
 
@@ -423,11 +400,5 @@ def _logits(fn: Any) -> Array:
 
 
 def _refused(name: str, base: Any, why: str) -> EstimatorError:
-    known = "Normal, MultivariateNormal, mixtures and transforms of them, and what has a quantile function (icdf)"
-    if getattr(base.support, "is_discrete", False) or family(base) in families.COUNTS:
-        known = "distributions with a small finite support"
-    return site_error(
-        name,
-        f"exact_gradient cannot sum over {type(base).__name__} ({why})",
-        f"It sums over {known}. Pass assert_unbiased(..., reference={{...}}) if you know the gradient otherwise.",
-    )
+    discrete = getattr(base.support, "is_discrete", False) or family(base) in families.COUNTS
+    return refused(name, type(base).__name__, why, discrete)

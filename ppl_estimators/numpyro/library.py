@@ -40,6 +40,7 @@ from .randomness import Randomness
 from .run import (
     Keys,
     Message,
+    Program,
     Traces,
     execute,
     interpreted,
@@ -99,21 +100,15 @@ class NumPyroLibrary:
         settings: Settings,
         randomness: Randomness,
         memory: Memory,
-        key: Array,
-        params: dict[str, Array],
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        program: Program,
         map_particles: Callable[..., Any],
         debug: bool = False,
     ):
         self.map_particles, self.memory, self.debug = map_particles, memory, debug
-        self.settings, self.randomness, self.key, self.params = settings, randomness, key, params
-        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
+        self.settings, self.randomness, self.program, self.key = settings, randomness, program, program.key
         self.dtypes: Mapping[str, Any] = {}
         self.shapes: Mapping[tuple[str, str], tuple[int, ...]] | None = None  # if values are laid out side by side
-        self._remembered = memory.recall(settings, model, guide)
+        self._remembered = memory.recall(settings, program.model, program.guide)
         self._plan = self._remembered or self._survey()
         self._alike = _alike(self._plan)
 
@@ -128,12 +123,11 @@ class NumPyroLibrary:
 
     def _survey(self) -> Plan:
         """Trace guide and model once, and see which latent values reach which cost terms."""
-        program = Keys(self.key), self.key, self.params, self.model, self.guide, self.args, self.kwargs
         try:
-            found = survey(*program, self._layout)
+            found = survey(self.program, Keys(self.key), self._layout)
         except Unplaced:
-            self.shapes = plain_shapes(*program)
-            found = survey(*program, self._layout)
+            self.shapes = plain_shapes(self.program, Keys(self.key))
+            found = survey(self.program, Keys(self.key), self._layout)
         self.dtypes = found.dtypes
         in_model = found.in_model
         check_keys(self.settings.mapping, list(found.sites), "EstimatorELBO", in_model)
@@ -149,7 +143,7 @@ class NumPyroLibrary:
             self.settings,
             branches=frozenset() if found.followed else frozenset(sites),
         )
-        going_forward = forward(self.params)
+        going_forward = forward(self.program.params)
         for name, operation in found.stuck.items():
             estimator = plan.estimators[name]
             moves = estimator.value.moves and not (going_forward and operation == LOOP)
@@ -181,18 +175,18 @@ class NumPyroLibrary:
         return self._execute(source, lambda msg: self.part(msg, values[msg["name"]]), constants=True, model=False)
 
     def _execute(self, source: Keys, draw: Any, *, constants: bool, model: bool = True) -> Traces:
-        params, args, kwargs = self.params, self.args, self.kwargs
+        program = self.program if model else self.program._replace(model=None)
         if constants:
-            params, args, kwargs = jax.tree.map(_constant, (params, args, kwargs))
+            params, args, kwargs = jax.tree.map(_constant, (program.params, program.args, program.kwargs))
+            program = program._replace(params=params, args=args, kwargs=kwargs)
 
         def drawn(msg: Message) -> Array:
             value = draw(msg)
             if "step" in msg and isinstance(asked := self.requested(msg), Estimator):
-                msg["given"] = asked.given(args, kwargs)
+                msg["given"] = asked.given(program.args, program.kwargs)
             return value
 
-        chosen, layout = self.model if model else None, self._layout()
-        return execute(source, self.key, params, chosen, self.guide, args, kwargs, draw=drawn, layout=layout)
+        return execute(program, source, draw=drawn, layout=self._layout())
 
     def _layout(self) -> Layout | None:
         """Where the values of enumerated sites go in a run, if the program has some."""
@@ -201,19 +195,20 @@ class NumPyroLibrary:
         return Layout(self.shapes, lambda n: (named := self.settings.asked(n, None)) is not None and named.sums)
 
     def dream(self, source: Keys) -> Traces:
-        check_dreams(self.guide)
+        program = self.program
+        check_dreams(program.guide)
 
         def draw(msg: Message) -> Array:
             name, key = f"dreamt {msg['name']}", msg["kwargs"]["rng_key"]
             return jax.lax.stop_gradient(self.randomness.value(name, msg["fn"], key, msg.get("step"))[0])
 
-        keys, (guide, model) = Keys(key_of(source.key, "turned")), turned(self.model, self.guide)
-        return execute(keys, self.key, self.params, guide, model, self.args, self.kwargs, draw=draw)
+        model, guide = turned(program.model, program.guide)
+        return execute(program._replace(model=model, guide=guide), Keys(key_of(source.key, "turned")), draw=draw)
 
     def given(self, msg: Message, estimator: Estimator) -> Values:
         asked = self.settings.asked(msg["name"], self.requested(msg)) or estimator  # as this run of the guide made it
         inside = "given" in msg and asked is self.requested(msg)  # in each step of a scan
-        return msg["given"] if inside else asked.given(self.args, self.kwargs)
+        return msg["given"] if inside else asked.given(self.program.args, self.program.kwargs)
 
     def terms(
         self, traces: Traces, plan: Plan, relaxed: frozenset[str], *, only: frozenset[str] | None = None,
@@ -237,7 +232,7 @@ class NumPyroLibrary:
         kinds = kinds_of(run.traces, run.terms)
         if self._remembered is None:
             if kinds is not None:
-                self.memory.store(self.settings, plan, kinds, self.model, self.guide)
+                self.memory.store(self.settings, plan, kinds, self.program.model, self.program.guide)
         elif kinds != self.memory.kinds:
             raise _Unplanned
 
@@ -335,7 +330,7 @@ class NumPyroLibrary:
                 f"{estimator!r} keeps parameters or state between steps, which the guide does not declare",
                 f'Wrap the guide: guide = with_estimators(guide, {{"{site.name}": {estimator!r}}}).',
             )
-        with substitute(data=self.params):
+        with substitute(data=self.program.params):
             return declare(site, declared, given)
 
     def divergence(self, ours: Message, theirs: Message) -> Array:
@@ -349,13 +344,13 @@ class NumPyroLibrary:
 
     def past(self, declared: Keeps) -> Values:
         name = state_name(NAME)
-        if name not in self.params:
+        if name not in self.program.params:
             objective = self.settings.objective
             raise EstimatorError(
                 f"{objective!r} counts the steps, and the guide does not declare what counts them. Wrap the guide: "
                 f"guide = with_estimators(guide, objective={objective!r})."
             )
-        found: Values = self.params[name]
+        found: Values = self.program.params[name]
         return found
 
     def log_q(self, msg: Message, value: Array) -> Array:

@@ -24,7 +24,7 @@ from ..measure.gradients import check_sites, kept_by_estimators
 from ..measure.watch import Moment, Snapshot, Watcher, jumps, place
 from .distributions import unwrapped
 from .elbo import EstimatorELBO
-from .run import Keys, execute, terms_of
+from .run import Keys, Program, execute, terms_of
 
 Array = Any
 
@@ -97,7 +97,7 @@ class _Watched:
 
         def arrays(own: Any) -> dict[str, Array]:
             params = {**self.constrain_fn(own), **(state.mutable_state or {})}
-            traces = execute(Keys(key), key, params, None, self.guide, args, kwargs, draw=_plain)
+            traces = execute(Program(None, self.guide, args, kwargs, params, key), Keys(key), draw=_plain)
             return {name: x for n, m in traces.latents().items() for name, x in _arrays(n, m["fn"]).items()}
 
         along = jax.tree.map(lambda x: jax.random.normal(key, jnp.shape(x), x.dtype), own)
@@ -237,7 +237,7 @@ def flat_sites(elbo: Any, model: Any, guide: Any, params: Any, args: Any, kwargs
         def draw(msg: Any) -> Any:
             return values[msg["name"]] if msg["name"] in values else _plain(msg)
 
-        return execute(Keys(key), key, params, model, guide, args, kwargs, draw=draw)
+        return execute(Program(model, guide, args, kwargs, params, key), Keys(key), draw=draw)
 
     try:
         traces = run({})

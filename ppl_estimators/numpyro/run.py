@@ -116,6 +116,17 @@ def plates_of(msg: Message) -> frozenset[Plate]:
     return frozenset(Plate(f.name, f.dim, f.size) for f in msg["cond_indep_stack"])
 
 
+class Program(NamedTuple):
+    """Model and guide, what they are called with, their parameters, and the key of what all particles share."""
+
+    model: Any  # None: the guide only
+    guide: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    params: Mapping[str, Any]
+    key: Array
+
+
 class DuplicateName(EstimatorError, AssertionError):
     """Two sites of one name: an `AssertionError` too, as NumPyro's own."""
 
@@ -343,30 +354,19 @@ def _flow(msg: Message) -> tuple[int, bool] | None:
 
 
 def execute(
-    keys: Keys,
-    plate_key: Array,
-    params: Mapping[str, Array],
-    model: Callable[..., Any] | None,
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    *,
-    draw: Draw,
-    layout: Layout | None = None,
-    handed_over: Draw | None = None,
+    program: Program, keys: Keys, *, draw: Draw, layout: Layout | None = None, handed_over: Draw | None = None
 ) -> Traces:
-    """Run the guide, then the model on the guide's values (unless ``model`` is None). ``layout``: where values of
-    enumerated sites go; a run that finds it needs one raises `Unplaced`. ``handed_over``: what takes the place of the
-    guide's values inside scans of the model."""
-    traces = Traces()
-    with _Conduct(keys.key, plate_key, draw, traces.guide, params, layout=layout):
+    """Run the guide, then the model (unless it is None) on the guide's values. ``layout``: where values of enumerated
+    sites go; a run that finds it needs one raises `Unplaced`. ``handed_over``: what takes the place of the guide's
+    values inside scans of the model."""
+    traces, (model, guide, args, kwargs, params, key) = Traces(), program
+    with _Conduct(keys.key, key, draw, traces.guide, params, layout=layout):
         substitute(guide, data=dict(params))(*args, **kwargs)
     if model is not None:
         own = {**params, **{n: m["value"] for n, m in traces.guide.items() if m["type"] == "mutable"}}
         refuse = partial(_refuse, layout=layout)
         with _Conduct(
-            keys.key, plate_key, refuse, traces.model, params,
-            guide=traces.guide, layout=layout, handed_over=handed_over,
+            keys.key, key, refuse, traces.model, params, guide=traces.guide, layout=layout, handed_over=handed_over
         ):  # fmt: skip
             drawn = {n: m for n, m in traces.guide.items() if m["type"] in ("sample", "plate")}
             replay(substitute(model, data=own), trace=drawn)(*args, **kwargs)
@@ -678,15 +678,7 @@ class Survey:
         return {(t.side, t.site): t.depends_on for t in self.terms}
 
 
-def plain_shapes(
-    keys: Keys,
-    plate_key: Array,
-    params: Mapping[str, Array],
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> dict[tuple[str, str], tuple[int, ...]]:
+def plain_shapes(program: Program, keys: Keys) -> dict[tuple[str, str], tuple[int, ...]]:
     """The batch shapes of the sites of a program, none of them enumerated."""
     found: dict[tuple[str, str], tuple[int, ...]] = {}
 
@@ -695,7 +687,7 @@ def plain_shapes(
 
     def look() -> None:
         look_only = Layout(None, lambda name: False)
-        traces = execute(keys, plate_key, params, model, guide, args, kwargs, draw=draw, layout=look_only)
+        traces = execute(program, keys, draw=draw, layout=look_only)
         for side, record in (("guide", traces.guide), ("model", traces.model)):
             sites = {n: m for n, m in record.items() if m["type"] == "sample"}
             found.update({(side, n): m["fn"].batch_shape["scan" in m :] for n, m in sites.items()})
@@ -715,16 +707,7 @@ def interpreted() -> bool:
     return bool(jax.config.jax_disable_jit)  # type: ignore[attr-defined]  # set when jax is imported
 
 
-def survey(
-    keys: Keys,
-    plate_key: Array,
-    params: Mapping[str, Array],
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    layout: Callable[[], Layout | None],
-) -> Survey:
+def survey(program: Program, keys: Keys, layout: Callable[[], Layout | None]) -> Survey:
     """Run guide and model once, and see which latent values reach which cost terms."""
     followed = not interpreted()
     seen: dict[str, Any] = {}
@@ -745,12 +728,11 @@ def survey(
             return None
         return mark(value, HANDED_OVER + msg["name"])
 
-    def program() -> Any:
-        marked = jax.tree.map(lambda x: mark(x, _PARAMETERS), dict(params)) if followed else params
-        traces = execute(
-            keys, plate_key, marked, model, guide, args, kwargs,
-            draw=draw, layout=layout(), handed_over=handed_over if followed else None,
-        )  # fmt: skip
+    def run() -> Any:
+        ran = program
+        if followed:
+            ran = ran._replace(params=jax.tree.map(lambda x: mark(x, _PARAMETERS), dict(ran.params)))
+        traces = execute(ran, keys, draw=draw, layout=layout(), handed_over=handed_over if followed else None)
         latents = traces.latents()
         both = [n for n in latents if n in traces.model and _latent(traces.model[n])]
         for n in both:
@@ -770,13 +752,13 @@ def survey(
         return [t.value for t in terms], values, {n: ends(m["fn"]) for n, m in latents.items()}
 
     def again() -> bool:
-        return not followed or same(traced, jax.make_jaxpr(lambda: program())())  # a new function: not from a cache
+        return not followed or same(traced, jax.make_jaxpr(lambda: run())())  # a new function: not from a cache
 
     if followed:
-        (of_terms, of_values, of_ends), stuck, traced, reads = dependencies(program)
+        (of_terms, of_values, of_ends), stuck, traced, reads = dependencies(run)
         steps = _steps(seen["terms"], seen["orders"], reads()[0], frozenset(unclear)) if seen["orders"] else {}
     else:
-        program()
+        run()
         of_terms, of_values, of_ends = _in_order(seen["order"], seen["sites"], seen["terms"])
         stuck, steps = {}, {}
     odd, auxiliary = seen["odd"]

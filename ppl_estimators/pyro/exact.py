@@ -19,16 +19,24 @@ from torch.distributions import constraints, transform_to
 
 from ..core import families
 from ..core.enumeration import Unplaced
-from ..core.errors import EstimatorError, site_error
-from ..core.objectives import Dreamt, Objective, check_dreams
+from ..core.errors import EstimatorError
 from ..measure import quadrature
-from ..measure.states import Count, Exact, Minibatches, check_budget, minibatches_of
+from ..measure.states import (
+    Asked,
+    Count,
+    Exact,
+    check_budget,
+    largest_change,
+    minibatches_of,
+    not_finite,
+    refused,
+)
 from .dependencies import Holdings, Provenance
 from .distributions import family, log_q, unwrapped
 from .enumeration import Layout
 from .look import untouched
 from .ops import OPS
-from .run import Message, Traces, dependencies, execute, terms_of, turned
+from .run import Message, Traces, dependencies, execute, terms_of
 
 Array = torch.Tensor
 
@@ -43,29 +51,11 @@ def exact(
     guide: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    *,
     params: Mapping[str, Any] | None,
-    nodes: int,
-    max_states: int,
-    minibatches: Minibatches | None,
-    objective: Objective,
-    num_particles: int,
+    asked: Asked,
 ) -> Exact:
     """Sum over states; the parameter store, ``.grad`` and the random state stay as they are."""
-    found = _exact(model, guide, args, kwargs, params, nodes, max_states, minibatches, objective, num_particles)
-    if weight := objective.dreams():
-        check_dreams(guide)
-        turn = (*turned(model, guide), args, kwargs, params, nodes, max_states, minibatches, Dreamt(weight), 1)
-        found = found.and_of(_exact(*turn))
-    return found
-
-
-def _exact(
-    model: Any, guide: Any, args: Any, kwargs: Any, params: Any, nodes: int, max_states: int, minibatches: Any,
-    objective: Objective, num_particles: int,
-) -> Exact:  # fmt: skip
-    program = _Program(model, guide, args, dict(kwargs), dict(params or {}), nodes, max_states, minibatches)
-    program.objective, program.joint = objective, objective.joint(num_particles)
+    program = _Program(model, guide, args, dict(kwargs), dict(params or {}), asked)
     with untouched(), torch.enable_grad():
         try:
             return program.sum()
@@ -126,20 +116,15 @@ class _Unmarked(Messenger):
 
 
 class _Program:
-    objective: Objective
-    joint: int
     depends_on: Mapping[tuple[str, str], frozenset[str]] = {}
 
-    def __init__(
-        self, model: Any, guide: Any, args: Any, kwargs: Any, params: Any, nodes: int, max_states: int, minibatches: Any
-    ):
+    def __init__(self, model: Any, guide: Any, args: Any, kwargs: Any, params: Any, asked: Asked):
+        self.asked, self.objective, self.joint = asked, asked.objective, asked.joint
         # what the guide marks is summed over here like all the rest; what only the model has is one term
-        self.model, self.guide = model, _Unmarked()(guide)
+        self.model, self.guide, self.args, self.kwargs = model, _Unmarked()(guide), args, kwargs
         self.summing = False
-        self.args, self.kwargs = args, kwargs
-        self.params, self.nodes, self.max_states, self.minibatches = params, nodes, max_states, minibatches
         self.observes = isinstance(getattr(guide, "guide", guide), GuideMessenger)
-        self.point = Point(self.params)
+        self.point = Point(params)
 
     # ---- one run --------------------------------------------------------------------------------------------------
 
@@ -176,23 +161,23 @@ class _Program:
         subsamples: dict[str, Array] = {}
         with torch.no_grad():
             self.look_at_guide()
-            traces, _ = self.point.settled(lambda: self.run([], self.nodes, subsamples))
+            traces, _ = self.point.settled(lambda: self.run([], self.asked.nodes, subsamples))
         self.point.check()
         if self.objective.keeps_score:
             self.depends_on = self.dependencies()
-        batches = minibatches_of(_subsampled(traces), self.minibatches)
-        check_budget(self.counts, {n: len(b) for n, b in batches.items()}, self.max_states, self.joint)
+        batches = minibatches_of(_subsampled(traces), self.asked.minibatches)
+        check_budget(self.counts, {n: len(b) for n, b in batches.items()}, self.asked.max_states, self.joint)
         continuous = any(not _discrete(m["fn"]) for m in traces.latents().values())
-        value, gradient, states = self.enumerate(self.nodes, batches)
+        value, gradient, states = self.enumerate(self.asked.nodes, batches)
         error = 0.0
         if continuous:
-            _, other, _ = self.enumerate(quadrature.coarser(self.nodes), batches)
-            error = max((float(np.abs(g - other[n]).max()) for n, g in gradient.items() if g.size), default=0.0)
+            _, other, _ = self.enumerate(self.asked.coarser.nodes, batches)
+            error = largest_change(gradient, other)
         return Exact(value, gradient, self.point.values(), states, error, tuple(traces.latents()))
 
     def dependencies(self) -> dict[tuple[str, str], frozenset[str]]:
         """The latent sites behind each cost term of the first run."""
-        holdings, drawn = Holdings(), lambda m: rule_of(m["name"], m["fn"], self.nodes).take(0)[0]
+        holdings, drawn = Holdings(), lambda m: rule_of(m["name"], m["fn"], self.asked.nodes).take(0)[0]
         while True:
             with Provenance(holdings) as follow:
                 program = self.model, self.guide, self.args, self.kwargs
@@ -226,10 +211,10 @@ class _Program:
                 if self.joint == 1 and found:
                     loss += self.add([found.pop()], share, gradient)
                 states += 1
-                if states > self.max_states:
+                if states > self.asked.max_states:
                     raise EstimatorError(
-                        f"exact_gradient met more than max_states = {self.max_states:,} states: the program's branches "
-                        "have more than its first run shows. Pass a larger max_states=."
+                        f"exact_gradient met more than max_states = {self.asked.max_states:,} states: the program's "
+                        "branches have more than its first run shows. Pass a larger max_states=."
                     )
                 while path and path[-1][0] == path[-1][1] - 1:
                     path.pop()
@@ -250,12 +235,7 @@ class _Program:
         for term in terms:
             if not bool(torch.isfinite(term.value).all()):
                 values = {n: m["value"].tolist() for n, m in traces.latents().items()}
-                kind = "log p" if term.side == "model" else "-log q"
-                raise site_error(
-                    term.site,
-                    f"its {kind} in the {term.side} is {term.value.sum().item()} where the latents are {values}",
-                    "The ELBO is not finite there: widen the support, or look for a NaN in the parameters and data.",
-                )
+                raise not_finite(term, term.value.sum().item(), values)
         past = {k: torch.full(v.shape, v.value) for k, v in self.objective.keeps().state.items()}
         self.scale = self.objective.scale(terms)
         return self.objective.collect(OPS, self.objective.weighed(OPS, terms, traces.latents(), past))
@@ -401,11 +381,5 @@ def _mixture(name: str, base: Any, nodes: int) -> Any:
 
 
 def _refused(name: str, base: Any, why: str) -> EstimatorError:
-    known = "Normal, MultivariateNormal, mixtures and transforms of them, and what has a quantile function (icdf)"
-    if getattr(base.support, "is_discrete", False) or family(base) in families.COUNTS:
-        known = "distributions with a small finite support"
-    return site_error(
-        name,
-        f"exact_gradient cannot sum over {type(base).__name__} ({why})",
-        f"It sums over {known}. Pass assert_unbiased(..., reference={{...}}) if you know the gradient otherwise.",
-    )
+    discrete = getattr(base.support, "is_discrete", False) or family(base) in families.COUNTS
+    return refused(name, type(base).__name__, why, discrete)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..backends import Library, of_program
-from ..core.objectives import EvidenceLowerBound, Objective
-from ..measure.states import Exact, Minibatches
+from ..core.objectives import Dreamt, EvidenceLowerBound, Objective, check_dreams
+from ..measure.states import Asked, Exact, Minibatches
 
 
 def exact_gradient(
@@ -57,8 +58,11 @@ def exact_gradient(
     if not 2 <= nodes <= 200:
         raise ValueError(f"exact_gradient(nodes=...) takes 2 to 200 Gauss nodes per element, got {nodes!r}.")
     library = of_program(model, guide, args, kwargs) if backend is None else Library(backend)
-    exact: Exact = library.part("exact").exact(
-        model, guide, args, kwargs, params=params, nodes=nodes, max_states=max_states, minibatches=minibatches,
-        objective=objective or EvidenceLowerBound(), num_particles=num_particles,
-    )  # fmt: skip
-    return exact
+    asked = Asked(nodes, max_states, minibatches, objective or EvidenceLowerBound(), num_particles)
+    exact, given = library.part("exact").exact, (args, kwargs, params)
+    found: Exact = exact(model, guide, *given, asked)
+    if weight := asked.objective.dreams():
+        check_dreams(guide)
+        turned = library.part("run").turned(model, guide)
+        found = found.and_of(exact(*turned, *given, replace(asked, objective=Dreamt(weight), num_particles=1)))
+    return found

@@ -36,7 +36,7 @@ from ppl_estimators import (
 )
 from ppl_estimators.core.credit import Graph
 from ppl_estimators.numpyro import with_estimators
-from ppl_estimators.numpyro.run import Keys, survey
+from ppl_estimators.numpyro.run import Keys, Program, survey
 from ppl_estimators.pyro import with_estimators as torch_hook
 from ppl_estimators.testing import exact_gradient
 
@@ -107,7 +107,8 @@ WINDOWS = [
 def test_the_steps_that_a_step_moves(guide_reversed, model_reversed, remembers, memory, expected):
     model, guide = program(guide_reversed, model_reversed, remembers, memory)
     params = jax.tree.map(jnp.asarray, START)
-    found = survey(Keys(jax.random.key(0)), jax.random.key(1), params, model, guide, (), {}, lambda: None)
+    run = Program(model, guide, (), {}, params, jax.random.key(1))
+    found = survey(run, Keys(jax.random.key(0)), lambda: None)
     graph = Graph(found.ancestors, {n: s.plates for n, s in found.sites.items()}, found.steps)
     windows = {"q" if t.side == "guide" else t.site: graph.window("z", t) for t in found.terms}
     assert {n: w and (w.first, w.last) for n, w in windows.items()} == expected
