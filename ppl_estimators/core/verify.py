@@ -11,15 +11,12 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
 
 from .errors import EstimatorError, site_error
 from .estimator import Estimator
+from .library import Library, Run
 from .ops import Array, Ops
-
-if TYPE_CHECKING:
-    from .plan import Plan, Settings
-    from .step import Run
+from .plan import Plan
 
 #: side and site of a cost term
 Key = tuple[str, str]
@@ -33,20 +30,6 @@ BUDGET, THOROUGH = 24, 1000
 _CANDIDATES = 32  # groups that are looked at for each
 #: of elements in the values of one site, beyond all at once
 _PATTERNS = 3
-
-
-class Library(Protocol):
-    """What is asked of a library here."""
-
-    ops: Ops
-    settings: Settings
-    #: how data are passed in, and how estimators that keep something are chosen, as a user writes it
-    passing: str
-    choosing: str
-
-    def moved(self, run: Run, sites: Sequence[str], pattern: int) -> Mapping[Key, Array]:
-        """The cost terms of a further run in which ``sites`` take other values, by a pattern; all others keep those of
-        ``run``."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What NumPyro does for one evaluation of the loss (`core.step.Library`)."""
+"""What NumPyro does for one evaluation of the loss (`core.library.Library`)."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from ..core.errors import EstimatorError, site_error
 from ..core.estimator import Estimator, Noise
 from ..core.families import DISCRETE, divergence
 from ..core.keep import Keeps, Kept
+from ..core.library import Joined, Run, Values
 from ..core.objectives import NAME, check_dreams
 from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings, check_keys, make_plan
 from ..core.posterior import Tables, Uniform
 from ..core.site import Site, Term
-from ..core.step import Joined, Run, Values
 from ..core.verify import not_the_same, run_again
 from .dependencies import LOOP, forward, without_derivative
 from .distributions import another, family, log_q, natural_parameters, score_norm

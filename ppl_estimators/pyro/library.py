@@ -1,4 +1,4 @@
-"""What Pyro does for one evaluation of the loss (`core.step.Library`)."""
+"""What Pyro does for one evaluation of the loss (`core.library.Library`)."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from ..core.enumeration import Unplaced, check_objective, warn_of_minibatches
 from ..core.errors import EstimatorError, site_error, warn
 from ..core.estimator import Estimator, Noise
 from ..core.keep import Keeps, Kept
+from ..core.library import Joined, Run, Values
 from ..core.objectives import NAME, check_dreams
 from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings, check_keys, make_plan
 from ..core.posterior import Tables, Uniform
 from ..core.site import Plate, Site, Term
-from ..core.step import Joined, Run, Values
 from ..core.verify import BUDGET, cost_of, equal, look, not_the_same, run_again
 from ..policy import requested
 from .baseline import from_baseline
