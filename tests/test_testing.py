@@ -84,7 +84,7 @@ def test_exact_gradient_is_the_sum_over_states(library, name):
 @pytest.mark.parametrize("name", ["mixture", "wrapped"])
 def test_exact_gradient_of_mixtures_and_transforms(library, name):
     case = zoo.CASES[name]
-    exact = exact_gradient(*case.build(library), nodes={"mixture": 120, "wrapped": 7}[name])
+    exact = exact_gradient(*case.build(library), nodes={"mixture": 120, "wrapped": 5}[name])
     for key, g in case.exact_gradient().items():
         np.testing.assert_allclose(exact.gradient[key], g, atol={"mixture": 2e-6, "wrapped": 1e-4}[name], err_msg=key)
         assert np.abs(exact.gradient[key] - g).max() <= exact.quadrature_error + 1e-9
@@ -402,9 +402,9 @@ def test_a_bound_needs_its_reference(library):
     for name, wanted in exact.items():
         np.testing.assert_allclose(found.gradient[name], wanted, rtol=1e-3, atol=1e-4)
     elbo = ours.EstimatorELBO(num_particles=2, objective=ImportanceWeighted(), vectorize_particles=True)
-    assert_unbiased(elbo, model, guide, able_to_see=0.3)
+    assert_unbiased(elbo, model, guide, able_to_see=0.6)  # the gradient of the ELBO is .77 of its length away
     with pytest.raises(Biased):
-        assert_unbiased(theirs.RenyiELBO(alpha=0, num_particles=2), model, guide, reference=exact, able_to_see=0.2)
+        assert_unbiased(theirs.RenyiELBO(alpha=0, num_particles=2), model, guide, reference=exact, able_to_see=0.5)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from functools import cache, partial
+from itertools import product
 from typing import Any
 
 import equinox
@@ -54,6 +56,11 @@ KEEPING = [
     RELAXWithModel(hidden=4),
     REBAR(),
 ]
+
+
+def slow(*values: Any) -> Any:
+    """What is kept here, others keep as well."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def model(data: Any) -> None:
@@ -115,7 +122,7 @@ def test_a_plain_value_and_grad_loop_with_optax() -> None:
     assert (parameters["logits"][~likely] < 0).all()
 
 
-@pytest.mark.parametrize("estimator", [DisARM(), NVIL], ids=repr)
+@pytest.mark.parametrize("estimator", [slow(DisARM()), NVIL], ids=repr)
 def test_run_with_and_without_the_progress_bar(estimator: Any, capfd: pytest.CaptureFixture[str]) -> None:
     quiet = make_svi({"z": estimator}).run(jax.random.key(0), 30, DATA, progress_bar=False)
     assert "%" not in capfd.readouterr().err
@@ -165,8 +172,8 @@ def test_stable_update_survives_a_bad_step_with_everything_that_is_kept() -> Non
 def test_forward_mode_differentiation() -> None:
     svi = make_svi({"z": NVIL})
     state = svi.init(jax.random.key(0), DATA)
-    backward, _ = svi.update(state, DATA)
-    forward, _ = svi.update(state, DATA, forward_mode_differentiation=True)
+    backward, _ = jax.jit(svi.update)(state, DATA)
+    forward, _ = jax.jit(partial(svi.update, forward_mode_differentiation=True))(state, DATA)
     for name, value in svi.get_params(backward).items():
         np.testing.assert_allclose(svi.get_params(forward)[name], value, rtol=1e-4, atol=1e-6)
 
@@ -174,7 +181,7 @@ def test_forward_mode_differentiation() -> None:
 # ---- evaluation and prediction -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("estimator", [NVIL, RELAX(hidden=4)], ids=repr)
+@pytest.mark.parametrize("estimator", [slow(NVIL), RELAX(hidden=4)], ids=repr)
 def test_evaluate_is_the_loss_whatever_is_kept(estimator: Any) -> None:
     """`SVI.evaluate` hands over parameters only. Its mean is the ELBO at these parameters, as any estimator's is."""
     svi = make_svi({"z": estimator})
@@ -184,10 +191,10 @@ def test_evaluate_is_the_loss_whatever_is_kept(estimator: Any) -> None:
         state, _ = update(state, DATA)
     assert svi.evaluate(state, DATA) == svi.evaluate(state, DATA)
     keys = jax.random.split(jax.random.key(1), 4000)
-    losses = np.asarray(jax.vmap(lambda key: svi.evaluate(state._replace(rng_key=key), DATA))(keys))
+    losses = np.asarray(jax.jit(jax.vmap(lambda key: svi.evaluate(state._replace(rng_key=key), DATA)))(keys))
     parameters = {k: v for k, v in svi.get_params(state).items() if "$" not in k}
     stock = Trace_ELBO(num_particles=2)
-    expected = np.asarray(jax.vmap(lambda key: stock.loss(key, parameters, model, guide, DATA))(keys))
+    expected = np.asarray(jax.jit(jax.vmap(lambda key: stock.loss(key, parameters, model, guide, DATA)))(keys))
     error = np.hypot(losses.std(), expected.std()) / np.sqrt(len(keys))
     assert error < 0.1
     assert abs(losses.mean() - expected.mean()) < 4 * error
@@ -218,8 +225,10 @@ def regression(data: Any) -> None:
 LINE = 1.5 * jnp.linspace(-1.0, 1.0, 20) + 0.3 * jnp.sin(jnp.arange(20.0) * 5)
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("kind", [AutoNormal, AutoDiagonalNormal])
+@pytest.mark.parametrize(
+    ("kind", "wrapped"),
+    [(AutoNormal, True), (AutoDiagonalNormal, False), slow(AutoNormal, False), slow(AutoDiagonalNormal, True)],
+)
 def test_autoguides_learn_and_keep_their_attributes(kind: Any, wrapped: bool) -> None:
     guide = kind(regression)
     if wrapped:
@@ -285,7 +294,10 @@ def assert_goes_on(svi: SVI, other: SVI, tmp_path: Any) -> None:
     assert_same(loss_again, loss)
 
 
-@pytest.mark.parametrize("estimator", KEEPING, ids=repr)
+KINDS_KEPT = (KEEPING[1], NVIL, RELAXWithModel(hidden=4))  # a coefficient, an average, parameters and networks
+
+
+@pytest.mark.parametrize("estimator", [e if e in KINDS_KEPT else slow(e) for e in KEEPING], ids=repr)
 def test_a_pickled_state_goes_on_bit_for_bit(estimator: Any, tmp_path: Any) -> None:
     svi = make_svi({"z": estimator})
     assert_goes_on(svi, svi, tmp_path)
@@ -297,7 +309,7 @@ def test_a_pickled_state_goes_on_in_a_new_svi(optimizer: Any, tmp_path: Any) -> 
     assert_goes_on(svi, other, tmp_path)
 
 
-@pytest.mark.parametrize("estimator", [NVIL, RELAX(hidden=4)], ids=repr)
+@pytest.mark.parametrize("estimator", [slow(NVIL), RELAX(hidden=4)], ids=repr)
 def test_a_state_serialised_by_flax_goes_on_bit_for_bit(estimator: Any) -> None:
     svi = make_svi({"z": estimator})
     state = svi.init(jax.random.PRNGKey(0), DATA)
@@ -313,7 +325,7 @@ def test_a_state_serialised_by_flax_goes_on_bit_for_bit(estimator: Any) -> None:
     assert_same(loaded, state)
 
 
-@pytest.mark.parametrize("estimator", [DisARM(), RELAX(hidden=4)], ids=repr)
+@pytest.mark.parametrize("estimator", [slow(DisARM()), RELAX(hidden=4)], ids=repr)
 def test_the_same_seed_gives_the_same_run(estimator: Any) -> None:
     svi = make_svi({"z": estimator})
     runs = [s.run(jax.random.key(3), 10, DATA, progress_bar=False) for s in (svi, make_svi({"z": estimator}))]
@@ -350,8 +362,7 @@ def test_a_running_average_over_several_steps_and_particles(particles: int) -> N
         assert state.mutable_state["z$state"]["mean"].shape == ()
 
 
-@pytest.mark.parametrize("particles", [1, 3])
-@pytest.mark.parametrize("where", ["model", "guide"])
+@pytest.mark.parametrize(("where", "particles"), [("model", 3), ("guide", 3), slow("model", 1), slow("guide", 1)])
 def test_the_users_own_counter_counts_steps(where: str, particles: int) -> None:
     def counting(fn: Any) -> Any:
         def counted(data: Any) -> None:
@@ -431,8 +442,20 @@ def eqx(features: int) -> Any:
     return equinox.nn.MLP(features, 1, 5, 1, activation=jnp.tanh, key=jax.random.key(0))
 
 
-@pytest.mark.parametrize("library", ["linen", "nnx", "equinox"])
-@pytest.mark.parametrize("estimator", ["learned", "learned from data", "relax"])
+@pytest.mark.parametrize(
+    ("estimator", "library"),
+    [
+        ("relax", "linen"),
+        ("relax", "nnx"),
+        ("relax", "equinox"),
+        ("learned", "nnx"),
+        ("learned from data", "linen"),
+        slow("learned", "linen"),
+        slow("learned", "equinox"),
+        slow("learned from data", "nnx"),
+        slow("learned from data", "equinox"),
+    ],
+)
 def test_networks_of_every_library_are_trained(estimator: str, library: str) -> None:
     features = 2 if estimator == "relax" else 1
     network = {"linen": Linen, "nnx": lambda: Nnx(features), "equinox": lambda: eqx(features)}[library]()
@@ -491,8 +514,17 @@ def test_a_learned_baseline_learns_the_cost(network: Any) -> None:
 # ---- precision -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("estimator", [DisARM(), Enumerate(), NVIL, RELAXWithModel()], ids=repr)
-@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize(
+    ("double", "estimator"),
+    [
+        (False, RELAXWithModel()),
+        (True, RELAXWithModel()),
+        (True, DisARM()),
+        *(slow(double, e) for double, e in product((False, True), (Enumerate(), NVIL))),
+        slow(False, DisARM()),
+    ],
+    ids=str,
+)
 def test_single_and_double_precision(estimator: Any, double: bool) -> None:
     with jax.enable_x64(double):
         wanted = jnp.float64 if double else jnp.float32
@@ -517,24 +549,28 @@ def _gradient(elbo: EstimatorELBO, guide: Any) -> float:
     return float(jax.grad(lambda a: elbo.loss(jax.random.key(0), {"a": a}, model, guide))(0.4))
 
 
+SPEC = {level: Reinforce(Constant(value)) for level, value in LEVELS.items()}
+
+
+def _bit(**infer: Any) -> Any:
+    return lambda: numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("a", 0.4)), infer=infer)
+
+
+@cache
+def _of_each_level() -> dict[str, float]:
+    found = {level: _gradient(EstimatorELBO({"z": s}), _bit()) for level, s in SPEC.items()}
+    assert len(set(found.values())) == len(LEVELS)
+    return found
+
+
 @pytest.mark.parametrize("present", [("default",), ("default", "infer"), ("default", "infer", "hook"), tuple(LEVELS)])
 def test_the_elbo_overrides_the_hook_overrides_infer_overrides_the_default(present: tuple[str, ...]) -> None:
     """Baselines that differ by level give gradients that do."""
-    spec = {level: Reinforce(Constant(value)) for level, value in LEVELS.items()}
-    infer = {"estimator": spec["infer"]} if "infer" in present else {}
-
-    def guide() -> None:
-        numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("a", 0.4)), infer=infer)
-
-    def plain() -> None:
-        numpyro.sample("z", dist.Bernoulli(logits=numpyro.param("a", 0.4)))
-
-    hooked = with_estimators(guide, {"z": spec["hook"]}) if "hook" in present else guide
-    elbo = EstimatorELBO({"z": spec["elbo"]} if "elbo" in present else None, default=spec["default"])
-    expected = {level: _gradient(EstimatorELBO({"z": s}), plain) for level, s in spec.items()}
-    assert len(set(expected.values())) == len(LEVELS)
+    guide = _bit(**({"estimator": SPEC["infer"]} if "infer" in present else {}))
+    hooked = with_estimators(guide, {"z": SPEC["hook"]}) if "hook" in present else guide
+    elbo = EstimatorELBO({"z": SPEC["elbo"]} if "elbo" in present else None, default=SPEC["default"])
     strongest = next(level for level in LEVELS if level in present)
-    assert _gradient(elbo, hooked) == expected[strongest]
+    assert _gradient(elbo, hooked) == _of_each_level()[strongest]
 
 
 def test_state_that_the_hook_declares_and_the_elbo_overrides_is_carried_along() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 
 Rule = tuple[np.ndarray, np.ndarray]
 
 
+@cache
 def hermite(n: int) -> Rule:
     """Nodes ``[n]`` and log weights ``[n]`` of the standard normal: exact for polynomials of degree 2n − 1."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(n)
@@ -16,6 +18,7 @@ def hermite(n: int) -> Rule:
     return nodes[keep], np.log(weights[keep]) - 0.5 * math.log(2 * math.pi)
 
 
+@cache
 def unit(n: int) -> Rule:
     """Nodes ``[n]`` and log weights ``[n]`` of the uniform on (0, 1), n rounded up to an even number.
 
