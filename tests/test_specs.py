@@ -361,7 +361,6 @@ ALONE = {
     ("pyro", "library.py"): {
         "Recent": "what a program has shown, from step to step; a step of NumPyro is traced, and one plan kept",
         "PyroLibrary": "the twins' classes bear their library's name",
-        "traced": "the table of shapes that Pyro's validation prints",
     },
     ("numpyro", "library.py"): {"NumPyroLibrary": "the twins' classes bear their library's name"},
     ("pyro", "elbo.py"): {"JitEstimatorELBO": "NumPyro's steps are always compiled"},
@@ -427,7 +426,9 @@ ALONE = {
     ("pyro", "gradients.py"): {
         "aliased": "a distribution on watch: backward hooks stand where NumPyro differentiates a gate"
     },
+    ("pyro", "hook.py"): {"Wrapped": "attributes of a module; NumPyro's guide is any callable"},
     ("numpyro", "gradients.py"): {
+        "plan_of": "traces the program; Pyro's ELBO remembers its last plan",
         "CHUNK_NUMBERS": "draws are mapped, so many at once",
         "CHUNK_DRAWS": "draws are mapped, so many at once",
     },

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from ..core.errors import EstimatorError
 
-if TYPE_CHECKING:
-    from .monitor import MonitorRow
-
 FIGURES = ("mean_norm", "variance", "signal_to_noise")
+
+
+@dataclass(frozen=True)
+class MonitorRow:
+    """One parameter or site at one look. ``mean_norm``: ‖E g‖; ``variance``: of one step, summed over the entries."""
+
+    step: int
+    kind: str
+    name: str
+    mean_norm: float
+    variance: float
+    signal_to_noise: float
 
 
 class Log(Protocol):
@@ -55,8 +64,6 @@ class Table:
     """One line a row, written at each look; the file starts anew."""
 
     def __init__(self, path: Path):
-        from .monitor import MonitorRow
-
         self.path = path
         self.names = [f.name for f in fields(MonitorRow)]
         self._open("w", lambda writer: writer.writeheader())

@@ -11,7 +11,7 @@ from typing import Any
 from ..backends import Library, of_svi
 from ..core.errors import EstimatorError, warn
 from ..measure.watch import Moment, Snapshot
-from .log import Log, open_log
+from .log import Log, MonitorRow, open_log
 from .moments import running
 from .program import check_program
 from .show import Showable, Shown, axes, number, ratio
@@ -22,18 +22,6 @@ DROWNED, CLEAR = 0.05, 0.2
 LOOKS, FEWEST = 10, 3
 #: a fall of the signal with less noise than so many times that of the clear signal is convergence
 LOUDER = 10.0
-
-
-@dataclass(frozen=True)
-class MonitorRow:
-    """One parameter or site at one look. ``mean_norm``: ‖E g‖; ``variance``: of one step, summed over the entries."""
-
-    step: int
-    kind: str
-    name: str
-    mean_norm: float
-    variance: float
-    signal_to_noise: float
 
 
 @dataclass(frozen=True, repr=False)

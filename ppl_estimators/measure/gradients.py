@@ -25,25 +25,25 @@ class GradientDraws:
 
     sites: list[str]
 
-    def _chunks(self, kind: str, num_draws: int, seed: int, progress: Progress | None, start: int) -> Chunks:
+    def _chunks(self, kind: str, num_draws: int, seed: int, progress: Progress | None = None, start: int = 0) -> Chunks:
         raise NotImplementedError
 
     def draws(self, num_draws: int, seed: int = 0, progress: Progress | None = None, start: int = 0) -> Chunks:
         """Losses ``[chunk]`` and gradients ``{name: [chunk, ...]}``."""
         return self._chunks("total", num_draws, seed, progress, start)
 
-    def parts(self, num_draws: int, seed: int = 0, progress: Progress | None = None, start: int = 0) -> Chunks:
+    def parts(self, num_draws: int, seed: int = 0) -> Chunks:
         """The same draws in parts: ``{name: [chunk, 1 + sites, ...]}``, in the order of ``part_names``.
 
         A site's part is the gradient that reaches the cost by way of its own distribution and no later site's: its
         surrogate, or the cost's slope in its reparameterised value, followed back to every parameter. The parts sum
         to the gradient.
         """
-        return self._chunks("parts", num_draws, seed, progress, start)
+        return self._chunks("parts", num_draws, seed)
 
-    def pairs(self, num_draws: int, seed: int = 0, progress: Progress | None = None, start: int = 0) -> Chunks:
+    def pairs(self, num_draws: int, seed: int = 0) -> Chunks:
         """Two draws for each of ``num_draws`` minibatches: losses ``[chunk, 2]``, ``{name: [chunk, 2, ...]}``."""
-        return self._chunks("pairs", num_draws, seed, progress, start)
+        return self._chunks("pairs", num_draws, seed)
 
     @property
     def part_names(self) -> list[str]:

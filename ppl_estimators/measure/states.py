@@ -109,17 +109,6 @@ def not_finite(term: Term, total: float, latents: Mapping[str, Any]) -> Estimato
     )
 
 
-def refused(site: str, distribution: str, why: str, discrete: bool) -> EstimatorError:
-    known = "Normal, MultivariateNormal, mixtures and transforms of them, and what has a quantile function (icdf)"
-    if discrete:
-        known = "distributions with a small finite support"
-    return site_error(
-        site,
-        f"exact_gradient cannot sum over {distribution} ({why})",
-        f"It sums over {known}. Pass assert_unbiased(..., reference={{...}}) if you know the gradient otherwise.",
-    )
-
-
 def _power(count: Count) -> str:
     return f"{count.size}^{count.elements}" if count.elements > 1 else f"{count.size}"
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+from ..core.families import DISCRETE
+from ..core.plan import Plan
+
 
 class Moment(NamedTuple):
     """Exponential averages of one vector g over ``count`` steps, the weights summing to 1 − decay^count:
@@ -45,6 +48,11 @@ class Watcher(Protocol):
 def place(term: Any) -> str:
     """A cost term, in words."""
     return f"'{term.site}'" + (" in the guide" if term.side == "guide" else "")
+
+
+def through_values(plan: Plan) -> list[str]:
+    """Sites whose gradient is taken through their value, and the model's slope in it."""
+    return [n for n, e in plan.estimators.items() if e.value.moves and plan.sites[n].family not in DISCRETE]
 
 
 #: what both adapters call with a change of a site's value: the terms' values and their derivatives along the change

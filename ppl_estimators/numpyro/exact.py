@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import biject_to, constraints
-from numpyro.distributions.transforms import ComposeTransform
 from numpyro.primitives import Messenger
 
 from ..core import families
 from ..core.enumeration import Unplaced
 from ..core.errors import EstimatorError, site_error
+from ..core.ops import Ops
 from ..core.site import Term
-from ..measure import quadrature
+from ..measure.choices import rule_of
 from ..measure.states import (
     Asked,
     Count,
@@ -28,17 +28,15 @@ from ..measure.states import (
     largest_change,
     minibatches_of,
     not_finite,
-    refused,
 )
 from .distributions import family, log_q, sampled_dtype, unwrapped
 from .enumeration import Layout
 from .ops import OPS
+from .randomness import Minibatch
 from .run import Keys, Message, Program, Traces, execute, plain_shapes, survey, terms_of
 
 Array = Any
 _CHUNK = 256  # states evaluated side by side
-#: supports that no parameter moves
-_STILL = (constraints.real, constraints.real_vector, constraints.positive, constraints.unit_interval)
 
 
 def exact(
@@ -116,18 +114,6 @@ class _Parameters(Messenger):
                 raise EstimatorError(f"params: '{name}' has shape {given}, the program's is {initial.shape}.")
 
 
-class _Minibatch(Messenger):
-    """Gives subsampled plates their indices."""
-
-    def __init__(self, fn: Any, indices: Mapping[str, Array]):
-        self.indices = indices
-        super().__init__(fn)
-
-    def process_message(self, msg: Message) -> None:
-        if msg["type"] == "plate" and msg["name"] in self.indices:
-            msg["value"] = self.indices[msg["name"]]
-
-
 class _Unmarked(Messenger):
     """Nothing is enumerated. `infer_config` would write into the user's dictionary."""
 
@@ -147,7 +133,7 @@ class _Program:
         self.shapes = plain_shapes(self.program, self.keys) if traces.values is not None else None
         self.transforms = {n: biject_to(c) for n, c in constraint.items()}
         latents = traces.latents()
-        self.rules = {n: rule_of(n, m["fn"], asked.nodes) for n, m in latents.items()}
+        self.rules = {n: rule_of(LAWS, n, m["fn"], asked.nodes) for n, m in latents.items()}
         self.counts = [Count(n, r.size, math.prod(r.elements)) for n, r in self.rules.items()]
         self.continuous = any(not r.discrete for r in self.rules.values())
         self.subsampled = {
@@ -201,8 +187,11 @@ class _Program:
             mine = digits[msg["name"]]
             return value(msg, mine[msg["step"]] if "step" in msg else mine)
 
+        def chosen(plate: str, *sizes: int) -> Array:
+            return indices[plate]
+
         program = self.program._replace(
-            model=_Minibatch(self.program.model, indices), guide=_Minibatch(self.program.guide, indices),
+            model=Minibatch(chosen, self.program.model), guide=Minibatch(chosen, self.program.guide),
             params={**self.state, **params},
         )  # fmt: skip
         traces = execute(program, self.keys, draw=draw, layout=_layout(self.shapes))
@@ -289,116 +278,34 @@ def named_leaves(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return found
 
 
-# ---- what a site's choices are ---------------------------------------------------------------------------------------
+class _Laws:
+    """What `choices.Laws` asks of NumPyro."""
+
+    ops: Ops = OPS
+    delta, normal, multivariate = dist.Delta, dist.Normal, dist.MultivariateNormal
+    mixture, transformed = dist.MixtureSameFamily, dist.TransformedDistribution
+    still = (constraints.real, constraints.real_vector, constraints.positive, constraints.unit_interval)
+    unwrapped, family, log_q = staticmethod(unwrapped), staticmethod(family), staticmethod(log_q)
+    fixed = staticmethod(jax.lax.stop_gradient)
+
+    def values(self, base: Any) -> np.ndarray | None:
+        if family(base) == families.ONEHOT:
+            return np.eye(base.event_shape[-1])
+        if not base.has_enumerate_support:
+            return None
+        return np.asarray(base.enumerate_support(expand=False)).reshape(-1, *base.event_shape)
+
+    def sampled(self, values: np.ndarray, fn: Any) -> Array:
+        return jnp.asarray(values, sampled_dtype(fn))
+
+    def only(self, fn: Any) -> Array:
+        return fn.sample(jax.random.key(0))
+
+    def array(self, numbers: np.ndarray, base: Any) -> Array:
+        return jnp.asarray(numbers, float)
+
+    def mixing(self, base: Any) -> Array:
+        return unwrapped(base.mixing_distribution).logits
 
 
-class Rule(NamedTuple):
-    """``size`` choices for each of ``elements`` (a shape). ``value(fn, digits)`` is the value of a joint choice,
-    ``weigh(fn, digits, value)`` the logarithm of its weight."""
-
-    elements: tuple[int, ...]
-    size: int
-    value: Callable[[Any, Array], Array]
-    weigh: Callable[[Any, Array, Array], Array]
-    discrete: bool
-
-
-def rule_of(name: str, fn: Any, nodes: int) -> Rule:
-    base = unwrapped(fn)
-    if isinstance(base, dist.Delta):
-        return Rule((), 1, lambda fn, d: fn.sample(jax.random.key(0)), lambda fn, d, v: jnp.zeros(()), True)
-    shape = (*fn.batch_shape, *fn.event_shape)
-    batch = shape[: len(shape) - len(base.event_shape)]
-    if family(fn) == families.ONEHOT:
-        return _finite(batch, np.eye(base.event_shape[-1]))
-    if base.has_enumerate_support:
-        try:
-            support = np.asarray(base.enumerate_support(expand=False))
-        except NotImplementedError as error:
-            raise _refused(name, base, str(error)) from error
-        return _finite(batch, support.reshape(-1, *base.event_shape))
-    noise, size = _noise(name, base, nodes)
-    elements = (*batch, *noise[len(base.batch_shape) :])
-
-    fixed = base.support in _STILL
-
-    def value(fn: Any, digits: Array) -> Array:
-        placed, _ = _place(unwrapped(fn), digits, nodes)
-        placed = jnp.broadcast_to(placed, (*fn.batch_shape, *fn.event_shape))
-        return jax.lax.stop_gradient(placed) if fixed else placed
-
-    def weigh(fn: Any, digits: Array, value: Array) -> Array:
-        """The nodes stand still and the density moves, so a cost that jumps has its derivative; where the parameters
-        move the support, the nodes move with it."""
-        log_weight = _place(unwrapped(fn), digits, nodes)[1]
-        if not fixed:
-            return log_weight
-        log_density = jnp.sum(log_q(fn, value))
-        return jax.lax.stop_gradient(log_weight - log_density) + log_density
-
-    return Rule(elements, size, value, weigh, False)
-
-
-def _finite(batch: tuple[int, ...], support: np.ndarray) -> Rule:
-    def value(fn: Any, digits: Array) -> Array:
-        return jnp.asarray(support, sampled_dtype(fn))[digits]
-
-    return Rule(batch, len(support), value, lambda fn, digits, value: jnp.sum(log_q(fn, value)), True)
-
-
-def _noise(name: str, base: Any, nodes: int) -> tuple[tuple[int, ...], int]:
-    """Shape of a continuous distribution's noise, and choices per element."""
-    if isinstance(base, dist.Normal):
-        return base.batch_shape, len(quadrature.hermite(nodes)[0])
-    if isinstance(base, dist.MultivariateNormal):
-        return (*base.batch_shape, *base.event_shape), len(quadrature.hermite(nodes)[0])
-    if isinstance(base, dist.MixtureSameFamily):
-        if base.event_shape:
-            raise _refused(name, base, "its components are not one-dimensional")
-        _, size = _noise(name, unwrapped(base.component_distribution), nodes)
-        return base.batch_shape, base.mixture_size * size
-    if isinstance(base, dist.TransformedDistribution):
-        inner = unwrapped(base.base_dist)
-        noise, size = _noise(name, inner, nodes)
-        prefix = base.base_dist.shape()[: len(base.base_dist.shape()) - len(inner.shape())]
-        return (*prefix, *noise), size
-    try:
-        base.icdf(jnp.asarray(0.5))
-    except (NotImplementedError, AttributeError, ImportError) as error:
-        raise _refused(name, base, "no quadrature is known for it") from error
-    return base.batch_shape, len(quadrature.unit(nodes)[0])
-
-
-def _place(base: Any, digits: Array, nodes: int) -> tuple[Array, Array]:
-    """Value and log weight of a continuous choice."""
-    if isinstance(base, (dist.Normal, dist.MultivariateNormal)):
-        x, w = (jnp.asarray(a, float) for a in quadrature.hermite(nodes))
-        if isinstance(base, dist.Normal):
-            return base.loc + base.scale * x[digits], jnp.sum(w[digits])
-        return base.loc + (base.scale_tril @ x[digits][..., None])[..., 0], jnp.sum(w[digits])
-    if isinstance(base, dist.MixtureSameFamily):
-        part = unwrapped(base.component_distribution)
-        size = _noise("", part, nodes)[1]
-        k, node = digits // size, digits % size
-        wide = (*jnp.shape(digits), base.mixture_size)
-        logits = jax.nn.log_softmax(_logits(base.mixing_distribution))
-        log_pi = jnp.take_along_axis(jnp.broadcast_to(logits, wide), k[..., None], -1)
-        values, _ = _place(part, jnp.broadcast_to(node[..., None], wide), nodes)
-        _, log_weight = _place(part, node[..., None], nodes)
-        value = jnp.take_along_axis(jnp.broadcast_to(values, wide), k[..., None], -1)[..., 0]
-        return value, jnp.sum(log_pi) + log_weight
-    if isinstance(base, dist.TransformedDistribution):
-        value, log_weight = _place(unwrapped(base.base_dist), digits, nodes)
-        return ComposeTransform(list(base.transforms))(value), log_weight
-    u, w = (jnp.asarray(a, float) for a in quadrature.unit(nodes))
-    info = jnp.finfo(u.dtype)
-    return base.icdf(jnp.clip(u, info.tiny, 1 - info.epsneg)[digits]), jnp.sum(w[digits])
-
-
-def _logits(fn: Any) -> Array:
-    return unwrapped(fn).logits
-
-
-def _refused(name: str, base: Any, why: str) -> EstimatorError:
-    discrete = getattr(base.support, "is_discrete", False) or family(base) in families.COUNTS
-    return refused(name, type(base).__name__, why, discrete)
+LAWS = _Laws()

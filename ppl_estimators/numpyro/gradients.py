@@ -32,6 +32,7 @@ from ..measure.gradients import (
 )
 from .elbo import EstimatorELBO
 from .exact import named_leaves
+from .randomness import Minibatch
 from .run import key_of
 
 Array = Any
@@ -137,7 +138,11 @@ class Gradients(GradientDraws):
     def _twice(self, params: Mapping[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
         """Two losses and gradients, ``[2, ...]``, of one minibatch."""
         which, *keys = jax.random.split(key, 3)
-        with _Minibatch(which):
+
+        def elements(plate: str, size: int, some: int) -> Array:
+            return jax.random.permutation(key_of(which, f"plate {plate}"), size)[:some]
+
+        with Minibatch(elements):
             return jax.lax.map(partial(self.value_and_gradient, params), jnp.stack(keys))
 
     def moved(self, away: Mapping[str, np.ndarray]) -> Gradients:
@@ -167,7 +172,7 @@ class Gradients(GradientDraws):
         copies = {"total": 1, "parts": 2 * len(self.sites) + 2, "pairs": 4}[kind]
         return int(np.clip(CHUNK_NUMBERS // max(self.size * copies, 1), 1, CHUNK_DRAWS))
 
-    def _chunks(self, kind: str, num_draws: int, seed: int, progress: Progress | None, start: int) -> Chunks:
+    def _chunks(self, kind: str, num_draws: int, seed: int, progress: Progress | None = None, start: int = 0) -> Chunks:
         chunk = min(self.chunk(kind), num_draws)
         done = 0
         while done < num_draws:
@@ -199,11 +204,8 @@ class Gradients(GradientDraws):
         """Which estimator runs where; None for a stock ELBO."""
         if not isinstance(self.elbo, EstimatorELBO):
             return None
-        key = jax.random.key(0)
         params = {**self._constrain({**self._point, **self._kept}), **self._state}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", EstimatorWarning)
-            return self.elbo.step(key, params, self.model, self.guide, self.args, self.kwargs).library.plan()
+        return plan_of(self.elbo, params, self.model, self.guide, self.args, self.kwargs)
 
     def seconds(self, steps: int) -> list[float]:
         """The time of each of some steps: loss and gradient, no optimiser. The first of a fresh object compiles."""
@@ -214,6 +216,13 @@ class Gradients(GradientDraws):
             jax.block_until_ready(many(self._point, keys))
             times.append(time.perf_counter() - start)
         return times
+
+
+def plan_of(elbo: EstimatorELBO, params: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Plan:
+    """What a step would do, without its warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EstimatorWarning)
+        return elbo.step(jax.random.key(0), params, model, guide, args, kwargs).library.plan()
 
 
 class _Look(Messenger):
@@ -237,19 +246,6 @@ class _Look(Messenger):
             self.subsampled.append(msg["name"])
         if self.inside and msg["type"] == "sample" and not msg["is_observed"] and msg["name"] not in self.latents:
             self.latents.append(msg["name"])
-
-
-class _Minibatch(Messenger):
-    """Plates that subsample see the elements that the key and their name say."""
-
-    def __init__(self, key: Array):
-        self.key = key
-        super().__init__()
-
-    def process_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] == "plate" and msg["value"] is None and msg["args"][1] < msg["args"][0]:
-            size, subsample_size = msg["args"]
-            msg["value"] = jax.random.permutation(key_of(self.key, f"plate {msg['name']}"), size)[:subsample_size]
 
 
 class _Gates(Messenger):

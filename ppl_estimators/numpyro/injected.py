@@ -10,26 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions import biject_to
-from numpyro.primitives import Messenger
 
 from ..core.errors import EstimatorError
+from ..measure.choices import rule_of
 from ..measure.chosen import NODES, Given, Twin
-from .exact import named_leaves, point, rule_of
-from .randomness import Randomness
+from .exact import LAWS, named_leaves, point
+from .randomness import Minibatch, Randomness
 
 Array = Any
-
-
-class _Minibatch(Messenger):
-    """Gives subsampled plates their indices."""
-
-    def __init__(self, fn: Any, given: Given):
-        self.given = given
-        super().__init__(fn)
-
-    def process_message(self, msg: Any) -> None:
-        if msg["type"] == "plate" and msg["args"][1] not in (None, msg["args"][0]):
-            msg["value"] = jnp.asarray(self.given.minibatch(msg["name"], *msg["args"]))
 
 
 class _Chosen(Randomness):
@@ -39,7 +27,7 @@ class _Chosen(Randomness):
         self.given = given
 
     def value(self, name: str, fn: Any, key: Array, step: Array | None = None) -> tuple[Array, list[Any]]:
-        rule = rule_of(name, fn, NODES)
+        rule = rule_of(LAWS, name, fn, NODES)
         return rule.value(fn, jnp.asarray(self.given.choices(name, tuple(rule.elements), rule.size))), []
 
     def noise(self, names: Sequence[str], label: str, noise: Any, key: Array, step: Array | None = None) -> Array:
@@ -51,7 +39,7 @@ def loss_and_gradient(twin: Twin, params: Mapping[str, Any], given: Given) -> tu
 
     elbo = copy.copy(twin.elbo)
     elbo.randomness = _Chosen(given)
-    model, guide = _Minibatch(twin.model, given), _Minibatch(twin.guide, given)
+    model, guide = (Minibatch(given.minibatch, fn) for fn in (twin.model, twin.guide))
     held, constraint, _ = point(model, guide, twin.args, twin.kwargs)
     if held.keys() != params.keys():
         raise EstimatorError(

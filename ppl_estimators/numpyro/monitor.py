@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,12 +17,12 @@ from numpyro.infer import SVI
 from numpyro.optim import Minimize, _NumPyroOptim
 from numpyro.primitives import Messenger
 
-from ..core import families
-from ..core.errors import EstimatorError, EstimatorWarning
+from ..core.errors import EstimatorError
 from ..measure.gradients import check_sites, kept_by_estimators
-from ..measure.watch import Moment, Snapshot, Watcher, jumps, place
+from ..measure.watch import Moment, Snapshot, Watcher, jumps, place, through_values
 from .distributions import unwrapped
 from .elbo import EstimatorELBO
+from .gradients import plan_of
 from .run import Keys, Program, execute, terms_of
 
 Array = Any
@@ -227,10 +226,7 @@ def flat_sites(elbo: Any, model: Any, guide: Any, params: Any, args: Any, kwargs
     tried, all other sites held."""
     pathwise = None
     if isinstance(elbo, EstimatorELBO):
-        plan = _plan(elbo, params, model, guide, args, kwargs)
-        pathwise = [
-            n for n, e in plan.estimators.items() if e.value.moves and plan.sites[n].family not in families.DISCRETE
-        ]
+        pathwise = through_values(plan_of(elbo, params, model, guide, args, kwargs))
     key = jax.random.key(0)
 
     def run(values: Mapping[str, Array]) -> Any:
@@ -260,13 +256,6 @@ def flat_sites(elbo: Any, model: Any, guide: Any, params: Any, args: Any, kwargs
         if terms := jumps(probe, range(3)):
             found[name] = terms
     return found
-
-
-def _plan(elbo: EstimatorELBO, params: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
-    key = jax.random.key(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", EstimatorWarning)
-        return elbo.step(key, params, model, guide, args, kwargs).library.plan()
 
 
 def _plain(msg: Any) -> Any:

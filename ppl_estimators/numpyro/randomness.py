@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from numpyro.primitives import Messenger
 
 from ..core.estimator import Noise
 
@@ -36,3 +37,15 @@ class Randomness:
     def uniform(self, key: Array, shape: tuple[int, ...], like: Array) -> Array:
         """Noise in [0, 1), by which values that were summed are drawn."""
         return jax.random.uniform(key, shape, dtype=like.dtype)
+
+
+class Minibatch(Messenger):
+    """Plates that subsample see the elements that ``indices(name, size, subsample_size)`` says."""
+
+    def __init__(self, indices: Callable[[str, int, int], Any], fn: Any = None):
+        self.indices = indices
+        super().__init__(fn)
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] == "plate" and msg["value"] is None and msg["args"][1] not in (None, msg["args"][0]):
+            msg["value"] = jnp.asarray(self.indices(msg["name"], *msg["args"]))

@@ -24,8 +24,9 @@ from ..policy import AUTOMATIC
 from .buffers import Buffers
 from .compiled import Compiler, Result
 from .keep import Keeper, update_state
-from .library import Memory, PyroLibrary, traced
+from .library import Memory, PyroLibrary
 from .randomness import Randomness, State
+from .run import traced
 
 Array = torch.Tensor
 

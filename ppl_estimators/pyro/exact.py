@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyro
@@ -17,10 +17,10 @@ from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.messenger import Messenger
 from torch.distributions import constraints, transform_to
 
-from ..core import families
 from ..core.enumeration import Unplaced
 from ..core.errors import EstimatorError
-from ..measure import quadrature
+from ..core.ops import Ops
+from ..measure.choices import Rule, rule_of
 from ..measure.states import (
     Asked,
     Count,
@@ -29,7 +29,6 @@ from ..measure.states import (
     largest_change,
     minibatches_of,
     not_finite,
-    refused,
 )
 from .dependencies import Holdings, Provenance
 from .distributions import family, log_q, unwrapped
@@ -41,9 +40,6 @@ from .run import Message, Traces, dependencies, execute, terms_of
 Array = torch.Tensor
 
 _DEEP = 12  # more dimensions than the plates of a small program have
-
-#: supports that no parameter moves
-_STILL = (constraints.real, constraints.real_vector, constraints.positive, constraints.unit_interval)
 
 
 def exact(
@@ -131,15 +127,18 @@ class _Program:
     def run(self, path: list[list[int]], nodes: int, subsamples: dict[str, Array]) -> tuple[Traces, Array]:
         """The run whose i-th latent site takes choice ``path[i][0]`` (0 beyond the end, where the path grows), and
         the logarithm of its weight."""
-        index, weights, counts = 0, [], []
+        index, weights, counts, discrete = 0, list[Array](), list[Count](), list[bool]()
 
         def draw(msg: Message) -> Array:
             nonlocal index
-            rule = rule_of(msg["name"], msg["fn"], nodes)
+            rule = rule_of(LAWS, msg["name"], msg["fn"], nodes)
             counts.append(Count(msg["name"], rule.size, math.prod(rule.elements)))
+            discrete.append(rule.discrete)
             if index == len(path):
                 path.append([0, counts[-1].states])
-            value, log_weight = rule.take(path[index][0])
+            digits = _digits(rule, path[index][0])
+            value = rule.value(msg["fn"], digits)
+            log_weight = rule.weigh(msg["fn"], digits, value)
             index += 1
             weights.append(log_weight if self.objective.moves else log_weight.detach())
             return value if self.objective.moves else value.detach()
@@ -152,7 +151,7 @@ class _Program:
         except Unplaced:
             self.summing = True
             return self.run(path, nodes, subsamples)
-        self.counts = counts
+        self.counts, self.continuous = counts, not all(discrete)
         return traces, sum(weights, torch.zeros(()))
 
     # ---- all runs -------------------------------------------------------------------------------------------------
@@ -167,7 +166,7 @@ class _Program:
             self.depends_on = self.dependencies()
         batches = minibatches_of(_subsampled(traces), self.asked.minibatches)
         check_budget(self.counts, {n: len(b) for n, b in batches.items()}, self.asked.max_states, self.joint)
-        continuous = any(not _discrete(m["fn"]) for m in traces.latents().values())
+        continuous = self.continuous
         value, gradient, states = self.enumerate(self.asked.nodes, batches)
         error = 0.0
         if continuous:
@@ -177,7 +176,12 @@ class _Program:
 
     def dependencies(self) -> dict[tuple[str, str], frozenset[str]]:
         """The latent sites behind each cost term of the first run."""
-        holdings, drawn = Holdings(), lambda m: rule_of(m["name"], m["fn"], self.asked.nodes).take(0)[0]
+        holdings = Holdings()
+
+        def drawn(msg: Message) -> Array:
+            rule = rule_of(LAWS, msg["name"], msg["fn"], self.asked.nodes)
+            return rule.value(msg["fn"], _digits(rule, 0))
+
         while True:
             with Provenance(holdings) as follow:
                 program = self.model, self.guide, self.args, self.kwargs
@@ -262,124 +266,41 @@ def _subsampled(traces: Traces) -> dict[str, tuple[int, int]]:
     return {n: (full[n], len(index)) for n, index in traces.subsamples.items() if n in full}
 
 
-# ---- what a site's choices are ---------------------------------------------------------------------------------------
+def _digits(rule: Rule, choice: int) -> Array:
+    """The choice of every element at joint choice number ``choice``."""
+    digits = np.array([choice // rule.size**i % rule.size for i in range(math.prod(rule.elements))], dtype=int)
+    return torch.as_tensor(digits.reshape(rule.elements))
 
 
-class Rule(NamedTuple):
-    """``size`` choices for each of ``elements`` (a shape); ``take`` gives value and log weight of a joint choice."""
+class _Laws:
+    """What `choices.Laws` asks of Pyro."""
 
-    elements: tuple[int, ...]
-    size: int
-    of_digits: Callable[[Array], tuple[Array, Array]]
+    ops: Ops = OPS
+    delta, normal, multivariate = dist.Delta, td.Normal, td.MultivariateNormal
+    mixture, transformed = td.MixtureSameFamily, td.TransformedDistribution
+    still = (constraints.real, constraints.real_vector, constraints.positive, constraints.unit_interval)
+    unwrapped, family, log_q = staticmethod(unwrapped), staticmethod(family), staticmethod(log_q)
 
-    def take(self, choice: int) -> tuple[Array, Array]:
-        digits = np.array([choice // self.size**i % self.size for i in range(math.prod(self.elements))], dtype=int)
-        return self.of_digits(torch.as_tensor(digits.reshape(self.elements)))
+    def values(self, base: Any) -> Array | None:
+        if not getattr(base, "has_enumerate_support", False):
+            return None
+        return base.enumerate_support(expand=False).reshape(-1, *base.event_shape)
 
+    def sampled(self, values: Array, fn: Any) -> Array:
+        return values
 
-def _discrete(fn: Any) -> bool:
-    return bool(getattr(unwrapped(fn), "has_enumerate_support", False))
+    def only(self, fn: Any) -> Array:
+        return fn()
 
-
-def rule_of(name: str, fn: Any, nodes: int) -> Rule:
-    base = unwrapped(fn)
-    if isinstance(base, dist.Delta):
-        return Rule((), 1, lambda d: (fn(), torch.zeros(())))
-    shape = (*fn.batch_shape, *fn.event_shape)
-    batch = shape[: len(shape) - len(base.event_shape)]
-    if _discrete(fn):
-        try:
-            support = base.enumerate_support(expand=False)
-        except NotImplementedError as error:
-            raise _refused(name, base, str(error)) from error
-        support = support.reshape(-1, *base.event_shape)
-
-        def discrete(digits: Array) -> tuple[Array, Array]:
-            value = support[digits]
-            return value, log_q(fn, value).sum()
-
-        return Rule(batch, len(support), discrete)
-    noise, size, place = _continuous(name, base, nodes)
-    elements = (*batch, *noise[len(base.batch_shape) :])
-
-    def continuous(digits: Array) -> tuple[Array, Array]:
-        """The nodes stand still and the density moves, so a cost that jumps has its derivative; where the parameters
-        move the support, the nodes move with it."""
-        value, log_weight = place(digits)
-        value = value.expand(shape)
-        if base.support not in _STILL:
-            return value, log_weight
-        value = value.detach().clone()  # no transform may answer from its cache
-        log_density = log_q(fn, value).sum()
-        return value, (log_weight - log_density).detach() + log_density
-
-    return Rule(elements, size, continuous)
-
-
-def _continuous(name: str, base: Any, nodes: int) -> tuple[tuple[int, ...], int, Callable[[Array], Any]]:
-    """Shape of the noise, choices per element, and the map from choices to value and log weight."""
-    if isinstance(base, td.Normal):
-        x, w = map(torch.as_tensor, quadrature.hermite(nodes))
-        return base.batch_shape, len(x), lambda d: (base.loc + base.scale * x[d].to(base.loc), w[d].sum().to(base.loc))
-    if isinstance(base, td.MultivariateNormal):
-        x, w = map(torch.as_tensor, quadrature.hermite(nodes))
-        shape = (*base.batch_shape, *base.event_shape)
-        return (
-            shape,
-            len(x),
-            lambda d: (
-                base.loc + (base.scale_tril @ x[d].to(base.loc)[..., None])[..., 0],
-                w[d].sum().to(base.loc),
-            ),
-        )
-    if isinstance(base, td.MixtureSameFamily):
-        return _mixture(name, base, nodes)
-    if isinstance(base, td.TransformedDistribution):
-        inner = unwrapped(base.base_dist)
-        noise, size, place = _continuous(name, inner, nodes)
-        whole: Any = base.base_dist
-        prefix = whole.shape()[: len(whole.shape()) - len(inner.shape())]
-
-        def transformed(digits: Array) -> tuple[Array, Array]:
-            value, log_weight = place(digits)
-            for transform in base.transforms:
-                value = transform(value)
-            return value, log_weight
-
-        return (*prefix, *noise), size, transformed
-    u, w = map(torch.as_tensor, quadrature.unit(nodes))
-    try:
-        base.icdf(torch.full((), 0.5))
-    except (NotImplementedError, AttributeError) as error:
-        raise _refused(name, base, "no quadrature is known for it") from error
-
-    def quantile(digits: Array) -> tuple[Array, Array]:
+    def array(self, numbers: np.ndarray, base: Any) -> Array:
         like = next(v for v in vars(base).values() if torch.is_tensor(v) and v.is_floating_point())
-        info = torch.finfo(like.dtype)
-        return base.icdf(u[digits].to(like).clamp(info.tiny, 1 - info.eps)), w[digits].sum().to(like)
+        return torch.as_tensor(numbers).to(like)
 
-    return base.batch_shape, len(u), quantile
+    def mixing(self, base: Any) -> Array:
+        return base.mixture_distribution.logits
 
-
-def _mixture(name: str, base: Any, nodes: int) -> Any:
-    """A component, then its own node."""
-    part = unwrapped(base.component_distribution)
-    if base.event_shape:
-        raise _refused(name, base, "its components are not one-dimensional")
-    _, size, place = _continuous(name, part, nodes)
-    components = base.mixture_distribution.logits.shape[-1]
-
-    def mixture(digits: Array) -> tuple[Array, Array]:
-        k, node = digits // size, digits % size
-        wide = (*digits.shape, components)
-        log_pi = base.mixture_distribution.logits.log_softmax(-1).expand(wide).gather(-1, k[..., None]).sum()
-        values, _ = place(node[..., None].expand(wide))
-        _, log_weight = place(node[..., None])
-        return values.expand(wide).gather(-1, k[..., None])[..., 0], log_pi + log_weight
-
-    return base.batch_shape, components * size, mixture
+    def fixed(self, value: Array) -> Array:
+        return value.detach().clone()
 
 
-def _refused(name: str, base: Any, why: str) -> EstimatorError:
-    discrete = getattr(base.support, "is_discrete", False) or family(base) in families.COUNTS
-    return refused(name, type(base).__name__, why, discrete)
+LAWS = _Laws()

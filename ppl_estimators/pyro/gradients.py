@@ -33,6 +33,7 @@ from ..measure.gradients import (
 )
 from .elbo import EstimatorELBO
 from .library import Memory
+from .randomness import Minibatch
 
 Array = torch.Tensor
 
@@ -83,11 +84,11 @@ class Gradients(GradientDraws):
                 guide(*self.args, **self.kwargs)
         self.sites = look.latents
         check_sites(self.sites, ["not yet known"])
-        minibatch = _Minibatch([seed, 0])
-        with self._apart(seed, 0), minibatch:
+        elements: dict[str, np.ndarray] = {}
+        with self._apart(seed, 0), _minibatch([seed, 0], elements):
             _, _, parameters = self._run(guide)
             now = pyro.get_param_store().get_state()
-        self.subsampled = list(minibatch.seen)
+        self.subsampled = list(elements)
         present = pyro.get_param_store()
         for part in self._extra:
             self._extra[part] = {n: v for n, v in now[part].items() if n not in present}
@@ -205,11 +206,11 @@ class Gradients(GradientDraws):
 
     def _twice(self, seed: int, index: int) -> tuple[list[float], dict[str, np.ndarray]]:
         """Two losses and gradients, ``[2, ...]``, of one minibatch."""
-        with _Minibatch([seed, index]):
+        with _minibatch([seed, index], {}):
             both = [self.draw(seed, 2 * index + i) for i in range(2)]
         return [loss for loss, _ in both], {n: np.stack([g[n] for _, g in both]) for n in self.names}
 
-    def _chunks(self, kind: str, num_draws: int, seed: int, progress: Progress | None, start: int) -> Chunks:
+    def _chunks(self, kind: str, num_draws: int, seed: int, progress: Progress | None = None, start: int = 0) -> Chunks:
         """One after another, each a chunk of one."""
         one: Any = {"total": self.draw, "parts": self._parts, "pairs": self._twice}[kind]
         for done in range(num_draws):
@@ -268,21 +269,15 @@ class _Look(Messenger):
             self.latents.append(msg["name"])
 
 
-class _Minibatch(Messenger):
+def _minibatch(seed: list[int], seen: dict[str, np.ndarray]) -> Minibatch:
     """Plates that subsample see the elements that the seed and their name say."""
 
-    def __init__(self, seed: list[int]):
-        super().__init__()
-        self.seed, self.seen = seed, dict[str, Array]()
+    def elements(plate: str, size: int, some: int) -> np.ndarray:
+        if plate not in seen:
+            seen[plate] = np.random.default_rng([*seed, *plate.encode()]).permutation(size)[:some]
+        return seen[plate]
 
-    def _pyro_sample(self, msg: Any) -> None:
-        name, law = msg["name"], msg["fn"]
-        # a plate that was given no subsample_size holds None
-        if site_is_subsample(msg) and msg["value"] is None and (law.subsample_size or law.size) < law.size:
-            if name not in self.seen:
-                random = np.random.default_rng([*self.seed, *name.encode()])
-                self.seen[name] = torch.from_numpy(random.permutation(law.size)[: law.subsample_size])
-            msg["value"] = self.seen[name].to(torch.get_default_device())
+    return Minibatch(elements)
 
 
 class _Gates(Messenger):

@@ -18,18 +18,12 @@ from .keep import Keeper
 _WHERE = "with_estimators"
 
 
-class WithEstimators(torch.nn.Module):
-    """A guide that names its estimators and holds what they keep. Attributes of the guide remain reachable."""
+class Wrapped(torch.nn.Module):
+    """Something around a guide, whose attributes remain reachable."""
 
-    def __init__(self, guide: Callable[..., Any], estimators: Mapping[str, Estimator], objective: Objective):
+    def __init__(self, guide: Callable[..., Any]):
         super().__init__()
         self.guide = guide
-        self.estimators, self.objective = estimators, objective
-        self.keeper = Keeper()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _Requests(self.estimators, self.keeper):
-            return self.guide(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -38,6 +32,19 @@ class WithEstimators(torch.nn.Module):
             if name == "guide":
                 raise
             return getattr(self.guide, name)
+
+
+class WithEstimators(Wrapped):
+    """A guide that names its estimators and holds what they keep. Attributes of the guide remain reachable."""
+
+    def __init__(self, guide: Callable[..., Any], estimators: Mapping[str, Estimator], objective: Objective):
+        super().__init__(guide)
+        self.estimators, self.objective = estimators, objective
+        self.keeper = Keeper()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with _Requests(self.estimators, self.keeper):
+            return self.guide(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"with_estimators({self.guide!r}, {dict(self.estimators)!r})"

@@ -9,32 +9,15 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 
+from ..measure.choices import rule_of
 from ..measure.chosen import NODES, Given, Twin
-from .exact import Point, rule_of
+from .exact import LAWS, Point
 from .library import Memory
 from .look import untouched
-from .randomness import Randomness
+from .randomness import Minibatch, Randomness
 
 Array = torch.Tensor
-
-
-class _Minibatch(Messenger):
-    """Gives subsampled plates their indices."""
-
-    def __init__(self, given: Given):
-        super().__init__()
-        self.given = given
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not site_is_subsample(msg) or msg["value"] is not None:
-            return
-        size, part = msg["fn"].size, msg["fn"].subsample_size
-        if part not in (None, size):
-            indices = self.given.minibatch(msg["name"], size, part)
-            msg["value"], msg["done"] = torch.as_tensor(indices), True
 
 
 class _Chosen(Randomness):
@@ -44,8 +27,8 @@ class _Chosen(Randomness):
         self.given = given
 
     def value(self, name: str, fn: Any, *args: Any, **kwargs: Any) -> Array:
-        rule = rule_of(name, fn, NODES)
-        return rule.of_digits(torch.as_tensor(self.given.choices(name, tuple(rule.elements), rule.size)))[0]
+        rule = rule_of(LAWS, name, fn, NODES)
+        return rule.value(fn, torch.as_tensor(self.given.choices(name, tuple(rule.elements), rule.size)))
 
     def noise(self, name: str, label: str, noise: Any, like: Array) -> Array:
         dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()
@@ -70,7 +53,7 @@ def loss_and_gradient(
     def step() -> float:
         for p in store._params.values():
             p.grad = None
-        with _Minibatch(given):
+        with Minibatch(given.minibatch):
             return float(elbo.loss_and_grads(twin.model, twin.guide, *twin.args, **twin.kwargs))
 
     with untouched():

@@ -16,7 +16,6 @@ from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.guide import GuideMessenger
 from pyro.poutine.trace_messenger import TraceMessenger
-from pyro.poutine.trace_struct import Trace
 from pyro.util import check_model_guide_match, check_site_shape
 from torch.utils._pytree import tree_map
 
@@ -42,7 +41,7 @@ from .enumeration import Layout
 from .keep import Keeper, read_state
 from .ops import OPS
 from .randomness import Generators, Randomness, SideBySide, Stream
-from .run import Message, Traces, dependencies, execute, plates_of, tables_of, terms_of, turned, view
+from .run import Message, Traces, dependencies, execute, plates_of, tables_of, terms_of, traced, turned, view
 
 Array = torch.Tensor
 _PARTICLES = "num_particles_vectorized"
@@ -910,13 +909,6 @@ def _has(x: Any, axis: int) -> bool:
 
 def _detached(x: Any) -> Any:
     return x.detach() if isinstance(x, torch.Tensor) else x
-
-
-def traced(record: Mapping[str, Message]) -> Trace:
-    trace = Trace()
-    for name, msg in record.items():
-        trace.add_node(name, **msg)
-    return trace
 
 
 def _stack() -> list[Any]:

@@ -15,14 +15,14 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch.overrides import _get_current_function_mode
 
-from ..core import families
 from ..core.errors import EstimatorError
 from ..measure.gradients import check_sites, kept_by_estimators
-from ..measure.watch import Moment, Snapshot, Watcher, jumps, place
+from ..measure.watch import Moment, Snapshot, Watcher, jumps, place, through_values
 from .dependencies import StopParameters
 from .distributions import unwrapped
 from .elbo import EstimatorELBO
 from .gradients import aliased
+from .hook import Wrapped
 from .run import execute, terms_of
 
 Array = torch.Tensor
@@ -192,25 +192,16 @@ class Record:
         return Snapshot(self.step, self.skipped, self.loss / whole if whole else float("nan"), tuple(found))
 
 
-class WatchedGuide(torch.nn.Module):
-    """A guide whose sites are on watch. Attributes of the guide remain reachable."""
+class WatchedGuide(Wrapped):
+    """A guide whose sites are on watch."""
 
     def __init__(self, guide: Callable[..., Any], record: Record):
-        super().__init__()
-        self.guide = guide
+        super().__init__(guide)
         self.record = record
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with _Sites(self.record):
             return self.guide(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "guide":
-                raise
-            return getattr(self.guide, name)
 
 
 class _Sites(Messenger):
@@ -232,10 +223,7 @@ def flat_sites(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> dic
     tried, all other sites held."""
     pathwise = None
     if isinstance(elbo, EstimatorELBO) and elbo.memory.last is not None:
-        plan = elbo.memory.last
-        pathwise = [
-            n for n, e in plan.estimators.items() if e.value.moves and plan.sites[n].family not in families.DISCRETE
-        ]
+        pathwise = through_values(elbo.memory.last)
     subsamples: dict[str, Array] = {}
 
     def run(values: Mapping[str, Array]) -> Any:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.estimator import Noise
@@ -41,6 +43,20 @@ class Randomness:
     def uniform(self, shape: tuple[int, ...], like: Array) -> Array:
         """Noise in [0, 1), by which values that were summed are drawn."""
         return torch.rand(shape, dtype=like.dtype, device=like.device)
+
+
+class Minibatch(Messenger):
+    """Plates that subsample see the elements that ``indices(name, size, subsample_size)`` says."""
+
+    def __init__(self, indices: Callable[[str, int, int], Any]):
+        super().__init__()
+        self.indices = indices
+
+    def _pyro_sample(self, msg: Any) -> None:
+        law = msg["fn"]
+        if site_is_subsample(msg) and msg["value"] is None and law.subsample_size not in (None, law.size):
+            indices = torch.as_tensor(self.indices(msg["name"], law.size, law.subsample_size))
+            msg["value"], msg["done"] = indices.to(torch.get_default_device()), True
 
 
 State = tuple[Any, ...]
