@@ -1,17 +1,13 @@
 """Fixtures for the whole suite, and quick compilation in JAX."""
 
 import gc
-import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
-from xla import QUICK_COMPILATION, known
+from xla import compile_quickly
 
-# Whoever sets XLA_FLAGS overrides this. Read when JAX first runs something, so set before any test; subprocesses
-# inherit it.
-if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit what their parent has found
-    os.environ["XLA_FLAGS"] = " ".join([*known(QUICK_COMPILATION), os.environ.get("XLA_FLAGS", "")])
+compile_quickly()  # before any test
 
 #: `make versions` runs the tests of NumPyro where there is no Pyro
 PYRO = find_spec("pyro") is not None

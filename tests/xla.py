@@ -19,3 +19,11 @@ def known(flags: Iterable[str]) -> list[str]:
 
     flags = list(flags)
     return flags if runs(flags) else [flag for flag in flags if runs([flag])]
+
+
+def compile_quickly() -> None:
+    """In this process and those that it starts, which find it done. Read when JAX first runs something. Flags that
+    stand there come last, so whoever sets XLA_FLAGS overrides this."""
+    given = os.environ.get("XLA_FLAGS", "")
+    if not any(flag in given for flag in QUICK_COMPILATION):
+        os.environ["XLA_FLAGS"] = " ".join([*known(QUICK_COMPILATION), given])
