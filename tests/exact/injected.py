@@ -131,8 +131,7 @@ def jax_gradients(
         value, gradient = jax.value_and_grad(loss)(dict(params))
         return value, jnp.concatenate([jnp.ravel(gradient[k]) for k in sorted(gradient)])
 
-    tables = jax.tree.map(jnp.asarray, tables)
-    loss, gradient = jax.jit(lambda t: jax.lax.map(one, t, batch_size=2000))(tables)
+    loss, gradient = jax.jit(lambda t: jax.lax.map(one, t, batch_size=2000))(jax.tree.map(np.asarray, tables))
     return np.asarray(loss), np.asarray(gradient)
 
 

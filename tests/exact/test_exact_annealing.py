@@ -55,11 +55,14 @@ def exact(a, beta):
     return loss
 
 
+of_the_weight = jax.jit(jax.value_and_grad(exact))
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.3, 2.0])
 def test_a_weight_on_the_kl_part(beta):
     px, py = (1 / (1 + np.exp(-a)) for a in (A[0], A[1] + A[2] * np.array([0.0, 1.0])))
     u, v = cells(px, 1 - px), cells(*py, *(1 - py))
-    value, wanted = jax.value_and_grad(exact)(jnp.asarray(A), beta)
+    value, wanted = of_the_weight(A, beta)
     bits = (np.array([0.0, 1.0]), np.array([1 - px, px]))
     for x_noise, chosen in ((u, DisARM()), (bits, Enumerate()), (bits, Reinforce())):
         (x, y), weights = grid(x_noise, v)
@@ -92,25 +95,29 @@ def test_a_schedule_counts_the_steps_of_svi():
         x = pyro.sample("x", tdist.Bernoulli(logits=torch.tensor(0.3)))
         pyro.factor("f", 0.4 * x)
 
-    def gradient(beta):
-        def loss(a):
-            return -sum(
-                jnp.exp(bernoulli(a, x)) * (0.4 * x + beta * (bernoulli(0.3, x) - bernoulli(a, x))) for x in (0.0, 1.0)
-            )
+    @jax.jit
+    @jax.grad
+    def gradient(a, beta):
+        return -sum(
+            jnp.exp(bernoulli(a, x)) * (0.4 * x + beta * (bernoulli(0.3, x) - bernoulli(a, x))) for x in (0.0, 1.0)
+        )
 
-        return float(jax.grad(loss)(0.4))
-
-    wanted = [gradient(schedule(n)) for n in range(4)]
+    wanted = [float(gradient(0.4, schedule(n))) for n in range(4)]
 
     svi = numpyro.infer.SVI(
         prior, jax_hook(single, objective=objective), numpyro.optim.SGD(0.0), JaxELBO(Enumerate(), objective=objective)
     )
+
+    @jax.jit
+    def slope_and_next(state):
+        params = {**svi.get_params(state), **state.mutable_state}
+        loss = lambda a: svi.loss.loss(jax.random.key(1), {**params, "a": a}, svi.model, svi.guide)  # noqa: E731
+        return jax.grad(loss)(params["a"]), svi.update(state)[0]
+
     state, found = svi.init(jax.random.key(0)), []
     for _ in range(4):
-        params = {**svi.get_params(state), **state.mutable_state}
-        loss = lambda a, p=params: svi.loss.loss(jax.random.key(1), {**p, "a": a}, svi.model, svi.guide)  # noqa: E731
-        found.append(float(jax.grad(loss)(params["a"])))
-        state, _ = svi.update(state)
+        slope, state = slope_and_next(state)
+        found.append(float(slope))
     np.testing.assert_allclose(found, wanted, atol=1e-12)
 
     pyro.clear_param_store()

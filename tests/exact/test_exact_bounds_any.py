@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -243,7 +244,7 @@ def check(name, estimators, k, objective, noise=None, atol=1e-11, **options):
         return -bound(log_q, log_w, k, objective.alpha)
 
     scale = 2.0 if name in ("subsampled", "beside") else 1.0
-    value, slope = jax.value_and_grad(exact)(params)
+    value, slope = jax.jit(jax.value_and_grad(exact))(params)
     np.testing.assert_allclose(weights @ loss, scale * value, atol=atol)
     wanted = scale * np.concatenate([np.ravel(slope[k]) for k in sorted(slope)])
     np.testing.assert_allclose(weights @ gradient, wanted, atol=atol)
@@ -331,7 +332,7 @@ def test_wake_phases(name):
         share = jnp.exp(log_q[tuples].sum(1))[:, None, None] * jax.nn.softmax(log_w[tuples], 1)
         return -jnp.sum(jax.lax.stop_gradient(share) * (2.0 * (log_w + each)[tuples] + 0.5 * each[tuples]))
 
-    slope = jax.grad(surrogate)(params)
+    slope = jax.jit(jax.grad(surrogate))(params)
     np.testing.assert_allclose(weights @ gradient, np.concatenate([np.ravel(slope[n]) for n in "at"]), atol=1e-11)
 
 
@@ -360,7 +361,9 @@ def test_a_particle_without_weight(estimator):
     if estimator == StochasticTriple():
         return
 
-    def surrogate(a, average):
+    @partial(jax.jit, static_argnums=1)
+    @jax.grad
+    def slope(a, average):
         q, log_w = jax.nn.softmax(a), jnp.log(1 / 3) + log_p - jax.nn.log_softmax(a)
         weights = jnp.exp(log_w[z] - jax.nn.logsumexp(log_w[z]))
         total = jnp.sum(jax.lax.stop_gradient(weights) * -jax.nn.log_softmax(a)[z])
@@ -370,10 +373,10 @@ def test_a_particle_without_weight(estimator):
         # every value of one particle, those of the others held
         return -total - jnp.sum(jax.lax.stop_gradient(there) * q)
 
-    np.testing.assert_allclose(found[0], jax.grad(surrogate)(a, False), atol=1e-12)
+    np.testing.assert_allclose(found[0], slope(a, False), atol=1e-12)
     averaged = InjectedJax({"z": estimator}, average_model=True, **options)
     _, found = jax_gradients(averaged, model, guide, {"a": a}, {"z": noise})
-    np.testing.assert_allclose(found[0], jax.grad(surrogate)(a, True), atol=1e-12)
+    np.testing.assert_allclose(found[0], slope(a, True), atol=1e-12)
 
 
 def test_exact_gradient_knows_what_no_latent_moves():
@@ -397,7 +400,7 @@ def test_exact_gradient_knows_what_no_latent_moves():
     def exact(p):
         return -2 * bound(*program.states(p["a"], p["t"]), 2, 0.0)
 
-    wanted = jax.grad(exact)({"a": jnp.asarray(program.a), "t": jnp.asarray(T)})
+    wanted = jax.jit(jax.grad(exact))({"a": jnp.asarray(program.a), "t": jnp.asarray(T)})
     one = {"data": [[0, 1]], "more": [[0, 1]]}
     options = {"objective": IW, "num_particles": 2, "minibatches": one}
     for found in (

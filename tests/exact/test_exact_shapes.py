@@ -88,7 +88,7 @@ def exact(scale=1.0):
             total -= jnp.exp(log_q.sum()) * (cost.sum() + joint(z))
         return total
 
-    return np.asarray(jax.grad(loss)(jnp.asarray(LOGITS)))
+    return np.asarray(jax.jit(jax.grad(loss))(LOGITS))
 
 
 def outcomes(particles):
@@ -303,7 +303,7 @@ def test_a_network_of_coupled_elements_is_one_number():
         slopes = [jax.grad(lambda a, s=s: c(s(a)).sum())(a) for s in soft]
         return (joint(b) - 1.5 * c(soft[1](a)).sum()) * (b - P) + 1.5 * (slopes[0] - slopes[1])
 
-    np.testing.assert_allclose(one(u[77], v[77]), by_hand(u[77], v[77]), atol=1e-12)
+    np.testing.assert_allclose(*jax.jit(lambda u, v: (one(u, v), by_hand(u, v)))(u[77], v[77]), atol=1e-12)
     found = jax.jit(lambda u, v: jax.lax.map(lambda n: one(*n), (u, v), batch_size=5000))(u, v)
     mean = [PROBABILITY @ (joint(STATES) * (STATES[:, i] - P[i])) for i in range(2)]
     np.testing.assert_allclose(weights @ np.asarray(found), mean, atol=1e-6)
