@@ -9,10 +9,16 @@ from typing import Any, ClassVar
 
 from .errors import site_error
 from .families import NAMES
-from .keep import Keeps, Kept
+from .keep import Initial, Keeps, Kept
 from .ops import Array, Ops
 from .site import Costs, Draw, Local, Site
 from .spec import Spec
+
+#: what an estimator is written in
+__all__ = [
+    "OWN_VALUE", "Array", "Control", "Costs", "Draw", "Draws", "Estimator", "Initial", "Keeps", "Kept", "Local",
+    "Measure", "Moves", "Noise", "Ops", "Relaxations", "Site", "Value",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

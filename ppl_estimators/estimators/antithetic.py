@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core.errors import site_error
-from ..core.estimator import Draws, Estimator, Noise
+from ..core.estimator import Array, Draw, Draws, Estimator, Noise, Ops, Site
 from ..core.families import DISCRETE, threshold
-from ..core.ops import Array, Ops
-from ..core.site import Draw, Site
 from .several import Repeated, joined
 
 

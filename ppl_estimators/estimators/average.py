@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.estimator import Estimator
-from ..core.keep import Kept
-from ..core.ops import Ops
-from ..core.site import Costs, Draw, Local, Site
+from ..core.estimator import Costs, Draw, Estimator, Kept, Local, Ops, Site
 from .several import Mixture
 
 

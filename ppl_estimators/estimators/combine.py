@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..core.errors import site_error
-from ..core.estimator import Estimator
+from ..core.estimator import Array, Costs, Draw, Estimator, Local, Ops, Site
 from ..core.families import DISCRETE, log_prob
 from ..core.keep import Initial, Keeps, Kept, guarded
-from ..core.ops import Array, Ops
-from ..core.site import Costs, Draw, Local, Site
 from .several import Mixture
 
 _MOMENTS = "moments"

@@ -9,11 +9,8 @@ from typing import Any, ClassVar
 
 from ..core.densities import check_score
 from ..core.errors import site_error
-from ..core.estimator import Measure
-from ..core.keep import Keeps, Kept
-from ..core.ops import Array, Ops
+from ..core.estimator import Array, Costs, Draw, Keeps, Kept, Local, Measure, Ops, Site
 from ..core.regression import FEWEST, MOMENTS, OtherParticles, Source, check_source, fitted
-from ..core.site import Costs, Draw, Local, Site
 from .baselines.base import Baseline, WithBaseline
 
 

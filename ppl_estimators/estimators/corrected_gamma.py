@@ -11,11 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from ..core.estimator import Estimator, Noise, Value
+from ..core.estimator import Array, Costs, Draw, Estimator, Kept, Local, Noise, Ops, Site, Value
 from ..core.families import BETA, CONTINUOUS, DIRICHLET, GAMMA
-from ..core.keep import Kept
-from ..core.ops import Array, Ops
-from ..core.site import Costs, Draw, Local, Site
 
 
 class CorrectedGamma(Estimator):

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core import splits
-from ..core.estimator import Draws, Estimator, Noise
+from ..core.estimator import Array, Costs, Draw, Draws, Estimator, Kept, Local, Noise, Ops, Site
 from ..core.families import CATEGORICAL, ONEHOT, encoded, score
-from ..core.keep import Kept
-from ..core.ops import Array, Ops
-from ..core.site import Costs, Draw, Local, Site
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -7,12 +7,9 @@ from dataclasses import InitVar, dataclass, field
 from typing import ClassVar
 
 from ..core.errors import site_error
-from ..core.estimator import Measure, Noise, Relaxations
+from ..core.estimator import Array, Costs, Draw, Keeps, Kept, Local, Measure, Noise, Ops, Relaxations, Site
 from ..core.families import NORMAL
-from ..core.keep import Keeps, Kept
-from ..core.ops import Array, Ops
 from ..core.regression import FEWEST, MOMENTS, OtherParticles, Source, check_source, fitted
-from ..core.site import Costs, Draw, Local, Site
 from .baselines.base import Baseline, WithBaseline
 
 

@@ -6,12 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..core.estimator import Estimator, Relaxations
+from ..core.estimator import Array, Costs, Draw, Estimator, Initial, Keeps, Kept, Local, Ops, Relaxations, Site
 from ..core.families import BERNOULLI, ONEHOT, mean_vjp, score
-from ..core.keep import Initial, Keeps, Kept
-from ..core.ops import Array, Ops
 from ..core.particles import of_the_others
-from ..core.site import Costs, Draw, Local, Site
 
 
 @dataclass(frozen=True, eq=False, repr=False)

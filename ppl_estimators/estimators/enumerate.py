@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core import lanes
-from ..core.estimator import Estimator, Moves
+from ..core.estimator import Array, Costs, Draw, Estimator, Kept, Local, Moves, Ops, Site
 from ..core.families import BERNOULLI, DISCRETE, category, possible, probabilities
-from ..core.keep import Kept
-from ..core.ops import Array, Ops
-from ..core.site import Costs, Draw, Local, Site
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..core.estimator import Draws
+from ..core.estimator import Array, Costs, Draw, Draws, Kept, Local, Ops, Site
 from ..core.families import CAUCHY, LAPLACE, LOGISTIC, NORMAL, standard_score
-from ..core.keep import Kept
-from ..core.ops import Array, Ops
-from ..core.site import Costs, Draw, Local, Site
 from .baselines.base import Baseline, WithBaseline
 from .baselines.moving_average import MovingAverage
 

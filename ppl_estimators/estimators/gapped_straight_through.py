@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..core import relaxation
+from ..core.estimator import Array, Draw, Ops, Site
 from ..core.families import BERNOULLI
-from ..core.ops import Array, Ops
-from ..core.site import Draw, Site
 from .relaxed_value import Temperature, Tempered, finite, hard, with_slope
 
 

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core import relaxation
-from ..core.estimator import Value
-from ..core.ops import Array, Ops
-from ..core.site import Draw, Site
+from ..core.estimator import Array, Draw, Ops, Site, Value
 from .relaxed_value import Temperature, Tempered
 
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..core import relaxation
-from ..core.ops import Array, Ops
-from ..core.site import Draw, Site
+from ..core.estimator import Array, Draw, Ops, Site
 from .relaxed_value import Temperature, Tempered, hard, with_slope
 
 

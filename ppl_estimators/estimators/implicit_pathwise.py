@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core.errors import site_error
-from ..core.estimator import Estimator, Value
+from ..core.estimator import Array, Draw, Estimator, Ops, Site, Value
 from ..core.families import DISCRETE
-from ..core.ops import Array, Ops
-from ..core.site import Draw, Site
 
 
 @dataclass(frozen=True, eq=False, repr=False)

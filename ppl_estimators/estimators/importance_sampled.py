@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ..core.errors import site_error
-from ..core.estimator import Estimator, Measure, Moves, Noise
+from ..core.estimator import Array, Costs, Draw, Estimator, Keeps, Kept, Local, Measure, Moves, Noise, Ops, Site
 from ..core.families import BERNOULLI, CATEGORICAL, DISCRETE, GAMMA, NORMAL, ONEHOT, POISSON, log_prob, threshold
-from ..core.keep import Keeps, Kept
-from ..core.ops import Array, Ops
 from ..core.particles import times
-from ..core.site import Costs, Draw, Local, Site
 from .reinforce import Reinforce
 
 

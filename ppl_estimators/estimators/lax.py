@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ..core.estimator import Array, Costs, Draw, Local, Ops, Site
 from ..core.families import LOCATION_SCALE, standard_score
 from ..core.keep import Keeps, Kept, Network, predict
-from ..core.ops import Array, Ops
-from ..core.site import Costs, Draw, Local, Site
 from .baselines.base import Baseline, WithLevel
 from .baselines.moving_average import MovingAverage
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from ..core.errors import site_error
-from ..core.estimator import Estimator, Value
-from ..core.site import Site
+from ..core.estimator import Estimator, Site, Value
 
 
 class LibraryDraw(Estimator):

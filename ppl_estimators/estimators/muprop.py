@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..core.estimator import Relaxations
+from ..core.estimator import Array, Costs, Draw, Kept, Local, Ops, Relaxations, Site
 from ..core.families import BERNOULLI, ONEHOT, mean_vjp, probabilities, score
-from ..core.keep import Kept
-from ..core.ops import Array, Ops
-from ..core.site import Costs, Draw, Local, Site
 from .baselines.base import Baseline, WithBaseline
 
 

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ..core.densities import check_score
-from ..core.estimator import Measure
+from ..core.estimator import Array, Costs, Draw, Local, Measure, Ops, Site
 from ..core.keep import Initial, Keeps, Kept, guarded
-from ..core.ops import Array, Ops
-from ..core.site import Costs, Draw, Local, Site
 from .baselines.base import Baseline, WithBaseline
 from .baselines.learned import Learned
 from .baselines.moving_average import MovingAverage

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..core.estimator import Relaxations
+from ..core.estimator import Costs, Draw, Kept, Local, Ops, Relaxations, Site
 from ..core.families import BERNOULLI, ONEHOT
-from ..core.keep import Kept
-from ..core.ops import Ops
-from ..core.site import Costs, Draw, Local, Site
 from .relaxed_control import RelaxedControl, assemble, of_model
 
 

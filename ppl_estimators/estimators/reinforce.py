@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core.densities import check_score
-from ..core.estimator import Control, Measure
-from ..core.keep import Kept
-from ..core.ops import Ops
-from ..core.site import Costs, Draw, Local, Site
+from ..core.estimator import Control, Costs, Draw, Kept, Local, Measure, Ops, Site
 from .baselines.base import Baseline, WithBaseline
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ..core.estimator import Costs, Draw, Kept, Ops, Site
 from ..core.families import DISCRETE
-from ..core.keep import Kept
-from ..core.ops import Ops
-from ..core.site import Costs, Draw, Site
 from .baselines.base import Baseline
 from .baselines.moving_average import MovingAverage
 from .relaxed_control import RelaxedNetwork, Variate, of_network

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..core.estimator import Relaxations
+from ..core.estimator import Costs, Draw, Kept, Ops, Relaxations, Site
 from ..core.families import BERNOULLI, ONEHOT
-from ..core.keep import Kept
-from ..core.ops import Ops
-from ..core.site import Costs, Draw, Site
 from .baselines.base import Baseline
 from .baselines.moving_average import MovingAverage
 from .relaxed_control import RelaxedNetwork, Variate, of_model, of_network

@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from ..core import relaxation
-from ..core.estimator import Estimator, Noise
+from ..core.estimator import Array, Costs, Draw, Estimator, Local, Noise, Ops, Site
 from ..core.families import ONEHOT, probabilities, score, threshold
 from ..core.keep import Initial, Keeps, Kept, Network, predict
-from ..core.ops import Array, Ops
-from ..core.site import Costs, Draw, Local, Site
 from .baselines.base import WithLevel
 
 

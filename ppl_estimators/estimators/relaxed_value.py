@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-from ..core.estimator import Estimator, Noise, Value
+from ..core.estimator import Array, Costs, Draw, Estimator, Initial, Keeps, Kept, Local, Noise, Ops, Site, Value
 from ..core.families import RELAXABLE, threshold
-from ..core.keep import Initial, Keeps, Kept
-from ..core.ops import Array, Ops
-from ..core.site import Costs, Draw, Local, Site
 
 #: a number, or a function of the number of steps taken, in arithmetic that both libraries' arrays know
 Temperature = float | Callable[[Array], Array]

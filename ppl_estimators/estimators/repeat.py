@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.estimator import Estimator
-from ..core.site import Site
+from ..core.estimator import Estimator, Site
 from .several import Repeated
 
 

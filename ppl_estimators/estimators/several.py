@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from ..core.errors import site_error
-from ..core.estimator import Draws, Estimator, Measure, Moves, Noise, Relaxations
+from ..core.estimator import Array, Costs, Draw, Draws, Estimator, Local, Measure, Moves, Noise, Ops, Relaxations, Site
 from ..core.keep import Keeps, Kept, prefixed, strip
-from ..core.ops import Array, Ops
 from ..core.particles import times
-from ..core.site import Costs, Draw, Local, Site
 
 #: a part's own draw, and its log q, among what it needs later; no estimator calls anything of its own so
 _VALUE, _LOG_Q = "drawn value", "drawn log q"

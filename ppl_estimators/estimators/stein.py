@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..core.estimator import Estimator, Relaxations
+from ..core.estimator import Array, Costs, Draw, Estimator, Local, Ops, Relaxations, Site
 from ..core.families import BERNOULLI, score
 from ..core.keep import Keeps, Kept, Network, predict
-from ..core.ops import Array, Ops
 from ..core.particles import of_the_others
-from ..core.site import Costs, Draw, Local, Site
 
 
 @dataclass(frozen=True, eq=False, repr=False)

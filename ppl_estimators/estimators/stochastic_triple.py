@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core.counts import in_natural_units
-from ..core.estimator import Estimator, Moves, Noise
+from ..core.estimator import Array, Costs, Draw, Estimator, Kept, Local, Moves, Noise, Ops, Site
 from ..core.families import BERNOULLI, BINOMIAL, CATEGORICAL, DISCRETE, GEOMETRIC, ONEHOT, POISSON
-from ..core.keep import Kept
-from ..core.ops import Array, Ops
-from ..core.site import Costs, Draw, Local, Site
 
 
 @dataclass(frozen=True, eq=False, repr=False)

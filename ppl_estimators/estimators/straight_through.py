@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..core.estimator import Array, Draw, Ops, Site
 from ..core.families import probabilities
-from ..core.ops import Array, Ops
-from ..core.site import Draw, Site
 from .relaxed_value import RelaxedValue, hard, with_slope
 
 

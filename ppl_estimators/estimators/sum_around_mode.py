@@ -8,11 +8,8 @@ from typing import ClassVar
 
 from ..core import lanes
 from ..core.counts import in_natural_units
-from ..core.estimator import Estimator, Moves
+from ..core.estimator import Array, Costs, Draw, Estimator, Kept, Local, Moves, Ops, Site
 from ..core.families import COUNTS, GEOMETRIC, POISSON, possible
-from ..core.keep import Kept
-from ..core.ops import Array, Ops
-from ..core.site import Costs, Draw, Local, Site
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -8,11 +8,8 @@ from typing import ClassVar
 
 from ..core import lanes
 from ..core.errors import site_error
-from ..core.estimator import Control, Estimator, Moves, Noise
+from ..core.estimator import Array, Control, Costs, Draw, Estimator, Kept, Local, Moves, Noise, Ops, Site
 from ..core.families import CATEGORICAL, ONEHOT, encoded, gumbel, possible
-from ..core.keep import Kept
-from ..core.ops import Array, Ops
-from ..core.site import Costs, Draw, Local, Site
 
 #: sets of k categories have 2^k subsets, and each is visited
 LARGEST = 8

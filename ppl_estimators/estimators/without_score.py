@@ -6,10 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ..core.densities import check_density, check_ends
-from ..core.estimator import Estimator, Noise, Value
-from ..core.keep import Keeps, Kept
-from ..core.ops import Array, Ops
-from ..core.site import Costs, Draw, Local, Site
+from ..core.estimator import Array, Costs, Draw, Estimator, Keeps, Kept, Local, Noise, Ops, Site, Value
 from .library_draw import LibraryDraw
 from .pathwise import Pathwise
 

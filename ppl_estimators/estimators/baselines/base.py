@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from ...core.errors import site_error
-from ...core.estimator import Control, Estimator, Measure
+from ...core.estimator import Array, Control, Estimator, Measure, Ops, Site
 from ...core.keep import Keeps, Kept, prefixed, strip
-from ...core.ops import Array, Ops
 from ...core.particles import of_the_others
-from ...core.site import Site
 from ...core.spec import Spec
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ...core.keep import Kept
-from ...core.ops import Array, Ops
-from ...core.site import Site
+from ...core.estimator import Array, Kept, Ops, Site
 from .base import Baseline
 
 

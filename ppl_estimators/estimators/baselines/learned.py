@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...core.errors import site_error
+from ...core.estimator import Array, Ops, Site
 from ...core.keep import Keeps, Kept, Network, predict
-from ...core.ops import Array, Ops
-from ...core.site import Site
 from .base import Baseline
 
 

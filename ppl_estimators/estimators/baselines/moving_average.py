@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...core.errors import site_error
+from ...core.estimator import Array, Ops, Site
 from ...core.keep import Initial, Keeps, Kept, guarded
-from ...core.ops import Array, Ops
-from ...core.site import Site
 from .base import Baseline
 
 

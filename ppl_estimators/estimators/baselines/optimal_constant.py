@@ -7,12 +7,9 @@ from dataclasses import InitVar, dataclass, field
 from typing import ClassVar
 
 from ...core.errors import site_error
-from ...core.estimator import Measure
-from ...core.keep import Keeps, Kept
-from ...core.ops import Array, Ops
+from ...core.estimator import Array, Keeps, Kept, Measure, Ops, Site
 from ...core.particles import of_the_others
 from ...core.regression import OtherParticles, Source, check_source
-from ...core.site import Site
 from .base import Baseline, Baselined
 
 
