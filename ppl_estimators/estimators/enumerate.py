@@ -48,23 +48,23 @@ class Enumerate(Estimator):
         p, c = probabilities(ops, site.family, site.logits), site.categories
         if site.family == BERNOULLI:
             drawn = ops.where(draw.value > 0, p, 1 - p)
-            return lanes.weights(ops, site, drawn, [1 - drawn])
+            return lanes.weights(ops, site, drawn, 1 - drawn[..., None])
         z = category(ops, site.family, draw.value)
-        each = [ops.take_last(p, ((z + s) % c)[..., None])[..., 0] for s in range(c)]
-        return lanes.weights(ops, site, each[0], each[1:])
+        each = ops.take_last(p, (z[..., None] + ops.indices(c, z)) % c)
+        return lanes.weights(ops, site, each[..., 0], each[..., 1:])
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         c = site.categories
         p = probabilities(ops, site.family, site.logits)
         drawn = site.spread(ops, costs.value)
-        moved = [lanes.by_lane(ops, site, costs.alternatives[s :: c - 1]) for s in range(c - 1)]
+        moved = lanes.by_lane(ops, site, costs.alternatives)  # [K, *batch, *event, C - 1]
         if site.family == BERNOULLI:  # p (1 - p) (f(1) - f(0))
             sign = 1 - 2 * draw.value
             weight = p * ops.sigmoid(-site.logits)
-            gradient = sign * possible(ops, weight, weight * (moved[0] - drawn))
+            gradient = sign * possible(ops, weight, weight * (moved[..., 0] - drawn))
         else:  # p ⊙ (F - p·F), F[v] = f(v): the shift from the drawn category to v is (v - z) mod C
             index = category(ops, site.family, draw.value)
-            by_shift = ops.stack([drawn + ops.zeros_like(moved[0]), *moved], axis=-1)
+            by_shift = ops.concat([drawn[..., None] + ops.zeros_like(moved[..., :1]), moved], axis=-1)
             by_shift = ops.broadcast_to(by_shift, p.shape)
             shift = (ops.indices(c, index) - index[..., None]) % c
             f = possible(ops, p, ops.take_last(by_shift, shift))

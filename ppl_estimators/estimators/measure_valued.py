@@ -83,22 +83,21 @@ class MeasureValued(Estimator):
         return ops.where(here, x + draw.extra["e"], x)
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
-        count = self._per_lane(site)
         f = site.spread(ops, costs.value)
-        other = [ops.stop_gradient(lanes.by_lane(ops, site, costs.alternatives[i::count])) for i in range(count)]
+        other = ops.stop_gradient(lanes.by_lane(ops, site, costs.alternatives))  # [K, *batch, *event, values]
         if site.family in DISCRETE:
             return Local(self._discrete(ops, site, draw, f, other))
         f = ops.stop_gradient(f)
         constant = {k: ops.stop_gradient(x) for k, x in site.named.items()}
         if site.family == NORMAL:
             scale = constant["scale"]
-            of_loc = (other[0] - other[1]) / (scale * math.sqrt(2 * math.pi))
-            of_scale = (other[2] - f) / scale
+            of_loc = (other[..., 0] - other[..., 1]) / (scale * math.sqrt(2 * math.pi))
+            of_scale = (other[..., 2] - f) / scale
             return Local(of_loc * site.named["loc"] + of_scale * site.named["scale"])
         if site.family == POISSON:
-            return Local((other[0] - f) * site.named["rate"])
+            return Local((other[..., 0] - f) * site.named["rate"])
         shape = constant.get("concentration", 1)
-        surrogate = (f - other[0]) * shape / constant["rate"] * site.named["rate"]
+        surrogate = (f - other[..., 0]) * shape / constant["rate"] * site.named["rate"]
         if site.family == GAMMA:
             a = site.named["concentration"]
             score = ops.log(constant["rate"] * draw.value) - ops.digamma(constant["concentration"])
@@ -106,13 +105,13 @@ class MeasureValued(Estimator):
         return Local(surrogate)
 
     @staticmethod
-    def _discrete(ops: Ops, site: Site, draw: Draw, f: Array, other: list[Array]) -> Array:
+    def _discrete(ops: Ops, site: Site, draw: Draw, f: Array, other: Array) -> Array:
         p = probabilities(ops, site.family, site.logits)
         if site.family == BERNOULLI:
-            gradient = p * (1 - p) * (1 - 2 * draw.value) * (other[0] - f)
+            gradient = p * (1 - p) * (1 - 2 * draw.value) * (other[..., 0] - f)
         else:  # p_k (f(k) − f(z)); the shift from z to k is (k − z) mod C
             index = category(ops, site.family, draw.value)
-            change = ops.stack([ops.zeros_like(other[0]), *(x - f for x in other)], axis=-1)
+            change = ops.concat([ops.zeros_like(other[..., :1]), other - f[..., None]], axis=-1)
             shift = (ops.indices(site.categories, index) - index[..., None]) % site.categories
             gradient = p * ops.take_last(ops.broadcast_to(change, p.shape), shift)
         return ops.stop_gradient(gradient) * site.logits

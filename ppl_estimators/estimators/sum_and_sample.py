@@ -76,7 +76,7 @@ class SumAndSample(Estimator):
         p_top = ops.take_last(ops.softmax(site.logits), terms[..., :k])
         w = 1 - ops.sum(p_top, axis=-1)
         is_drawn = terms[..., :k] == z[..., None]
-        moved = [ops.where(is_drawn[..., i], w, p_top[..., i]) for i in range(k)]
+        moved = ops.where(is_drawn, w[..., None], p_top)
         in_top = ops.any(is_drawn, axis=-1)
         drawn = ops.where(in_top, ops.sum(ops.where(is_drawn, p_top, ops.zeros_like(p_top)), axis=-1), w)
         return lanes.weights(ops, site, drawn, moved)
@@ -84,8 +84,7 @@ class SumAndSample(Estimator):
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         k, terms, a = self._summed(site), draw.extra["terms"], site.logits
         drawn = site.spread(ops, costs.value)[..., None]
-        others = [lanes.by_lane(ops, site, costs.alternatives[i::k]) for i in range(k)]
-        others = ops.stack(others, axis=-1)  # [K, *batch, *event, k]
+        others = lanes.by_lane(ops, site, costs.alternatives)  # [K, *batch, *event, k]
         is_drawn = terms[..., :k] == category(ops, site.family, draw.value)[..., None]
         f_top = ops.where(is_drawn, drawn, others)
         f_rest = ops.sum(ops.where(is_drawn, others, ops.zeros_like(others)), axis=-1, keepdims=True)

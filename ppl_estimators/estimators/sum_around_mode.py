@@ -61,13 +61,12 @@ class SumAroundMode(Estimator):
         return ops.where(here, moved, draw.value)
 
     def weights(self, ops: Ops, site: Site, draw: Draw) -> Array:
-        q, counts, outside = self._masses(ops, site, draw)
-        return lanes.weights(ops, site, outside, [q[..., i] for i in range(counts.shape[-1])])
+        q, _, outside = self._masses(ops, site, draw)
+        return lanes.weights(ops, site, outside, q)
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         q, counts, outside = self._masses(ops, site, draw)
-        f = [lanes.by_lane(ops, site, costs.alternatives[i :: self.k]) for i in range(self.k)]
-        f = possible(ops, q, ops.stack(f, axis=-1) + ops.zeros_like(q))  # [K, *batch, *event, k]
+        f = possible(ops, q, lanes.by_lane(ops, site, costs.alternatives))  # [K, *batch, *event, k]
         baseline = ops.sum(q * f, axis=-1) / ops.sum(q, axis=-1)
         inside = ops.sum(q * (f - baseline[..., None]) * _score(ops, site, counts, trailing=True), axis=-1)
         beyond = outside * (site.spread(ops, costs.value) - baseline) * _score(ops, site, draw.value)

@@ -81,15 +81,14 @@ class UnorderedSet(Estimator):
     def weights(self, ops: Ops, site: Site, draw: Draw) -> Array:
         members = draw.extra["members"]
         first = firsts(ops, site.logits, members)
-        return lanes.weights(ops, site, first[..., 0], [first[..., i] for i in range(1, self._size(site))])
+        return lanes.weights(ops, site, first[..., 0], first[..., 1:])
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         k, members, a = self._size(site), draw.extra["members"], site.logits
-        f = [site.spread(ops, costs.value)]
-        if k > 1:
-            f += [lanes.by_lane(ops, site, costs.alternatives[i :: k - 1]) for i in range(k - 1)]
         p = ops.softmax(a)
-        f = ops.stack([x + ops.zeros_like(p[..., 0]) for x in f], axis=-1)  # [K, *batch, *event, k]
+        f = site.spread(ops, costs.value)[..., None] + ops.zeros_like(p[..., :1])
+        if k > 1:
+            f = ops.concat([f, lanes.by_lane(ops, site, costs.alternatives)], axis=-1)  # [K, *batch, *event, k]
         weights = coefficients(ops, ops.stop_gradient(a), members, possible(ops, ops.take_last(p, members), f))
         # Σ_s weights_s (e_s − p)
         chosen = ops.one_hot(members, a.shape[-1], a)
