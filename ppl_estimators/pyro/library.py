@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from ..core import averaging
 from ..core.credit import Graph
 from ..core.enumeration import Unplaced, check_objective, warn_of_minibatches
-from ..core.errors import EstimatorError, site_error, warn
+from ..core.errors import site_error, warn
 from ..core.estimator import Estimator, Noise
 from ..core.keep import Keeps, Kept
 from ..core.library import Joined, Run, Values
@@ -40,11 +40,11 @@ from .distributions import Law, another, log_q, named, natural_parameters, score
 from .enumeration import Layout
 from .keep import Keeper, read_state
 from .ops import OPS
+from .particles import Particles, moved
 from .randomness import Generators, Randomness, SideBySide, Stream
 from .run import Message, Traces, dependencies, execute, plates_of, tables_of, terms_of, traced, turned, view
 
 Array = torch.Tensor
-_PARTICLES = "num_particles_vectorized"
 _ALTERNATIVES = "_counterfactual_values"
 _STRUCTURES = 8  # so many of a program are verified in full, and as many as are remembered with few runs
 _FEW = 2
@@ -142,6 +142,7 @@ class PyroLibrary:
         self.vectorized = particles is not None
         if particles is not None:
             self.model, self.guide = particles(model), particles(guide)
+        self.axis = Particles(self.vectorized, max_plate_nesting)
         self.observes = isinstance(getattr(guide, "guide", guide), GuideMessenger)
         self.subsamples: dict[str, Array] = {}
         self.call = (settings, _code(model), _code(guide), _shape(args), _shape(tuple(sorted(kwargs.items()))))
@@ -476,7 +477,7 @@ class PyroLibrary:
 
     def keep(self, site: Site, estimator: Estimator, given: Values, like: Array) -> Kept:
         if self.vectorized:
-            site = self._led(site)
+            site = self.axis.led(site)
         declared = estimator.keeps(site, given)
         if not declared:
             return Kept(given=given)
@@ -667,24 +668,13 @@ class PyroLibrary:
         for name in dict.fromkeys(n for a in arrays for n in a["sites"]):
             here = [(a["sites"][name], r) for a, r in found if name in a["sites"]]
             run = here[0][1]
-            sites[name] = self._facts(run.sites[name])
+            sites[name] = self.axis.facts(run.sites[name])
             estimators[name], kept[name] = run.plan.estimators[name], run.kept[name]
-            joined[name] = self._joined([a for a, _ in here])
-            if left := self._left_of_particles(run.sites[name]):
-                joined[name] = _particles_first(joined[name], left)
+            joined[name] = self.axis.of_site(run.sites[name], [a for a, _ in here])
         labels = ("objective", "held", "dreamt")
-        collected = {label: self._collected([a.get(label) for a in arrays], total) for label in labels}
-        both = {label: self._joined([a.get(label, {}) for a in arrays]) for label in ("averages", "posterior")}
+        collected = {label: self.axis.collected([a.get(label) for a in arrays], total) for label in labels}
+        both = {label: self.axis.joined([a.get(label, {}) for a in arrays]) for label in ("averages", "posterior")}
         return Joined({**collected, **both, "sites": joined, "runs": runs}, sites, estimators, kept, total)
-
-    def _collected(self, rows: Sequence[Array | None], total: int) -> Array | None:
-        """What the objective has of each particle, particles first."""
-        present = [x for x in rows if x is not None]
-        if not present:
-            return None
-        if self.vectorized:
-            return present[0] if present[0].ndim else present[0][None] / total
-        return torch.stack(present)
 
     def _first(self, one: Callable[[Any], tuple[dict[str, Any], Run]]) -> tuple[dict[str, Any], Run]:
         """The first particle, drawn once the structure of the program is known as far as its choices need."""
@@ -770,64 +760,6 @@ class PyroLibrary:
         flags = tuple(x for x in given if x is None or isinstance(x, (bool, str)))
         return self.program, sites, tuple(plan.depends_on.items()), flags
 
-    def _facts(self, site: Site) -> Site:
-        if not self.vectorized:
-            return site
-        if len(site.batch_shape) - self._left_of_particles(site) != self.max_plate_nesting:
-            raise EstimatorError(
-                f"site '{site.name}': batch shape {site.batch_shape} with max_plate_nesting={self.max_plate_nesting}, "
-                "the particles included: the particle axis must be the leftmost. Pass a max_plate_nesting that covers "
-                "every batch dimension, or vectorize_particles=False."
-            )
-        return site.filled(**self._without_particles(site))
-
-    def _left_of_particles(self, site: Site) -> int:
-        """How many axes of values that the guide enumerates lie left of all particles."""
-        values = self.vectorized and any(p.values for p in site.plates)
-        return len(site.batch_shape) - int(self.max_plate_nesting) if values else 0
-
-    def _without_particles(self, site: Site) -> dict[str, Any]:
-        """Plates and batch shape of a vectorised site, the particle axis being its leading one."""
-        left, shape = self._left_of_particles(site), site.batch_shape
-        return {
-            "plates": frozenset(_moved(p, 1) if p.values else p for p in site.plates if p.name != _PARTICLES),
-            "batch_shape": (*shape[:left], *shape[left + 1 :]),
-        }
-
-    def _led(self, site: Site) -> Site:
-        """A vectorised site with the particles in front."""
-        arrays, left = {}, self._left_of_particles(site)
-        if left:
-            found = {k: getattr(site, k) for k in ("scale", "logits", "named", "log_q", "score_norm", "value")}
-            arrays = _particles_first(found, left)
-        return replace(site, lead=1, **{**arrays, **self._without_particles(site)})
-
-    def _joined(self, rows: Sequence[Any], axis: int = 0) -> Any:
-        """Arrays of one particle each, joined along a new particle axis (or as they are, if vectorised)."""
-        first = rows[0]
-        if len(rows) == 1:
-            return first if self.vectorized else _alone(first, axis)
-        if type(first) is dict:
-            return {k: self._joined([r[k] for r in rows], 1 if k == "elsewhere" else axis) for k in first}
-        if first is None or self.vectorized or not isinstance(first, torch.Tensor):
-            return first
-        return torch.stack(list(rows), axis)
-
-
-def _alone(found: Mapping[str, Any], axis: int) -> dict[str, Any]:
-    """Arrays of the only particle, with a particle axis."""
-    joined: dict[str, Any] = {}
-    for key, x in found.items():
-        if isinstance(x, torch.Tensor):
-            joined[key] = x.unsqueeze(axis)
-        elif key == "named" and x.keys() == {"logits"}:
-            joined[key] = {"logits": joined["logits"]}  # the same
-        elif x and type(x) is dict:
-            joined[key] = _alone(x, 1 if key == "elsewhere" else axis)
-        else:
-            joined[key] = x
-    return joined
-
 
 def _stacked(rows: Sequence[Mapping[Any, Array]]) -> dict[Any, Array]:
     return {k: torch.stack([row[k] for row in rows]) for k in rows[0]}
@@ -886,25 +818,7 @@ def _shape(x: Any) -> Hashable:
 
 def _beside(plates: frozenset[Plate], alternatives: Plate) -> frozenset[Plate]:
     """With a plate of alternatives, which lies right of enumerated values."""
-    return frozenset(_moved(p, -1) if p.values else p for p in plates) | {alternatives}
-
-
-def _moved(plate: Plate, by: int) -> Plate:
-    """``by`` dimensions to the right."""
-    return plate._replace(dim=plate.dim + by)
-
-
-def _particles_first(found: Mapping[str, Any], left: int) -> dict[str, Any]:
-    """Arrays whose particle axis comes behind ``left`` others, with that in front (behind the alternatives)."""
-    moved: dict[str, Any] = {}
-    for key, x in found.items():
-        first = 1 if key == "elsewhere" else 0
-        moved[key] = tree_map(lambda a: a.movedim(left + first, first) if _has(a, left + first) else a, x)  # noqa: B023
-    return moved
-
-
-def _has(x: Any, axis: int) -> bool:
-    return isinstance(x, torch.Tensor) and x.ndim > axis
+    return frozenset(moved(p, -1) if p.values else p for p in plates) | {alternatives}
 
 
 def _detached(x: Any) -> Any:
