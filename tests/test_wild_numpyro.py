@@ -31,6 +31,8 @@ from ppl_estimators import (
     Enumerate,
     EstimatorError,
     EstimatorWarning,
+    EvidenceLowerBound,
+    ImportanceWeighted,
     LeaveOneOut,
     MovingAverage,
     Pathwise,
@@ -663,9 +665,11 @@ def test_latents_in_branches_of_guide_and_model(spec: Any, double_precision: Non
         assert (error < 0.05).all()
 
 
+@pytest.mark.parametrize("bound", [False, True])
 @pytest.mark.parametrize("flow", ["scan", "cond"])
-def test_a_minibatch_in_control_flow_is_that_of_the_guide(flow: str, double_precision: None) -> None:
-    """Guide and model see the same elements inside; else the posterior of one datum is held against another's."""
+def test_a_minibatch_in_control_flow_is_that_of_the_guide(flow: str, bound: bool, double_precision: None) -> None:
+    """Guide and model see the same elements inside; else the posterior of one datum is held against another's. The
+    weights of a bound are those of a datum, and N/B stands before their logarithm."""
     x = jnp.arange(6.0)
 
     def program(site: Callable[[Any], None]) -> Callable[[], None]:
@@ -690,21 +694,30 @@ def test_a_minibatch_in_control_flow_is_that_of_the_guide(flow: str, double_prec
         program(lambda i: numpyro.sample("z", dist.Bernoulli(logits=b[0] * x[i] / 5 + b[1])))()
 
     def exact(b: Any) -> Any:
-        a = b[0] * x / 5 + b[1]
-        cost = [jax.nn.log_sigmoid(s * a) - jnp.log(p) - dist.Normal(z, 1.0).log_prob(x)
-                for s, p, z in ((1, 0.3, 1.0), (-1, 0.7, 0.0))]  # fmt: skip
-        return (2 if flow == "scan" else 1) * jnp.sum(jax.nn.sigmoid(a) * cost[0] + jax.nn.sigmoid(-a) * cost[1])
+        """The sum over what the steps draw, for two particles."""
+        a, steps = b[0] * x / 5 + b[1], 2 if flow == "scan" else 1
+        one = [(jax.nn.log_sigmoid(s * a), jnp.log(p) + dist.Normal(z, 1.0).log_prob(x))
+               for s, p, z in ((1, 0.3, 1.0), (-1, 0.7, 0.0))]  # fmt: skip
+        particle = [[sum(part) for part in zip(*steps, strict=True)] for steps in product(one, repeat=steps)]
+        value = jnp.array(0.0)
+        for (q, p), (r, s) in product(particle, repeat=2):
+            weights = jnp.stack([p - q, s - r])
+            loss = jax.nn.logsumexp(weights, 0) - jnp.log(2) if bound else weights.mean(0)
+            value -= jnp.sum(jnp.exp(q + r) * loss)
+        return value
 
-    with pytest.raises(EstimatorError, match="site 'z': in plate 'data' inside a scan or a cond, and scaled"):
-        exact_gradient(program(latent), guide)  # which can't list these minibatches
-
-    b, elbo = jnp.array([0.5, -0.4]), EstimatorELBO({"z": Reinforce(LeaveOneOut())}, num_particles=2)
+    objective = ImportanceWeighted() if bound else EvidenceLowerBound()
+    b = jnp.array([0.5, -0.4])
+    elbo = EstimatorELBO({"z": Reinforce(LeaveOneOut())}, num_particles=2, objective=objective)
     draws = jax.jit(jax.vmap(lambda k: jax.grad(lambda b: elbo.loss(k, {"b": b}, program(latent), guide))(b)))(
         jax.random.split(jax.random.key(0), 20_000)
     )
     right, error = jax.grad(exact)(b), draws.std(0) / len(draws) ** 0.5
     assert (jnp.abs(draws.mean(0) - right) < 4 * error).all()
     assert (error < 0.03 * jnp.abs(right)).all()
+
+    with pytest.raises(EstimatorError, match="plate 'data': it subsamples inside a scan or a cond"):
+        exact_gradient(program(latent), guide)  # which can't list these minibatches
 
 
 @pytest.mark.parametrize("outer", ["scan", "cond"])

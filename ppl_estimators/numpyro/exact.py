@@ -136,19 +136,13 @@ class _Program:
         self.rules = {n: rule_of(LAWS, n, m["fn"], asked.nodes) for n, m in latents.items()}
         self.counts = [Count(n, r.size, math.prod(r.elements)) for n, r in self.rules.items()]
         self.continuous = any(not r.discrete for r in self.rules.values())
-        self.subsampled = {
-            n: (m["args"][0], len(m["value"]))
-            for n, m in {**traces.guide, **traces.model}.items()
-            if m["type"] == "plate" and m["args"][0] != len(m["value"])
-        }
-        for name, msg in {**traces.guide, **traces.model}.items():
-            hidden = [f.name for f in msg.get("cond_indep_stack", ()) if f.name not in traces.guide | traces.model]
-            if hidden and msg.get("scale") is not None:
-                raise site_error(
-                    name,
-                    f"in plate '{hidden[0]}' inside a scan or a cond, and scaled: its minibatches can't be listed",
-                    "Let the plate see all of its elements, without a handler that scales it.",
-                )
+        sizes = {**traces.sizes["guide"], **traces.sizes["model"]}
+        self.subsampled = {n: size for n, size in sizes.items() if size[0] != size[1]}
+        for name in self.subsampled.keys() - {**traces.guide, **traces.model}.keys():
+            raise EstimatorError(
+                f"plate '{name}': it subsamples inside a scan or a cond, where its minibatches can't be listed. Let it "
+                "see all of its elements."
+            )
         self.state = {n: v for n, v in (params or {}).items() if n not in self.params}
         self.depends_on = self._dependencies() if self.objective.keeps_score else None
 

@@ -55,11 +55,13 @@ _ALONG = ("noise", "given")
 
 @dataclass
 class Traces:
-    """Messages of one run, by site name in order of appearance; ``values`` if some take all their values."""
+    """Messages of one run, by site name in order of appearance; ``values`` if some take all their values. ``sizes`` of
+    the plates of either side, those inside scans and conds too: how many elements there are in all, and in this run."""
 
     guide: dict[str, Message] = field(default_factory=dict)
     model: dict[str, Message] = field(default_factory=dict)
     values: Enumeration | None = None
+    sizes: dict[str, dict[str, tuple[int, int]]] = field(default_factory=lambda: {"guide": {}, "model": {}})
 
     def latents(self) -> dict[str, Message]:
         """Sites whose value was drawn."""
@@ -142,7 +144,7 @@ class Scan(NamedTuple):
 
 
 class _Conduct(Messenger):
-    """Gives out keys by name, asks ``draw`` for the values of latent sites, records every site.
+    """Gives out keys by name, asks ``draw`` for the values of latent sites, records every site, and ``sizes`` of plates.
 
     ``guide``: the guide's record, for a run of the model.
     """
@@ -153,6 +155,7 @@ class _Conduct(Messenger):
         plate_key: Array,
         draw: Draw,
         record: dict[str, Message],
+        sizes: dict[str, tuple[int, int]],
         params: Mapping[str, Array],
         guide: Mapping[str, Message] | None = None,
         layout: Layout | None = None,
@@ -160,7 +163,7 @@ class _Conduct(Messenger):
     ):
         self.layout, self.handed_over = layout, handed_over
         self.key, self.plate_key, self.draw, self.record = key, plate_key, draw, record
-        self.params, self.guide = params, guide
+        self.sizes, self.params, self.guide = sizes, params, guide
         self.side = "guide" if guide is None else "model"
         self.kinds: dict[str, str] = {}  # of what has a name
         self.anonymous = self.scans = 0
@@ -208,7 +211,7 @@ class _Conduct(Messenger):
         elif kind == "plate" and msg["value"] is None:
             msg["kwargs"]["rng_key"] = key_of(self.plate_key, f"plate {msg['name']}")
         if kind == "control_flow":
-            _within(msg, lambda fn: _Within(fn, self.plate_key))
+            _within(msg, lambda fn: _Within(fn, self.plate_key, self.sizes))
         if kind in ("prng_key", "control_flow") and msg["kwargs"]["rng_key"] is None:
             self.anonymous += 1
             msg["kwargs"]["rng_key"] = key_of(self.key, f"{self.side} {kind} {self.anonymous}")
@@ -229,6 +232,7 @@ class _Conduct(Messenger):
         if {self.kinds.get(name, kind), kind} & {"sample", "deterministic"} and name in self.kinds:
             raise DuplicateName(f"site '{name}': the name is used twice. Give every sample site a name of its own.")
         self.kinds[name] = kind
+        _note_size(msg, self.sizes)
         if kind in ("sample", "plate", "mutable"):
             self.record[name] = msg.copy()
             if "time" in msg and kind == "sample":  # a value of the guide's, which was handed over once more
@@ -288,13 +292,15 @@ class _Within(Messenger):
     """Inside a scan or a cond, where no handler outside reaches: plates see the elements that their name says, in guide
     and model and at every step, and a latent site in such a thing inside another is refused."""
 
-    def __init__(self, fn: Callable[..., Any], plate_key: Array, nested: bool = False):
-        self.plate_key, self.nested = plate_key, nested
+    def __init__(
+        self, fn: Callable[..., Any], plate_key: Array, sizes: dict[str, tuple[int, int]], nested: bool = False
+    ):
+        self.plate_key, self.sizes, self.nested = plate_key, sizes, nested
         super().__init__(fn)
 
     def process_message(self, msg: Message) -> None:
         if msg["type"] == "control_flow":
-            _within(msg, lambda fn: _Within(fn, self.plate_key, nested=True))
+            _within(msg, lambda fn: _Within(fn, self.plate_key, self.sizes, nested=True))
         elif msg["type"] == "plate" and msg["value"] is None:
             msg["kwargs"]["rng_key"] = key_of(self.plate_key, f"plate {msg['name']}")
         elif self.nested and _latent(msg):
@@ -303,6 +309,14 @@ class _Within(Messenger):
                 "drawn in a scan or a cond that is inside another one, where no value comes from guide to model",
                 "Write one scan over all steps, and jnp.where on the parameters in the place of a cond.",
             )
+
+    def postprocess_message(self, msg: Message) -> None:
+        _note_size(msg, self.sizes)
+
+
+def _note_size(msg: Message, sizes: dict[str, tuple[int, int]]) -> None:
+    if msg["type"] == "plate":
+        sizes[msg["name"]] = msg["args"][0], jnp.shape(msg["value"])[0]
 
 
 def _within(msg: Message, wrapped: Callable[[Any], Any]) -> None:
@@ -360,13 +374,14 @@ def execute(
     sites go; a run that finds it needs one raises `Unplaced`. ``handed_over``: what takes the place of the guide's
     values inside scans of the model."""
     traces, (model, guide, args, kwargs, params, key) = Traces(), program
-    with _Conduct(keys.key, key, draw, traces.guide, params, layout=layout):
+    with _Conduct(keys.key, key, draw, traces.guide, traces.sizes["guide"], params, layout=layout):
         substitute(guide, data=dict(params))(*args, **kwargs)
     if model is not None:
         own = {**params, **{n: m["value"] for n, m in traces.guide.items() if m["type"] == "mutable"}}
         refuse = partial(_refuse, layout=layout)
         with _Conduct(
-            keys.key, key, refuse, traces.model, params, guide=traces.guide, layout=layout, handed_over=handed_over
+            keys.key, key, refuse, traces.model, traces.sizes["model"], params,
+            guide=traces.guide, layout=layout, handed_over=handed_over,
         ):  # fmt: skip
             drawn = {n: m for n, m in traces.guide.items() if m["type"] in ("sample", "plate")}
             replay(substitute(model, data=own), trace=drawn)(*args, **kwargs)
@@ -400,13 +415,10 @@ def _refuse(msg: Message, layout: Layout | None) -> Any:
 
 def _same_sizes(traces: Traces) -> None:
     """Plates of guide and model agree on their size, and on that of the subsample."""
-    for name, msg in traces.model.items():
-        twin = traces.guide.get(name)
-        if twin is None or not msg["type"] == twin["type"] == "plate":
-            continue
-        elements = [jnp.shape(m["value"])[0] for m in (twin, msg)]
-        if elements[0] != elements[1] or twin["args"][0] != msg["args"][0]:
-            sizes = [f"{n} of {m['args'][0]} elements" for n, m in zip(elements, (twin, msg), strict=True)]
+    guide, model = traces.sizes["guide"], traces.sizes["model"]
+    for name in guide.keys() & model.keys():
+        if guide[name] != model[name]:
+            sizes = [f"{elements} of {size} elements" for size, elements in (guide[name], model[name])]
             raise EstimatorError(
                 f"plate '{name}': {sizes[0]} in the guide, {sizes[1]} in the model. Give both the same size and "
                 "subsample_size."
@@ -449,7 +461,7 @@ def _same_plates(name: str, guide: Message, model: Message, traces: Traces) -> N
             )
     only = [
         [p for p in here if p not in there and _subsamples(p, side)]
-        for here, there, side in zip(plates, reversed(plates), (traces.guide, traces.model), strict=True)
+        for here, there, side in zip(plates, reversed(plates), traces.sizes.values(), strict=True)
     ]
     if only[0] and only[1]:
         raise site_error(
@@ -466,9 +478,9 @@ def _same_plates(name: str, guide: Message, model: Message, traces: Traces) -> N
             )
 
 
-def _subsamples(plate: str, record: Mapping[str, Message]) -> bool:
-    msg = record.get(plate)  # None for a plate inside a scan, which cannot subsample
-    return msg is not None and msg["type"] == "plate" and jnp.shape(msg["value"])[0] < msg["args"][0]
+def _subsamples(plate: str, sizes: Mapping[str, tuple[int, int]]) -> bool:
+    size, elements = sizes.get(plate, (1, 1))
+    return elements < size
 
 
 def _same_scale(a: Any, b: Any) -> bool:
@@ -637,8 +649,7 @@ def _relaxed_log_prob(name: str, fn: Any, value: Array, side: str) -> Array:
 def _scaled_plates(msg: Message, traces: Traces) -> frozenset[Plate]:
     plates = set()
     for f in msg["cond_indep_stack"]:
-        plate = traces.model.get(f.name) or traces.guide.get(f.name)
-        full = plate["args"][0] if plate is not None and plate["type"] == "plate" else f.size
+        full, _ = traces.sizes["model"].get(f.name) or traces.sizes["guide"].get(f.name) or (f.size, f.size)
         plates.add(Plate(f.name, f.dim, f.size, full / f.size))
     return frozenset(plates)
 
