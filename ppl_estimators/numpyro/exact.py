@@ -16,7 +16,7 @@ from numpyro.primitives import Messenger
 
 from ..core import families
 from ..core.enumeration import Unplaced
-from ..core.errors import EstimatorError, site_error
+from ..core.errors import EstimatorError
 from ..core.ops import Ops
 from ..core.site import Term
 from ..measure.choices import rule_of

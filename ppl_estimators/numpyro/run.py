@@ -144,7 +144,7 @@ class Scan(NamedTuple):
 
 
 class _Conduct(Messenger):
-    """Gives out keys by name, asks ``draw`` for the values of latent sites, records every site, and ``sizes`` of plates.
+    """Gives out keys by name, asks ``draw`` for the values of latent sites, records sites and ``sizes`` of plates.
 
     ``guide``: the guide's record, for a run of the model.
     """
