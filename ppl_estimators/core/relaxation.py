@@ -6,6 +6,7 @@ z = g(u, a) with b = H(z) distributed as the site; z̃ = g̃(v, b, a) distribute
 
 from __future__ import annotations
 
+from .errors import EstimatorError, site_error
 from .families import BERNOULLI, CATEGORICAL, gumbel, probabilities
 from .ops import Array, Ops
 
@@ -48,3 +49,12 @@ def downstream(ops: Ops, family: str, a: Array, u: Array | None, temperature: Ar
     if temperature is None:
         return probabilities(ops, family, a)
     return soften(ops, family, unconditional(ops, family, a, u), temperature)
+
+
+def unknown(site: str, side: str, distribution: str) -> EstimatorError:
+    """There is no log probability at relaxed values."""
+    return site_error(
+        site,
+        f"its {side} distribution {distribution} has no log probability at relaxed values",
+        "Use a Bernoulli or one-hot categorical there, RELAX() without the model term, or Reinforce(LeaveOneOut()).",
+    )

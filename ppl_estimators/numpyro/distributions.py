@@ -13,7 +13,7 @@ import numpyro.distributions as dist
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import AffineTransform, Transform
 
-from ..core import families
+from ..core import families, relaxation
 from ..core.errors import site_error
 from ..core.site import Plate, Site
 from ..core.verify import elements
@@ -316,10 +316,10 @@ def log_p_of_all(fn: dist.Distribution, values: Array, dim: int) -> Array:
     return jnp.swapaxes(log_p, dim - 1, -1)[..., 0]
 
 
-def relaxed_log_prob(fn: dist.Distribution, value: Array) -> Array | None:
-    """log p at a relaxed value, masked; None where the family has no extension to relaxed values."""
+def relaxed_log_prob(name: str, side: str, fn: dist.Distribution, value: Array) -> Array:
+    """log p at a relaxed value, masked."""
     if family(fn) not in families.RELAXABLE:
-        return None
+        raise relaxation.unknown(name, side, type(fn).__name__)
     return _named_log_prob(fn, value, masked=True)
 
 

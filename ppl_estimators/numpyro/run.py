@@ -511,9 +511,7 @@ def terms_of(
                 fn = jax.lax.stop_gradient(msg["fn"]) if side == "guide" and name in hard else msg["fn"]
                 try:
                     log_p = (
-                        _relaxed_log_prob(name, fn, msg["value"], side)
-                        if name in relaxed
-                        else _log_p({**msg, "fn": fn})
+                        relaxed_log_prob(name, side, fn, msg["value"]) if name in relaxed else _log_p({**msg, "fn": fn})
                     )
                     if side == "model" and values is not None and term in values.blocks:
                         of_blocks[name] = log_p
@@ -632,18 +630,6 @@ def _no_log_prob(name: str, side: str, record: Mapping[str, Message], error: Exc
         f"site '{name}': its log probability in the {side} fails ({type(error).__name__}: {said}). Compare the shapes "
         f"of its distribution and its value:\n{format_shapes(record, title=f'Shapes of the {side}:')}"
     )
-
-
-def _relaxed_log_prob(name: str, fn: Any, value: Array, side: str) -> Array:
-    log_p = relaxed_log_prob(fn, value)
-    if log_p is None:
-        raise site_error(
-            name,
-            f"its {side} distribution {type(fn).__name__} has no log probability at relaxed values",
-            "Use a Bernoulli or one-hot categorical there, RELAX() without the model term, or "
-            "Reinforce(LeaveOneOut()).",
-        )
-    return log_p
 
 
 def _scaled_plates(msg: Message, traces: Traces) -> frozenset[Plate]:

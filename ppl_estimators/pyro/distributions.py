@@ -13,7 +13,7 @@ from pyro.distributions import Delta, Distribution, Logistic, MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch.distributions import constraints
 
-from ..core import families
+from ..core import families, relaxation
 from ..core.errors import site_error
 from ..core.plan import requested
 from ..core.site import Plate, Site
@@ -313,10 +313,10 @@ def _on_other_parameters(fn: Any, change: Callable[[Array], Array]) -> Any:
     return fn
 
 
-def relaxed_log_prob(fn: TorchDistribution, value: Array) -> Array | None:
-    """log p at a relaxed value, masked; None where the family has no extension to relaxed values."""
+def relaxed_log_prob(name: str, side: str, fn: TorchDistribution, value: Array) -> Array:
+    """log p at a relaxed value, masked."""
     if family(fn) not in families.RELAXABLE:
-        return None
+        raise relaxation.unknown(name, side, type(fn).__name__)
     return _named_log_prob(fn, value, masked=True)
 
 

@@ -415,25 +415,13 @@ def _log_prob(
     if side == "guide" and name in hard:
         fn, followed = constant(fn), None
     if name in relaxed:
-        return _relaxed_log_prob(name, fn, value, side)
+        return relaxed_log_prob(name, side, fn, value)
     if side == "guide" and name in score_only and family(fn) in families.DISCRETE and not is_masked(fn):
         log_p = msg["log_q"] = log_q(fn, value)
         return log_p.detach()
     if side == "guide" and name in local:
         value, followed = value.clone(), None
     log_p = fn.log_prob(value, *msg["args"], **msg["kwargs"]) if followed is None else followed
-    return log_p
-
-
-def _relaxed_log_prob(name: str, fn: Any, value: Array, side: str) -> Array:
-    log_p = relaxed_log_prob(fn, value)
-    if log_p is None:
-        raise site_error(
-            name,
-            f"its {side} distribution {type(fn).__name__} has no log probability at relaxed values",
-            "Use a Bernoulli or one-hot categorical there, RELAX() without the model term, or "
-            "Reinforce(LeaveOneOut()).",
-        )
     return log_p
 
 
