@@ -403,6 +403,7 @@ ALONE = {
     ("pyro", "distributions.py"): {
         "support_moves": "asks the tensors behind the ends; NumPyro's walk asks it of `ends`",
         "constant": "parameters that lead nowhere; NumPyro stops them before the program runs",
+        "is_point": "moves with what it is made of; NumPyro's walk passes through it",
         "is_masked": "masked sites keep the log probability of the library",
     },
     ("numpyro", "distributions.py"): {

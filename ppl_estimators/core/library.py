@@ -91,6 +91,10 @@ class Library(Protocol):
         """The cost terms of a further run, by side and site, in which ``sites`` take other values, by a pattern (see
         `verify.elements`); all others keep those of ``run``."""
 
+    def cut(self, run: Run) -> Mapping[str, tuple[str, str]]:
+        """Of `Plan.differentiated`, sites with which a term moves that has no derivative in their value, and that
+        term; as far as it wasn't said when the program was traced."""
+
     def check(self, run: Run) -> None:
         """Whether what is known of the program from a particle's first run is true, where that may be in doubt."""
 

@@ -192,6 +192,12 @@ class Plan:
         return frozenset(n for n, e in self.estimators.items() if e.sticks)
 
     @cached_property
+    def differentiated(self) -> list[str]:
+        """Sites whose gradient is wrong where a cost has no derivative in their value, though it moves with it."""
+        relaxed = {n for g in self.groups if g.relaxations and g.downstream == "relaxed" for n in g.sites}
+        return [n for n, e in self.estimators.items() if e.value.moves or n in relaxed]
+
+    @cached_property
     def depends_on(self) -> dict[tuple[str, str], frozenset[str]]:
         return {(t.side, t.site): t.depends_on for t in self.terms}
 

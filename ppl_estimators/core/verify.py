@@ -2,7 +2,8 @@
 
 The same values must give the same cost terms: else a further run is another program, and nothing that is learnt from it
 can be used. Other values at some sites must move no term that is not credited to one of them: else a dependency was
-lost on the way. Sites are tested in groups, each against the terms that are credited to none of the group.
+lost on the way. Sites are tested in groups, each against the terms that are credited to none of the group. By the same
+search a term is found that moves with a site and has no derivative in its value, where the site's estimator needs one.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from .errors import EstimatorError, site_error
+from .errors import EstimatorError, site_error, warn
 from .estimator import Estimator
 from .library import Library, Run
 from .ops import Array, Ops
-from .plan import Plan
+from .plan import Plan, Settings
 
 #: side and site of a cost term
 Key = tuple[str, str]
@@ -65,6 +66,7 @@ def checked(library: Library, run: Run) -> Checked:
             f"{cost_of(term)} moves with its value, by a way that cannot be followed",
             "Compute it by operations on the value itself, not by code that keeps or copies it out of sight.",
         )
+    warn_of_cuts(library.settings, run.plan, library.cut(run))
     return Checked(dict(run.plan.estimators), dict(run.plan.depends_on), not found.changing)
 
 
@@ -92,6 +94,41 @@ def look(library: Library, run: Run, budget: int = BUDGET) -> Found:
     held = [n for n in plan.local if n not in plan.branches]  # other values of those may take another branch
     patterns = 1 + min(_PATTERNS, max(((plan.sites[n].lanes - 1).bit_length() for n in held), default=0))
     return Found([], lost=lost(evaluate, terms, depends_on, held, same, budget, patterns))
+
+
+def cut(
+    evaluate: Evaluate, terms: Mapping[Key, Array], leads: Mapping[Key, frozenset[str]], plan: Plan,
+    sites: Sequence[str], same: Same, budget: int = BUDGET,
+) -> dict[str, Key]:  # fmt: skip
+    """Of ``sites``, those with which a term moves from which no derivative leads to them, and that term. ``leads``: to
+    which values of sites it does."""
+    found: dict[str, Key] = {}
+    while True:
+        left = [n for n in sites if n not in found]
+        others = {k: leads[k] | frozenset(left) - plan.depends_on[k] for k in terms}
+        missed = lost(evaluate, terms, others, left, same, budget, 1 + _PATTERNS)
+        if missed is None:
+            return found
+        found[missed[1]] = missed[0]
+
+
+def warn_of_cuts(settings: Settings, plan: Plan, found: Mapping[str, Key]) -> None:
+    """``found``: see `Library.cut`."""
+    if not found:
+        return
+    facts = ", ".join(f"{cost_of(t)} moves with '{n}'" for n, t in list(found.items())[:3])
+    names = ", ".join(f"'{n}'" for n in found)
+    used = ", ".join(dict.fromkeys(repr(plan.estimators[n]) for n in found))
+    scored = [n for n in found if not plan.sites[n].support_moves and plan.sites[n].distribution != "Delta"]
+    fix = "Compute it by operations that have a derivative"
+    if scored:
+        chosen = ", ".join(f'"{n}": Reinforce(LeaveOneOut())' for n in scored)
+        fix += f"; or type EstimatorELBO({{{chosen}}}, num_particles={max(2, settings.particles)})"
+    warn(
+        f"site {names}: {facts}, and no derivative leads from one to the other (a value that is detached, rounded, "
+        f"compared, or handed to numpy): {used} takes it for a constant there, so the gradient is biased. {fix}. If it "
+        "is meant to be a constant, filter this warning."
+    )
 
 
 def run_again(library: Library, plan: Plan) -> list[str]:

@@ -39,12 +39,14 @@ class Found(NamedTuple):
     """``of``: the pytree that the program returns, each array replaced by the names of the sites it depends on.
     ``stuck``: sites on whose values an output depends through an operation that reverse mode cannot differentiate,
     and that operation. ``traced``: the program itself, to compare with what another tracing gives. ``reads``: as
-    ``of``, pairs of the nearest sites on the way and of how many steps of the scan ago these were drawn."""
+    ``of``, pairs of the nearest sites on the way and of how many steps of the scan ago these were drawn. ``cuts``: as
+    ``of``, the nearest sites to which no derivative leads, without those that are named: values pass through these."""
 
     of: Any
     stuck: dict[str, str]
     traced: ClosedJaxpr
     reads: Callable[[], Any]
+    cuts: Callable[[Deps], Any]
 
 
 def mark(value: Any, site: str) -> Any:
@@ -65,7 +67,12 @@ def dependencies(fn: Callable[[], Any]) -> Found:
     for site, loop in _NOTHING.union(*slopes.walk(jaxpr, nothing)):
         if loop is not None:
             slopes.stuck.setdefault(site, loop)
-    return Found(of, slopes.stuck, closed, lambda: found(_Reads()))
+
+    def cuts(through: Deps) -> Any:
+        depends, leads = found(_Edges(through)), found(_Slopes(through))
+        return jax.tree.map(lambda a, b: a - _OUTSIDE - {site for site, _ in b}, depends, leads, is_leaf=_is_deps)
+
+    return Found(of, slopes.stuck, closed, lambda: found(_Reads()), cuts)
 
 
 def same(a: ClosedJaxpr, b: ClosedJaxpr) -> bool:
@@ -314,16 +321,17 @@ class _Reads(_Walk):
 
 
 class _Edges(_Walk):
-    """What decides between minus infinity and something else."""
+    """What decides between minus infinity and something else, in ``found``; and on which sites a value depends
+    otherwise, the nearest only but for those that are passed ``through``."""
 
-    def __init__(self) -> None:
-        self.found = _NOTHING
+    def __init__(self, through: Deps) -> None:
+        self.found, self.through = _NOTHING, through
 
     def marker(self, site: str, value: Deps) -> Deps:
-        return value
+        return value if site in self.through else frozenset([site])
 
     def effect(self, eqn: Any, inputs: list[Deps], world: Deps) -> Deps:
-        return world.union(*inputs)
+        return world.union(*inputs, _markers(eqn))
 
     def literal(self, value: Any) -> Deps:
         return _OUTSIDE if np.ndim(value) == 0 and value == -np.inf else _NOTHING
@@ -332,8 +340,9 @@ class _Edges(_Walk):
         name = eqn.primitive.name
         if name == "select_n" and any(_OUTSIDE <= i for i in inputs[1:]):
             self.found |= inputs[0] - _OUTSIDE
+            inputs = inputs[1:]
         dropped = _NOTHING if name in ("select_n", "broadcast_in_dim", "convert_element_type") else _OUTSIDE
-        return [_NOTHING.union(*inputs) - dropped] * len(eqn.outvars)
+        return [_NOTHING.union(*inputs, _markers(eqn)) - dropped] * len(eqn.outvars)
 
 
 _OUTSIDE = frozenset([None])
@@ -345,27 +354,28 @@ def edges(log_prob: Callable[[Any], Any], value: Any) -> list[Any]:
     closed = jax.make_jaxpr(log_prob)(value)
     constants = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in closed.consts]
     jaxpr = jax.make_jaxpr(lambda x, *c: jax.core.eval_jaxpr(closed.jaxpr, c, x))(value, *constants).jaxpr
-    walk = _Edges()
+    walk = _Edges(_NOTHING)
     walk.walk(jaxpr, [_NOTHING, *(frozenset([i]) for i in range(len(constants)))])
-    return [closed.consts[i] for i in sorted(walk.found)]
+    return [x for i, x in enumerate(closed.consts) if i in walk.found]
 
 
 class _Slopes(_Walk):
     """Which drawn values a derivative leads to: pairs of the site and, where it would have to go back through a loop of
-    unknown length, that loop. Only the nearest site on the way counts."""
+    unknown length, that loop. Only the nearest site on the way counts, but for those that are passed ``through``."""
 
     control = False
 
-    def __init__(self) -> None:
+    def __init__(self, through: Deps = _NOTHING) -> None:
         self.stuck: dict[str, str] = {}
+        self.through = through
 
     def marker(self, site: str, value: Deps) -> Deps:
-        return frozenset([(site, None)])
+        return value if site in self.through else frozenset([(site, None)])
 
     def leaf(self, eqn: Any, inputs: list[Deps]) -> list[Deps]:
         if eqn.primitive.name in _FLAT:
             return [_NOTHING] * len(eqn.outvars)
-        reached = _NOTHING.union(*inputs)
+        reached = _NOTHING.union(*inputs, ((site, None) for site in _markers(eqn)))
         if _raises(eqn):
             for site, _ in reached:
                 self.stuck.setdefault(site, eqn.primitive.name)
@@ -374,7 +384,7 @@ class _Slopes(_Walk):
 
     def effect(self, eqn: Any, inputs: list[Deps], world: Deps) -> Deps:
         self.leaf(eqn, inputs)
-        return _NOTHING
+        return world.union(*inputs, ((site, None) for site in _markers(eqn)))  # it may
 
     def looped(self, body: Jaxpr, carry: list[Deps]) -> list[Deps]:
         own = body.invars[len(body.invars) - len(carry) :]  # a carry that never changes is no loop
@@ -432,6 +442,10 @@ def _open(param: Any) -> Any:
     if isinstance(param, ClosedJaxpr):
         return param.jaxpr
     return param if isinstance(param, Jaxpr) else None
+
+
+def _is_deps(x: Any) -> bool:
+    return isinstance(x, frozenset)
 
 
 def _items(param: Any) -> Sequence[Any]:

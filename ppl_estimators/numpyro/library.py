@@ -22,7 +22,7 @@ from ..core.credit import Graph
 from ..core.enumeration import Unplaced, check_objective
 from ..core.errors import EstimatorError, site_error
 from ..core.estimator import Estimator, Noise
-from ..core.families import DISCRETE, divergence
+from ..core.families import DISCRETE, RELAXABLE, divergence
 from ..core.keep import Keeps, Kept
 from ..core.library import Joined, Run, Values
 from ..core.objectives import NAME, check_dreams
@@ -30,7 +30,7 @@ from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings, check_keys, make_plan
 from ..core.posterior import Tables, Uniform
 from ..core.site import Site, Term
-from ..core.verify import not_the_same, run_again
+from ..core.verify import Key, not_the_same, run_again, warn_of_cuts
 from .dependencies import LOOP, forward, without_derivative
 from .distributions import another, family, log_q, natural_parameters, score_norm
 from .enumeration import Layout
@@ -149,6 +149,9 @@ class NumPyroLibrary:
             moves = estimator.value.moves and not (going_forward and operation == LOOP)
             if moves or estimator.relaxations(plan.sites[name]).count:
                 raise without_derivative(name, type(estimator).__name__, operation)
+        if needing := plan.differentiated if self.settings.objective.moves else []:
+            cuts = found.cuts(frozenset(n for n in needing if sites[n].family in RELAXABLE))
+            warn_of_cuts(self.settings, plan, {n: t for n in needing for t, there in cuts.items() if n in there})
         if plan.reruns and not found.again():  # particles share one tracing
             names = run_again(self, plan)
             raise not_the_same(self, plan, names, names)
@@ -251,6 +254,9 @@ class NumPyroLibrary:
 
         traces = self._execute(run.source, draw, constants=True)
         return {(t.side, t.site): t.value for t in self.terms(traces, run.plan, run.plan.soft)}
+
+    def cut(self, run: Run) -> Mapping[str, Key]:
+        return {}  # said by the survey
 
     # ---- one site -----------------------------------------------------------------------------------------------
 

@@ -657,6 +657,8 @@ class Survey:
     ``stuck``: see `dependencies.Found`. ``steps``: see `credit.Steps`, by side and site. ``followed``: false where
     values are concrete and cannot be followed (`jax.disable_jit`); then everything depends on all that was drawn before
     it. ``again``: whether the program is the same when it is traced again. ``in_model``: the sites of the model.
+    ``cuts``: of each cost term, the sites whose value it depends on and has no derivative in, though parameters move
+    it, if the sites that are named take relaxed values.
     """
 
     sites: dict[str, Site]
@@ -668,6 +670,7 @@ class Survey:
     followed: bool
     again: Callable[[], bool]
     in_model: Sequence[str]
+    cuts: Callable[[frozenset[str]], dict[tuple[str, str], frozenset[str]]]
 
     @property
     def depends_on(self) -> dict[tuple[str, str], frozenset[str]]:
@@ -710,9 +713,9 @@ def survey(program: Program, keys: Keys, layout: Callable[[], Layout | None]) ->
     seen: dict[str, Any] = {}
     unclear: set[str] = set()
 
-    def draw(msg: Message) -> Array:
+    def draw(soft: frozenset[str], msg: Message) -> Array:
         value, msg["intermediates"] = msg["fn"].sample_with_intermediates(msg["kwargs"]["rng_key"])
-        return mark(value, msg["name"])
+        return mark(value.astype(float) if msg["name"] in soft else value, msg["name"])
 
     def handed_over(msg: Message) -> Array | None:
         """A value of the guide's, as a step of a scan of the model takes it."""
@@ -725,16 +728,17 @@ def survey(program: Program, keys: Keys, layout: Callable[[], Layout | None]) ->
             return None
         return mark(value, HANDED_OVER + msg["name"])
 
-    def run() -> Any:
+    def run(soft: frozenset[str] = frozenset()) -> Any:
         ran = program
         if followed:
             ran = ran._replace(params=jax.tree.map(lambda x: mark(x, _PARAMETERS), dict(ran.params)))
-        traces = execute(ran, keys, draw=draw, layout=layout(), handed_over=handed_over if followed else None)
+        over = handed_over if followed else None
+        traces = execute(ran, keys, draw=partial(draw, soft), layout=layout(), handed_over=over)
         latents = traces.latents()
         both = [n for n in latents if n in traces.model and _latent(traces.model[n])]
         for n in both:
             _same_plates(n, latents[n], traces.model[n], traces)
-        terms = terms_of(traces)
+        terms = terms_of(traces, relaxed=soft)
         seen["sites"] = {n: still(view(m, traces), m["fn"]) for n, m in latents.items()}
         seen["dtypes"] = {n: sampled_dtype(m["fn"]) for n, m in latents.items()}
         seen["terms"] = [replace(t, value=None, cost=None, weight=None) for t in terms]
@@ -751,8 +755,20 @@ def survey(program: Program, keys: Keys, layout: Callable[[], Layout | None]) ->
     def again() -> bool:
         return not followed or same(traced, jax.make_jaxpr(lambda: run())())  # a new function: not from a cache
 
+    def cuts(soft: frozenset[str]) -> dict[tuple[str, str], frozenset[str]]:
+        if not followed:
+            return {}
+        moved = {n for n, deps in of_values.items() if _PARAMETERS in deps}
+        points = frozenset(n for n, s in seen["sites"].items() if s.distribution == "Delta")
+        made = {n for n in points if of_values[n] & drawn - points}  # of what was drawn, as by autoguides
+        missing = (dependencies(lambda: run(soft)).cuts if soft else found_cuts)(points - made | {_PARAMETERS})[0]
+        return {
+            (t.side, t.site): deps & moved - (made & {t.site} if t.side == "guide" else set())
+            for t, deps in zip(seen["terms"], missing, strict=True)
+        }
+
     if followed:
-        (of_terms, of_values, of_ends), stuck, traced, reads = dependencies(run)
+        (of_terms, of_values, of_ends), stuck, traced, reads, found_cuts = dependencies(run)
         steps = _steps(seen["terms"], seen["orders"], reads()[0], frozenset(unclear)) if seen["orders"] else {}
     else:
         run()
@@ -777,6 +793,7 @@ def survey(program: Program, keys: Keys, layout: Callable[[], Layout | None]) ->
         followed,
         again,
         seen["model"],
+        cuts,
     )
 
 

@@ -28,6 +28,7 @@ import pyro
 import torch
 from pyro.distributions.distribution import COERCIONS
 from pyro.poutine.trace_struct import Trace
+from torch.autograd.graph import get_gradient_edge
 from torch.distributions import Distribution, Transform
 from torch.distributions.constraints import Constraint
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
@@ -553,6 +554,37 @@ class Holdings:
         """A tensor turned up that is not known: from now on each run is preceded by a walk. Was this one not?"""
         missed, self._settled, self._restless = self._settled, False, True
         return missed
+
+
+#: autograd's names of operations whose derivative is zero everywhere
+_FLAT = tuple(f"{name}Backward" for name in ("Round", "Floor", "Ceil", "Trunc", "Sign", "Sgn", "Heaviside"))
+
+
+def led(heights: Mapping[Any, torch.Tensor], values: Mapping[str, torch.Tensor]) -> dict[Any, frozenset[str]]:
+    """To which of some values a derivative of each height leads, otherwise than through another of the values."""
+    ends = {get_gradient_edge(v)[:2]: name for name, v in values.items() if v.requires_grad}
+    known: dict[Any, frozenset[str]] = {}  # behind each node of the graph
+
+    def behind(edge: Any) -> frozenset[str]:
+        return frozenset([ends[edge]]) if edge in ends else known[edge[0]]
+
+    found = {}
+    for key, height in heights.items():
+        found[key] = frozenset[str]()
+        if not height.requires_grad:
+            continue
+        root: Any = get_gradient_edge(height)[:2]
+        stack: list[Any] = [] if root in ends else [root[0]]
+        while stack:
+            node = stack[-1]
+            edges = [] if node.name().startswith(_FLAT) else [e for e in node.next_functions if e[0] is not None]
+            missing: list[Any] = [e[0] for e in edges if e not in ends and e[0] not in known]
+            if missing:
+                stack += missing
+            else:
+                known[stack.pop()] = frozenset().union(*map(behind, edges))
+        found[key] = behind(root)
+    return found
 
 
 _OBJECTS = 2000  # looked into at each run, and tensors of one container; what lies beyond counts as unknown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -343,6 +344,11 @@ def _masks(fn: Any, events: int) -> list[Array]:
     return masks
 
 
+def is_point(fn: Any) -> bool:
+    """Is there nothing to draw?"""
+    return isinstance(unwrapped(fn), Delta)
+
+
 def is_masked(fn: Any) -> bool:
     while isinstance(fn, _WRAPPERS):
         if isinstance(fn, MaskedDistribution):
@@ -352,13 +358,17 @@ def is_masked(fn: Any) -> bool:
 
 
 def another(fn: TorchDistribution, value: Array, pattern: int) -> Array:
-    """A value of the support that differs from ``value``, in the elements of a pattern where the support is known."""
+    """A value of the support that differs from ``value``, in the elements of a pattern where the support is known; on
+    the real line one that lies further away from pattern to pattern."""
     kind = family(fn)
     if kind not in families.DISCRETE:
-        for _ in range(4):
+        for _ in range(4 + pattern):
             other = fn.sample()
-            if not torch.equal(other, value):
+            if not (pattern or torch.equal(other, value)):
                 break
+        with suppress(NotImplementedError):  # a class of the user's that declares no support
+            if pattern and unwrapped(fn).support in (constraints.real, constraints.real_vector):
+                return value + (1 + pattern) * (other - value)
         return other
     shape = value.shape[: value.ndim - (kind == families.ONEHOT)]
     moves = torch.zeros(shape.numel(), dtype=torch.bool)

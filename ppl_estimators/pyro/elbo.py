@@ -52,7 +52,8 @@ class EstimatorELBO(Configured, ELBO):
     that model and guide can be vectorised; otherwise they run one after another.
 
     ``verify``: at the first step of a program, run it again with the same values and with others, and see that its
-    costs are what they were and move with no site that they were said not to depend on.
+    costs are what they were, move with no site that they were said not to depend on, and have a derivative in the
+    values of sites whose estimators need one.
 
     ``average_model``: also average the gradient of the model's own parameters, and of pathwise sites, over the values
     that the estimators evaluate (pairs of DisARM, sets of UnorderedSet, ...), each by its weight. It costs a backward

@@ -31,12 +31,12 @@ from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings, check_keys, make_plan
 from ..core.posterior import Tables, Uniform
 from ..core.site import Plate, Site, Term
-from ..core.verify import BUDGET, cost_of, equal, look, not_the_same, run_again
+from ..core.verify import BUDGET, Found, Key, cost_of, cut, equal, look, not_the_same, run_again, warn_of_cuts
 from ..policy import requested
 from .baseline import from_baseline
 from .buffers import Buffers, Held
-from .dependencies import Holdings, Provenance, StopParameters, as_written, reachable
-from .distributions import Law, another, log_q, named, natural_parameters, score_norm
+from .dependencies import Holdings, Provenance, StopParameters, as_written, led, reachable
+from .distributions import Law, another, is_point, log_q, named, natural_parameters, score_norm
 from .enumeration import Layout
 from .keep import Keeper, read_state
 from .ops import OPS
@@ -88,6 +88,7 @@ class Memory:
     standing: Recent = field(default_factory=lambda: Recent(256))  # of which sites' other values a guide knows nothing
     narrow: set[Hashable] = field(default_factory=set)  # programs that do not broadcast
     enumerating: set[Hashable] = field(default_factory=set)  # programs some of whose values are laid out side by side
+    undifferentiated: list[Mapping[str, Site]] = field(default_factory=list)  # plans verified but for derivatives
     last: Plan | None = None
 
     def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
@@ -709,6 +710,11 @@ class PyroLibrary:
         now on, and the first particle is drawn anew."""
         if self._new and not self._verified(run) and self._attempting:
             raise _Unplanned
+        if self.memory.undifferentiated and torch.is_grad_enabled():
+            left = [sites for sites in self.memory.undifferentiated if sites is not run.plan.sites]
+            if len(left) < len(self.memory.undifferentiated):
+                self.memory.undifferentiated = left
+                warn_of_cuts(self.settings, run.plan, self.cut(run))
 
     def _verified(self, run: Run) -> bool:
         self._new = False
@@ -721,15 +727,17 @@ class PyroLibrary:
         others = sum(s[0] == program for s in known)
         known.store(structure, True)
         again = run_again(self, plan)
-        if not again and (
-            all(deps.issuperset(plan.local) for deps in plan.depends_on.values())
-            or reachable(self.model, self.guide, self.args, self.kwargs, kinds=Iterator)  # to ask it would take from it
-        ):
-            return True
-        found = look(self, run, BUDGET if others < _STRUCTURES else _FEW)
-        if found.changing and again:
-            raise not_the_same(self, plan, [n for _, n in found.changing], again) from found.cause
+        if not again and reachable(self.model, self.guide, self.args, self.kwargs, kinds=Iterator):
+            return True  # to ask it would take from it
+        if again or not all(deps.issuperset(plan.local) for deps in plan.depends_on.values()):
+            found = look(self, run, BUDGET if others < _STRUCTURES else _FEW)
+            if found.changing and again:
+                raise not_the_same(self, plan, [n for _, n in found.changing], again) from found.cause
+        else:
+            found = Found([])
         if found.lost is None:
+            if plan.differentiated and not found.changing and others < _STRUCTURES:
+                self.memory.undifferentiated.append(plan.sites)
             return True
         term, site = found.lost
         warn(
@@ -753,6 +761,44 @@ class PyroLibrary:
         with torch.no_grad():
             traces = self.run(draw, run.source)
             return {(t.side, t.site): t.value for t in self.terms(traces, run.plan, run.plan.soft)}
+
+    def cut(self, run: Run) -> dict[str, Key]:
+        plan, latents = run.plan, run.traces.latents()
+        moving = {n: plan.estimators[n].value.moves for n in plan.differentiated}
+        points = {n for n in moving if is_point(latents[n]["fn"])}
+        above = {n: plan.graph.ancestors[n] - points for n in points}  # these move with what is above
+        led_here = {n: latents[n]["value"] if m else run.sites[n].logits for n, m in moving.items()}
+        sites = [n for n, x in led_here.items() if x.requires_grad and above.get(n, True)]
+        terms = {(t.side, t.site): t.value for t in run.terms}
+        leads = led(terms, {n: led_here[n] for n in sites if moving[n]})
+        if all(leads[k].issuperset(deps.intersection(sites)) for k, deps in plan.depends_on.items()):
+            return {}
+        leaves: dict[str, Array] = {}
+
+        def draw(msg: Message) -> Array:
+            name = msg["name"]
+            if name not in latents:
+                return msg["fn"].sample()
+            value = latents[name]["value"].detach()
+            if name in sites:
+                value = leaves[name] = value.clone().requires_grad_()
+            return value
+
+        def moved(group: Sequence[str], pattern: int) -> Mapping[Key, Array]:
+            return self.moved(run, [*group, *(m for n in group for m in above.get(n, ()))], pattern)
+
+        def same(a: Array, b: Array) -> bool:  # beyond a support no derivative is missed
+            return equal(OPS, a, b) or not bool(torch.isfinite(b).all())
+
+        soft = plan.soft | frozenset(n for n in sites if plan.relaxable(n))
+        found = {(t.side, t.site): t.value for t in terms_of(self.run(draw, run.source), plan.depends_on, soft)}
+        terms = {k: x.detach() for k, x in terms.items()}
+        if not all(k in found and equal(OPS, x, found[k].detach()) for k, x in terms.items()):
+            return {}
+        leads = led(found, leaves)
+        for n in above:  # what a point costs is a function of what it is made of
+            leads["guide", n] = leads.get(("guide", n), frozenset()) | {n}
+        return cut(moved, terms, leads, plan, sites, same)
 
     def _structure(self, plan: Plan) -> tuple[Hashable, ...]:
         sites = tuple((n, s.kind) for n, s in plan.sites.items())
