@@ -771,7 +771,7 @@ class PyroLibrary:
         sites = [n for n, x in led_here.items() if x.requires_grad and above.get(n, True)]
         terms = {(t.side, t.site): t.value for t in run.terms}
         leads = led(terms, {n: led_here[n] for n in sites if moving[n]})
-        if all(leads[k].issuperset(deps.intersection(sites)) for k, deps in plan.depends_on.items()):
+        if all(leads[k].issuperset(plan.depends_on[k].intersection(sites)) for k in terms):
             return {}
         leaves: dict[str, Array] = {}
 
