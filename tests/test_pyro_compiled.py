@@ -196,6 +196,44 @@ def test_an_autoguide_and_its_parameters():
     assert uses(same(make, flat(5, 5, 5, 5))) == [2]
 
 
+@pytest.mark.parametrize("when", [1, 2, 4])
+@pytest.mark.parametrize("lazy", [True, False])
+def test_a_parameter_that_a_noted_step_makes_has_its_gradient(lazy, when):
+    """A lazy one, or all of them after the store was cleared."""
+    late = torch.zeros((), dtype=torch.bool)
+
+    def model() -> None:
+        pyro.sample("x", dist.Normal(2 * pyro.sample("z", dist.Bernoulli(0.3)), 1.0), obs=torch.tensor(1.1))
+
+    def guide() -> None:
+        logits = pyro.param("a", torch.tensor(0.4))
+        if late:
+            logits = logits + pyro.param("b", torch.tensor(0.1))
+        pyro.sample("z", dist.Bernoulli(logits=logits))
+
+    def slopes(**settings: Any) -> list[dict[str, float]]:
+        pyro.clear_param_store()
+        late.fill_(False)
+        elbo, found = EstimatorELBO(**settings), []
+        for i in range(6):
+            if i == when and lazy:
+                late.fill_(True)
+            elif i == when:
+                pyro.clear_param_store()
+            elbo.loss_and_grads(model, guide)
+            parameters = dict(pyro.get_param_store().named_parameters())
+            found.append({n: p.grad.item() for n, p in parameters.items()})
+            for p in parameters.values():
+                p.grad = None
+        return found
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a program that decides by what changes is not compiled
+        noted = slopes(compile=True)
+    for ours, as_ever in zip(noted, slopes(), strict=True):
+        assert ours == pytest.approx(as_ever, rel=1e-5)
+
+
 def test_a_loop_over_many_sites():
     """Costs of many sites are credited by a matrix, which the plan keeps; a[0], a[1], ... are differentiated as one."""
 

@@ -198,15 +198,17 @@ class Compiler:
 
     def _taped(self, evaluate: Evaluate, args: Any, kwargs: Any) -> tuple[Tape, Result]:
         """A real step, and its tape."""
-        memory = self.memory
+        memory, store = self.memory, pyro.get_param_store()
         args, kwargs = tree_map(_renamed, (args, kwargs))
+        before = dict(store._params)
         tape = Tape(_flat((args, kwargs), []))
         generators, memory.generators = memory.generators, Recorded(memory.generators, tape)
         try:
             with tape:
                 loss, runs = evaluate(args, kwargs)
                 leaves = [x for v in tape.outside if (x := tape.tensors[v]).requires_grad]
-                if not loss.requires_grad or not all(x.is_leaf for x in leaves):
+                made = any(before.get(n) is not p for n, p in store._params.items())  # on the tape, not outside
+                if made or not loss.requires_grad or not all(x.is_leaf for x in leaves):
                     return tape, Result(loss, runs=runs, known=False)
                 with _unhooked(leaves):
                     found = torch.autograd.grad(loss, leaves, allow_unused=True)
