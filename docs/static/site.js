@@ -3,7 +3,6 @@
 document.addEventListener("DOMContentLoaded", () => {
   for (const table of document.querySelectorAll("article table.docutils")) {
     const heads = [...table.querySelectorAll("thead th")].map((th) => th.textContent.trim());
-    table.classList.toggle("stacked", heads.length > 3);
     for (const row of table.querySelectorAll("tbody tr")) {
       const [first, ...rest] = row.children;
       if (rest.length && rest.every((cell) => !cell.textContent.trim())) {
@@ -15,6 +14,9 @@ document.addEventListener("DOMContentLoaded", () => {
     for (const text of table.querySelectorAll("td code .pre")) {
       text.innerHTML = text.innerHTML.replace(/[(_](?!\))/g, "$&<wbr>");
     }
+    const wide = () => table.offsetWidth > table.parentElement.clientWidth;
+    table.classList.toggle("stacked", heads.length > 3 || wide());
+    table.classList.toggle("tight", wide());
   }
   for (const maths of document.querySelectorAll("article span.math")) {
     maths.classList.toggle("wide", maths.offsetWidth > maths.closest("p, li, td, dd")?.clientWidth);
