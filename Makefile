@@ -36,10 +36,10 @@ demo: $(DEMO_STAMP)
 # Two workers with one thread each: the suite is made of many small computations. What `test` leaves out shows nothing
 # about the code that the rest does not; tests/mutations.md has the proof.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow" $(PYTEST)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(PYTEST)
 
 test-all: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(PYTEST)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(PYTEST)
 
 programs: $(STAMP)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PY) -m programs $(PROGRAMS)

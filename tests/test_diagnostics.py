@@ -99,7 +99,7 @@ SPECS = {
 
 @BOTH
 def test_variances_of_a_single_bit_are_the_closed_forms(lib):
-    n = 800 if lib is PYRO else 20_000
+    n = 400 if lib is PYRO else 20_000
     found = compare(lib.model, lib.guide, (), SPECS, num_draws=n, timing_steps=3)
     assert found.reference.startswith("exact, 2 states")
     assert not found.failed
@@ -287,7 +287,7 @@ def test_fifty_sites(lib):
 def test_fifty_sites_compared(lib):
     model, guide = fifty(lib)
     several = ["default", "Reinforce(LeaveOneOut())", "TraceGraph_ELBO"]
-    found = compare(model, guide, (), several, num_draws=12, timing_steps=2, reference="none")
+    found = compare(model, guide, (), several, num_draws=4, timing_steps=1, reference="none")
     assert not found.failed
     assert {r.label for r in found.rows} == set(several)
     assert found["default"].variance < found["TraceGraph_ELBO"].variance  # by far
@@ -372,7 +372,7 @@ def test_stock_elbos_by_name(lib):
     several = ["Trace_ELBO", "TraceGraph_ELBO", "TraceEnum_ELBO", "TraceMeanField_ELBO", "RenyiELBO", "Nothing_ELBO"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # NumPyro: no discrete latents in Trace_ELBO
-        found = compare(model, guide, (), several, num_draws=300, timing_steps=2)
+        found = compare(model, guide, (), several, num_draws=150, timing_steps=1)
     assert found["TraceEnum_ELBO"].variance < 1e-10  # the guide is marked
     for exact in ("TraceEnum_ELBO", "TraceGraph_ELBO"):
         assert not found[exact].biased

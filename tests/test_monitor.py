@@ -243,8 +243,8 @@ def test_the_svi_and_what_the_user_reads_are_untouched():
     state = watched.init(jax.random.key(0))
     assert vars(svi) == before
     assert set(watched.get_params(state)) == {"a", "m", "c"}
-    state, _ = watched.update(state)
-    assert np.isfinite(watched.evaluate(state))
+    state, _ = jax.jit(watched.update)(state)
+    assert np.isfinite(jax.jit(watched.evaluate)(state))
     result = watched.run(jax.random.key(1), 3, init_state=state, progress_bar=True)
     assert set(result.params) == {"a", "m", "c"}
     jax.effects_barrier()
@@ -278,7 +278,7 @@ def test_every_way_to_step_in_numpyro():
         assert 0 < row.variance < 1e3
     assert "1 steps were not finite" in " ".join(str(report).split())
     many = jax.vmap(svi.init, (0, None))(jax.random.split(jax.random.key(1), 2), False)
-    many, losses = jax.vmap(svi.update, (0, None))(many, False)
+    many, losses = jax.jit(jax.vmap(svi.update, (0, None)))(many, False)
     assert losses.shape == (2,)
 
 

@@ -1,4 +1,5 @@
-"""Thirty random programs, each in both libraries, against exact sums. `make programs` runs three hundred."""
+"""Thirty random programs, each in both libraries, against exact sums; the six that take longest are slow.
+`make programs` runs three hundred."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::ppl_estimators.EstimatorWarning
 MAX_DRAWS = 100_000
 #: seeds whose programs are so noisy that they need more draws than that to tell; `make programs` gives them four times
 NOISY = {0, 18, 21, 27}
-SEEDS = [seed for seed in range(34) if seed not in NOISY]
+#: those that took half of the time of all
+LONG = {1, 4, 8, 23, 24, 29}
+SEEDS = [pytest.param(seed, marks=pytest.mark.slow if seed in LONG else ()) for seed in range(34) if seed not in NOISY]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

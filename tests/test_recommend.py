@@ -117,7 +117,7 @@ def pair(lib):
     return model, guide
 
 
-@BOTH
+@pytest.mark.parametrize("lib", [PYRO, pytest.param(NUMPYRO, marks=pytest.mark.slow)], ids=lambda lib: lib.name)
 def test_one_bit_is_summed(lib):
     found = recommend(*bit(lib), budget=60)
     assert found.mapping == {"z": Enumerate()}  # of those that are exact the simplest, whatever the clock says
