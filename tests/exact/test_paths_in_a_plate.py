@@ -91,7 +91,7 @@ def exact_gradient(first, second):
             cost += dist.Normal(mean_of(z[:, None], y, jnp), 0.9).log_prob(x) / len(X)
         return -N * jnp.sum(q * cost), jnp.sum(q)
 
-    gradient, total = jax.grad(loss, has_aux=True)(jnp.concatenate([a, b]))
+    gradient, total = jax.jit(jax.grad(loss, has_aux=True))(jnp.concatenate([a, b]))
     np.testing.assert_allclose(total, 1, atol=1e-6)
     return np.asarray(gradient)
 
