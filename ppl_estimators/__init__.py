@@ -5,8 +5,9 @@ This module holds the specs and imports neither torch nor jax. The ELBOs are in 
 """
 
 from .citations import citation
+from .core.bounds import ImportanceWeighted, Renyi, WakeSleep
 from .core.errors import EstimatorError, EstimatorWarning
-from .core.objectives import AnalyticKL, EvidenceLowerBound, ImportanceWeighted, KLAnnealed, Renyi, WakeSleep
+from .core.objectives import AnalyticKL, EvidenceLowerBound, KLAnnealed
 from .core.regression import OtherParticles, PastSteps
 from .estimators.antithetic import Antithetic
 from .estimators.arm import ARM

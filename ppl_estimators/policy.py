@@ -11,6 +11,7 @@ most two further evaluations are spent for all of them together, where they buy 
 Three particles average all noise, that of Pathwise() sites too; sets and pairs that cost as much and lower that of some
 sites only had more of it. Where these do not suffice for every site, both evaluations are further particles (shadows),
 and all are each other's baselines. So no site is ever without a control variate, and sites that are alike get the same.
+Under an objective to which nothing but the draw counts (`WakeSleep`), all others are Reinforce().
 The choice depends on the program alone: plate sizes, batches, seeds and the order of calls do not enter.
 """
 
@@ -68,6 +69,8 @@ class Automatic:
         rest = [s for s in sites if s.name not in chosen]
         if not rest:
             return Choice(chosen, situation.particles)
+        if situation.plain:
+            return Choice({**chosen, **dict.fromkeys((s.name for s in rest), Reinforce())}, situation.particles)
         if situation.particles == 1 and not situation.branches:
             spent = _spend(rest, terms, graph, beside=bool(chosen))
             if spent is not None:

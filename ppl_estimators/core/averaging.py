@@ -9,7 +9,7 @@ Each group is unbiased by itself, so their mean is. The value of the term stays 
 
 A bound L of several particles is a function of all their terms. Its own gradient is that of the mean over particles k,
 and over all groups, of Σ_a w_{k,a} L, with the log weight that particle k has at value a in the place of its own
-(`core.objectives.MultiSample`).
+(`core.bounds.MultiSample`).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ which it is weighted by their probabilities: Σ_v q(v) cost(v).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -279,13 +279,25 @@ def warn_of_minibatches(values: Enumeration) -> None:
                 )
 
 
-def check_objective(objective: Any, terms: Iterable[Term]) -> None:
-    """A bound of the weights of single draws has no place for a weighted sum over values."""
+def check_objective(objective: Any, terms: Sequence[Term], in_model: Container[str]) -> None:
+    """A sum of weights over values, each times its probability, is that of the model's own: nothing of q is left. And
+    of what is part of a sum nothing can be weighed by itself."""
+    apart = {t.site for t in terms if t.side == "model"}
+    for t in terms if objective.weighs_apart else ():
+        if t.side == "guide" and t.site in in_model and t.site not in apart:
+            raise site_error(
+                t.site,
+                f"its log p depends on values that are summed out, and {objective!r} weighs it apart from the rest",
+                "Draw in the guide, unmarked, what is summed out there; or leave out objective=, for the ELBO.",
+            )
     for values in (p for t in terms for p in t.plates if p.values and objective.keeps_score):
+        name = values.name
         raise site_error(
-            values.name,
-            f"enumerated in the guide, and {type(objective).__name__} is a function of the weights of single draws",
-            f"Remove the mark of '{values.name}' in the guide; or use the ELBO.",
+            name,
+            f"enumerated in the guide, and under {type(objective).__name__} the sum of q · p / q over its values is "
+            "that of p, which leaves nothing to the guide",
+            f"Leave '{name}' out of the guide and mark it in the model, which sums it out of every weight. Or remove "
+            f'the mark in the guide: it is drawn then, and EstimatorELBO({{"{name}": Enumerate()}}) sums its gradient.',
         )
 
 

@@ -90,11 +90,13 @@ class Policy(Protocol):
 @dataclass(frozen=True)
 class Situation:
     """What a policy may look at beside the sites: ``asked``, the estimators that were named for other sites;
-    ``branches``, on which of all sites' drawn values the program decides something."""
+    ``branches``, on which of all sites' drawn values the program decides something; ``plain``, that nothing but the
+    draw counts."""
 
     asked: Mapping[str, Estimator]
     particles: int
     branches: frozenset[str]
+    plain: bool
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ def make_plan(
     if isinstance(settings.default, Estimator):
         chosen |= dict.fromkeys((s.name for s in missing), settings.default)
     elif missing:
-        situation = Situation(chosen, particles, branches)
+        situation = Situation(chosen, particles, branches, plain=not objective.moves)
         choice = settings.default(missing, terms, graph, situation)
         chosen, particles = {**chosen, **choice.estimators}, choice.particles
     chosen = {s.name: chosen[s.name] for s in sites}
@@ -274,7 +276,7 @@ def make_plan(
             site = replace(site, plates=closed, coupled=site.plates - closed)
         views[site.name] = site
     bare = [s for s in sites if particles == 1 and chosen[s.name].control is Control.NOTHING]
-    if bare:
+    if bare and objective.moves:
         warn(_bare(bare))
     groups = _groups(views, chosen, graph, branches)
     if objective.keeps_score:

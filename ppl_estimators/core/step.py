@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from . import averaging, objectives, relaxation, verify
+from . import averaging, bounds, objectives, relaxation, verify
 from .assembly import Evaluated, assemble
 from .averaging import Average
 from .credit import Graph, downstream_costs
@@ -57,7 +57,7 @@ class Step:
     def log_weights(self, count: int) -> tuple[Array, float]:
         """log w of so many particles as the program itself draws them, ``[K, ...]``, without what multiplies it, the
         N/B of its plates; and that."""
-        library, objective, scale = self.library, objectives.WEIGHTS, []
+        library, objective, scale = self.library, bounds.WEIGHTS, []
 
         def one(source: Any) -> tuple[dict[str, Any], Run]:
             run = Run(source, library.plan())

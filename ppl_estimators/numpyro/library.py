@@ -134,7 +134,7 @@ class NumPyroLibrary:
         for hooked in {id(h): h for s in found.sites.values() if (h := s.declared) is not None}.values():
             check_keys(hooked.estimators, list(found.sites), "with_estimators", in_model)
         sites = found.sites
-        check_objective(self.settings.objective, found.terms)
+        check_objective(self.settings.objective, found.terms, in_model)
         graph = Graph(found.ancestors, {n: s.plates for n, s in sites.items()}, found.steps)
         plan = make_plan(
             list(found.sites.values()),

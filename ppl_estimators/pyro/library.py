@@ -235,7 +235,7 @@ class PyroLibrary:
             check_keys(hooked.estimators, list(latents), "with_estimators", others)
         terms = [Term(side, n, None, traces.plates(side, n), d) for (side, n), d in depends_on.items()]
         graph = Graph({n: depends_on["guide", n] - {n} for n in latents}, {s.name: s.plates for s in sites})
-        check_objective(settings.objective, terms)
+        check_objective(settings.objective, terms, traces.model)
         if traces.values is not None:
             warn_of_minibatches(traces.values)
         plan = make_plan(sites, terms, graph, settings, branches=follow.names(follow.control))

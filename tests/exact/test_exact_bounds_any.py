@@ -20,22 +20,29 @@ import torch
 from injected import InjectedJax, cells, columns, grid, jax_gradients, legendre
 
 from ppl_estimators import (
+    ARMS,
     REBAR,
+    RELAX,
+    UGC,
     VIMCO,
+    BitFlip,
     Constant,
     DisARM,
     Enumerate,
     ImportanceWeighted,
     LeaveOneOut,
+    MeasureValued,
     Reinforce,
     RELAXWithModel,
     Renyi,
+    Repeat,
     StochasticTriple,
+    SumAndSample,
     UnorderedSet,
     WakeSleep,
 )
-from ppl_estimators.numpyro import with_estimators
-from ppl_estimators.testing import exact_gradient
+from ppl_estimators.numpyro import EstimatorELBO, with_estimators
+from ppl_estimators.testing import assert_unbiased, exact_gradient
 
 pytestmark = [
     pytest.mark.usefixtures("double_precision"),
@@ -264,15 +271,20 @@ CELLS = [
     ("single", {"z": DisARM()}, 3, Renyi(0.5)),
     ("single", {"z": Enumerate()}, 3, Renyi(-1.0)),
     ("single", {"z": Reinforce(Constant(0.7))}, 5, Renyi(2.0)),
+    ("single", {"z": Enumerate()}, 5, IW),
     ("chain", {"x": DisARM(), "y": DisARM()}, 2, IW),
+    ("chain", {"x": Reinforce(VIMCO()), "y": DisARM()}, 3, IW),
     ("chain", {"x": Enumerate(), "y": DisARM()}, 2, Renyi(0.5)),
     ("pair", {"*": DisARM()}, 2, IW),
     ("pair", {"x": DisARM(), "y": Enumerate()}, 2, Renyi(0.5)),
     ("pair", {"x": Enumerate(), "y": Reinforce(LeaveOneOut())}, 3, IW),
+    ("pair", {"x": Reinforce(LeaveOneOut()), "y": Enumerate()}, 5, Renyi(-0.5)),
     ("pair", {"x": Reinforce(VIMCO()), "y": Reinforce(VIMCO("arithmetic"))}, 3, Renyi(0.5)),
     ("plate", {"z": DisARM()}, 2, IW),
     ("plate", {"z": Enumerate()}, 3, Renyi(0.5)),
+    ("plate", {"z": Reinforce(LeaveOneOut())}, 5, IW),
     ("subsampled", {"z": DisARM()}, 2, Renyi(0.5)),
+    ("subsampled", {"z": Enumerate()}, 3, IW),
     ("nested", {"z": Enumerate(), "y": Reinforce(LeaveOneOut())}, 2, Renyi(0.5)),
     ("beside", {"z": Enumerate()}, 2, Renyi(0.5)),
 ]
@@ -409,3 +421,43 @@ def test_exact_gradient_knows_what_no_latent_moves():
     ):
         for name in "at":
             np.testing.assert_allclose(found[name], wanted[name], atol=1e-12)
+
+
+@pytest.mark.slow
+def test_the_rest_of_the_catalogue_under_a_bound():
+    """Nine estimators in one program, which one cost couples, by many draws: each has its own parameter."""
+    chosen = {
+        "c0": UnorderedSet(2), "c1": SumAndSample(1), "c2": StochasticTriple(), "b0": ARMS(3), "b1": UGC(),
+        "b2": BitFlip(1), "b3": RELAX(), "b4": Repeat(2, DisARM()), "b5": MeasureValued(),
+    }  # fmt: skip
+    a = jnp.array([0.4, -0.6, 0.9, -0.3, 0.5, -0.8, 0.7, 0.2, -0.5])
+
+    def law(name, a, lib=dist):
+        if name[0] == "b":
+            return lib.Bernoulli(logits=a)
+        return lib.Categorical(logits=a * jnp.array([1.0, -0.5, 0.3]))
+
+    def cost(values):
+        sign = [1.0, -1.2, 0.8, -0.9, 1.1, 0.7, -1.0, 0.9, -0.8]
+        total = sum(s * v for s, v in zip(sign, values, strict=True))
+        return total + 0.5 * jnp.sin(total)
+
+    def model():
+        values = [numpyro.sample(n, law(n, 0.3)) for n in chosen]
+        numpyro.factor("f", cost(values))
+
+    def guide():
+        a = numpyro.param("a", jnp.zeros(9))
+        for i, n in enumerate(chosen):
+            numpyro.sample(n, law(n, a[i]))
+
+    states = np.array(list(itertools.product(*[range(3) if n[0] == "c" else range(2) for n in chosen]))).T
+
+    def exact(a):
+        log_q, log_p = (sum(law(n, x[i]).log_prob(states[i]) for i, n in enumerate(chosen)) for x in (a, [0.3] * 9))
+        log_w, q = log_p + cost(list(states)) - log_q, jnp.exp(log_q)
+        return -q @ (jnp.logaddexp(log_w[:, None], log_w) - jnp.log(2)) @ q
+
+    elbo, point = EstimatorELBO(num_particles=2, objective=IW), {"a": a}
+    reference = {"a": jax.grad(exact)(a)}
+    assert_unbiased(elbo, model, with_estimators(guide, chosen), params=point, reference=reference, max_draws=10**6)

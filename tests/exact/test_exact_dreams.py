@@ -14,7 +14,7 @@ import torch
 from injected import InjectedJax, grid, jax_gradients
 from numpyro.contrib.control_flow import scan
 
-from ppl_estimators import LeaveOneOut, Reinforce, WakeSleep
+from ppl_estimators import EstimatorError, LeaveOneOut, Reinforce, WakeSleep
 from ppl_estimators.numpyro import EstimatorELBO as JaxELBO
 from ppl_estimators.pyro import EstimatorELBO as TorchELBO
 from ppl_estimators.testing import assert_unbiased, exact_gradient
@@ -179,3 +179,23 @@ def test_no_dream_moves_the_model():
     elbos[1].loss_and_grads(*torch_program)
     t, a = (pyro.param(n).grad for n in "ta")
     assert (t is None or t == 0) and abs(a) > 1e-3
+
+
+def test_wake_and_sleep_of_one_particle():
+    """The first of these algorithms: one draw of the guide for the model, one dream for the guide. By default no
+    evaluation is spent on costs, of which nothing counts."""
+    whole = WakeSleep(wake_phi=0.0, sleep_phi=1.0)
+    exact = exact_gradient(model, guide, jnp.asarray(X), objective=whole, num_particles=1).gradient
+    elbo = exact_gradient(model, guide, jnp.asarray(X)).gradient
+    np.testing.assert_allclose(exact["t"], elbo["t"], atol=1e-12)
+    np.testing.assert_allclose(exact["a"], jax.grad(dreams)(jnp.asarray(A)), atol=1e-12)
+    assert_unbiased(JaxELBO(objective=whole), model, guide, jnp.asarray(X), reference=exact)
+    assert TorchELBO(objective=whole).loss_and_grads(torch_model, torch_guide, torch.tensor(X)) > 0
+    for lib, program in (
+        (lambda *p: JaxELBO(objective=WakeSleep()).loss(jax.random.key(0), {}, *p), (model, guide, jnp.asarray(X))),
+        (TorchELBO(objective=WakeSleep()).loss, (torch_model, torch_guide, torch.tensor(X))),
+    ):
+        with pytest.raises(
+            EstimatorError, match=r"has mean zero, got num_particles=1. Pass 2 or more, or WakeSleep\(w"
+        ):
+            lib(*program)
