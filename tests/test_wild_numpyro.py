@@ -666,6 +666,28 @@ def test_latents_in_branches_of_guide_and_model(spec: Any, double_precision: Non
         assert (error < 0.05).all()
 
 
+def test_branches_without_jit_and_branches_that_do_not_agree():
+    def branching(k: Any, loc: Any, **infers: Any) -> Any:
+        infer = [infers.get(n, {}) for n in ("yes", "no")]
+        branches = [lambda _, i=i: numpyro.sample("z", dist.Normal(loc + i, 1.0), infer=infer[i]) for i in (0, 1)]
+        return cond(numpyro.sample("k", k) > 0, *branches, None)
+
+    def model() -> None:
+        numpyro.sample("x", dist.Normal(branching(dist.Bernoulli(0.4), 0.2), 1.0), obs=1.1)
+
+    def guide(**infers: Any) -> None:
+        branching(dist.Bernoulli(logits=numpyro.param("a", 0.3)), numpyro.param("b", 0.1), **infers)
+
+    elbo, params = EstimatorELBO(num_particles=2), {"a": 0.3, "b": 0.1}
+    step = jax.value_and_grad(lambda p: elbo.loss(random.key(0), p, model, guide))
+    with jax.disable_jit():
+        concrete = step(params)
+    np.testing.assert_allclose(*map(np.hstack, map(jax.tree.leaves, (jax.jit(step)(params), concrete))), rtol=1e-5)
+    with pytest.raises(TypeError, match="pytree structure") as raised:
+        loss(model, lambda: guide(yes={"estimator": Pathwise()}), params)
+    assert any("Name a site's estimator once, in EstimatorELBO({...})" in note for note in raised.value.__notes__)
+
+
 @pytest.mark.parametrize("bound", [False, True])
 @pytest.mark.parametrize("flow", ["scan", "cond"])
 def test_a_minibatch_in_control_flow_is_that_of_the_guide(flow: str, bound: bool, double_precision: None) -> None:

@@ -181,6 +181,11 @@ class _Conduct(Messenger):
         after = f"after '{next(reversed(sites))}'" if sites else "before its first site"
         table = format_shapes(sites, title=f"Shapes of the {side}:")
         error.add_note(f"Raised in the {side}, {after}.\n{table}")
+        if isinstance(error, TypeError) and "branch outputs must have the same pytree structure" in str(error):
+            error.add_note(
+                "The branches of a cond return what a site has beside its value, its infer too, which must be the same "
+                "in all of them. Name a site's estimator once, in EstimatorELBO({...}) or by with_estimators(guide, {...})."
+            )
         if isinstance(error, jax.errors.ConcretizationTypeError):
             error.add_note(
                 "EstimatorELBO traces guide and model, also outside jax.jit, to see what depends on what. Decide by "
@@ -225,6 +230,8 @@ class _Conduct(Messenger):
 
     def postprocess_message(self, msg: Message) -> None:
         if msg["type"] == "control_flow":
+            if interpreted():  # a branch that was just called leaves sites that no handler hears of
+                msg["value"] = jax.tree.map(lambda x: x, msg["value"])
             self.look_inside(msg)
         if "name" not in msg:
             return
