@@ -184,7 +184,7 @@ class _Conduct(Messenger):
         if isinstance(error, TypeError) and "branch outputs must have the same pytree structure" in str(error):
             error.add_note(
                 "The branches of a cond return what a site has beside its value, its infer too, which must be the same "
-                "in all of them. Name a site's estimator once, in EstimatorELBO({...}) or by with_estimators(guide, {...})."
+                "in all. Name a site's estimator once, in EstimatorELBO({...}) or by with_estimators(guide, {...})."
             )
         if isinstance(error, jax.errors.ConcretizationTypeError):
             error.add_note(
