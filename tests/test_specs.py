@@ -223,6 +223,7 @@ ARROWS = {
 EXCEPTIONS = {
     ("pyro/baseline.py", "estimators"): 'says Pyro\'s infer={"baseline": ...} in specs',
     ("pyro/library.py", "policy"): 'what infer={"enumerate": "sequential"} asks for',
+    ("pyro/memory.py", "policy"): "the same",
     ("numpyro/distributions.py", "policy"): "the same",
     ("pyro/elbo.py", "policy"): "its default",
     ("numpyro/elbo.py", "policy"): "its default",
@@ -359,10 +360,14 @@ def test_the_adapters_have_the_same_files():
 
 #: public names that one adapter's file has and its twin has not, and why
 ALONE = {
-    ("pyro", "library.py"): {
+    ("pyro", "library.py"): {"PyroLibrary": "the twins' classes bear their library's name"},
+    ("pyro", "memory.py"): {
         "Recent": "what a program has shown, from step to step; a step of NumPyro is traced, and one plan kept",
-        "PyroLibrary": "the twins' classes bear their library's name",
+        "kind_of": "of a site, alone: it is met before the structure is known",
+        "code_of": "a program is made anew at every step; NumPyro remembers only one that stays",
+        "shape_of": "the same of its arguments",
     },
+    ("numpyro", "memory.py"): {"kinds_of": "of all sites, and only outside of jit"},
     ("numpyro", "library.py"): {"NumPyroLibrary": "the twins' classes bear their library's name"},
     ("pyro", "elbo.py"): {"JitEstimatorELBO": "NumPyro's steps are always compiled"},
     ("pyro", "ops.py"): {
@@ -386,7 +391,6 @@ ALONE = {
         "Keys": "of the sites, by their names; Pyro has one generator",
         "key_of": "the same",
         "keys_of": "the same",
-        "kinds_of": "what a call outside of jit is known by; Pyro's library tells it by `_kind`",
         "DuplicateName": "a mistake where NumPyro itself raises an AssertionError",
         "Program": "with its parameters and its key, which Pyro holds by itself",
         "Scan": "Pyro has no scan",
@@ -451,6 +455,7 @@ ALONE = {
 APART = {"dependencies", "privates"}
 TWIN_FILES = (
     "library",
+    "memory",
     "run",
     "enumeration",
     "distributions",

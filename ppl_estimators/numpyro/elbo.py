@@ -22,7 +22,8 @@ from ..core.step import Step
 from ..measure.evaluation import Evaluation, arguments, chunks, evaluation
 from ..policy import AUTOMATIC
 from .keep import state_name
-from .library import Memory, NumPyroLibrary
+from .library import NumPyroLibrary
+from .memory import Memory
 from .randomness import Randomness
 from .run import Program
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any
-from weakref import ref
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +34,7 @@ from .dependencies import LOOP, forward, without_derivative
 from .distributions import another, family, log_q, natural_parameters, score_norm
 from .enumeration import Layout
 from .keep import declare, state_name
+from .memory import Memory, kinds_of
 from .ops import OPS
 from .randomness import Randomness
 from .run import (
@@ -46,7 +46,6 @@ from .run import (
     interpreted,
     key_of,
     keys_of,
-    kinds_of,
     plain_shapes,
     survey,
     tables_of,
@@ -56,32 +55,6 @@ from .run import (
 )
 
 Array = Any
-
-
-@dataclass
-class Memory:
-    """The plan of the last program, if all that it asks for is the library's own draws: then it is of no account who
-    depends on whom, and the next call need not be traced beforehand if its run shows the same ``kinds``."""
-
-    settings: Settings | None = None
-    program: tuple[Any, ...] = ()
-    plan: Plan | None = None
-    kinds: Hashable = None
-
-    def recall(self, settings: Settings, *program: Any) -> Plan | None:
-        known = settings is self.settings and all(a() is b for a, b in zip(self.program, program, strict=True))
-        return self.plan if known else None
-
-    def store(self, settings: Settings, plan: Plan, kinds: Hashable, *program: Any) -> None:
-        try:  # nothing lives longer for being remembered: a model may hold the values of a trace
-            self.program = tuple(map(ref, program))
-        except TypeError:
-            return
-        self.settings, self.plan, self.kinds = settings, plan, kinds
-
-    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
-        """A copy of an ELBO, or one that was pickled, looks at its programs anew."""
-        return Memory, ()
 
 
 class _Unplanned(Exception):

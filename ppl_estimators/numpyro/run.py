@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
@@ -536,26 +536,6 @@ def terms_of(
                 found = Term(side, term, value, traces.plates(side, term), deps)
                 terms.append(found if values is None else values.weighted(OPS, found, partial(_log_q, traces.guide)))
     return terms
-
-
-def kinds_of(traces: Traces, terms: Sequence[Term]) -> tuple[Any, ...] | None:
-    """What a plan sees of a run where all that is drawn is the library's own; None if a site asks for something."""
-    sites = []
-    for record in (traces.guide, traces.model):
-        for name, msg in record.items():
-            if msg["type"] == "sample":
-                infer = frozenset(msg["infer"])
-                if infer & {"estimator", "_with_estimators"} or "scan" in msg:
-                    return None
-                sites.append((name, msg["is_observed"], infer, *_kinds(msg["fn"])))
-    return tuple(sites), tuple((t.side, t.site, t.plates) for t in terms)
-
-
-def _kinds(fn: Any) -> Iterator[tuple[Any, ...]]:
-    while fn is not None:
-        transforms = tuple(map(type, getattr(fn, "transforms", ())))
-        yield type(fn), fn.has_rsample, fn.batch_shape, fn.event_shape, transforms
-        fn = getattr(fn, "base_dist", None)
 
 
 def tables_of(traces: Traces) -> Tables:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 
 from ..core.errors import EstimatorWarning
 from .guards import Guard
-from .library import Memory, Recent
+from .memory import Memory, Recent
 from .ops import CONSTANTS
 from .tape import Program, Recorded, Tape, compiled
 

@@ -24,7 +24,8 @@ from ..policy import AUTOMATIC
 from .buffers import Buffers
 from .compiled import Compiler, Result
 from .keep import Keeper, update_state
-from .library import Memory, PyroLibrary
+from .library import PyroLibrary
+from .memory import Memory
 from .randomness import Randomness, State
 from .run import traced
 

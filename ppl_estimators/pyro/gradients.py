@@ -32,7 +32,7 @@ from ..measure.gradients import (
     kept_by_estimators,
 )
 from .elbo import EstimatorELBO
-from .library import Memory
+from .memory import Memory
 from .randomness import Minibatch
 
 Array = torch.Tensor

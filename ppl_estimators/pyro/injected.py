@@ -13,8 +13,8 @@ import torch
 from ..measure.choices import rule_of
 from ..measure.chosen import NODES, Given, Twin
 from .exact import LAWS, Point
-from .library import Memory
 from .look import untouched
+from .memory import Memory
 from .randomness import Minibatch, Randomness
 
 Array = torch.Tensor

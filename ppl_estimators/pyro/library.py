@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -35,72 +33,20 @@ from ..core.verify import BUDGET, Found, Key, cost_of, cut, equal, look, not_the
 from ..policy import requested
 from .baseline import from_baseline
 from .buffers import Buffers, Held
-from .dependencies import Holdings, Provenance, StopParameters, as_written, led, reachable
+from .dependencies import Provenance, StopParameters, as_written, led, reachable
 from .distributions import Law, another, is_point, log_q, named, natural_parameters, score_norm
 from .enumeration import Layout
 from .keep import Keeper, read_state
+from .memory import Memory, code_of, kind_of, shape_of
 from .ops import OPS
 from .particles import Particles, moved
-from .randomness import Generators, Randomness, SideBySide, Stream
+from .randomness import Randomness, SideBySide, Stream
 from .run import Message, Traces, dependencies, execute, plates_of, tables_of, terms_of, traced, turned, view
 
 Array = torch.Tensor
 _ALTERNATIVES = "_counterfactual_values"
 _STRUCTURES = 8  # so many of a program are verified in full, and as many as are remembered with few runs
 _FEW = 2
-
-
-class Recent(OrderedDict[Hashable, Any]):
-    """A dictionary that forgets what was not asked for longest."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.size = size
-
-    def recall(self, key: Hashable) -> Any:
-        try:
-            self.move_to_end(key)
-        except KeyError:
-            return None
-        return self[key]
-
-    def store(self, key: Hashable, value: Any) -> None:
-        self[key] = value
-        self.move_to_end(key)
-        while len(self) > self.size:
-            self.popitem(last=False)
-
-
-@dataclass
-class Memory:
-    """What an ELBO remembers between steps: plans by structure, which of them a call is expected to have, and what its
-    programs write and read beside their parameters."""
-
-    plans: Recent = field(default_factory=lambda: Recent(64))
-    expected: Recent = field(default_factory=lambda: Recent(64))
-    buffers: Buffers = field(default_factory=Buffers)
-    generators: Generators = field(default_factory=Generators)
-    holdings: Recent = field(default_factory=lambda: Recent(64))
-    seen: set[str] = field(default_factory=set)  # latent sites of all structures
-    verified: Recent = field(default_factory=lambda: Recent(256))
-    distrusted: set[Hashable] = field(default_factory=set)  # programs whose dependencies were found incomplete
-    broadcasts: Recent = field(default_factory=lambda: Recent(256))
-    standing: Recent = field(default_factory=lambda: Recent(256))  # of which sites' other values a guide knows nothing
-    narrow: set[Hashable] = field(default_factory=set)  # programs that do not broadcast
-    enumerating: set[Hashable] = field(default_factory=set)  # programs some of whose values are laid out side by side
-    undifferentiated: list[Mapping[str, Site]] = field(default_factory=list)  # plans verified but for derivatives
-    last: Plan | None = None
-
-    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
-        """A copy of an ELBO, or one that was pickled, looks at its programs anew."""
-        return Memory, ()
-
-    def holdings_of(self, program: Hashable) -> Holdings:
-        """What is known of the tensors that a program holds."""
-        known: Holdings | None = self.holdings.recall(program)
-        if known is None:
-            self.holdings.store(program, known := Holdings())
-        return known
 
 
 class _Unplanned(Exception):
@@ -146,7 +92,7 @@ class PyroLibrary:
         self.axis = Particles(self.vectorized, max_plate_nesting)
         self.observes = isinstance(getattr(guide, "guide", guide), GuideMessenger)
         self.subsamples: dict[str, Array] = {}
-        self.call = (settings, _code(model), _code(guide), _shape(args), _shape(tuple(sorted(kwargs.items()))))
+        self.call = (settings, code_of(model), code_of(guide), shape_of(args), shape_of(tuple(sorted(kwargs.items()))))
         self.program = self.call[1:3]
         self._plan: Plan | None = memory.expected.recall(self.call)
         self._like: Array = torch.zeros(())
@@ -176,7 +122,7 @@ class PyroLibrary:
         behind = dict.fromkeys(traces.own_terms()) if follow is None else self._behind(traces)
         facts = (
             self.settings,
-            tuple((n, m.get("kind") or _kind(m), m["fn"].batch_shape, plates_of(m)) for n, m in latents.items()),
+            tuple((n, m.get("kind") or kind_of(m), m["fn"].batch_shape, plates_of(m)) for n, m in latents.items()),
             tuple((k, traces.plates(*k)) for k in behind),
             tuple(traces.subsamples),
         )
@@ -245,7 +191,7 @@ class PyroLibrary:
             check_model_guide_match(traced(traces.model), traced(traces.guide), self.max_plate_nesting)
         # arrays of this run are not wanted: only facts
         none: dict[str, Any] = {"value": None, "scale": 1.0, "logits": None, "named": {}, "law": None}
-        return replace(plan, sites={n: replace(s, kind=_kind(latents[n]), **none) for n, s in plan.sites.items()})
+        return replace(plan, sites={n: replace(s, kind=kind_of(latents[n]), **none) for n, s in plan.sites.items()})
 
     def _survey(self) -> None:
         """Look at the structure of the program before drawing with the right estimators; leaves no trace."""
@@ -395,7 +341,7 @@ class PyroLibrary:
     def estimator(self, plan: Plan, msg: Message) -> Estimator:
         name, facts = msg["name"], plan.sites.get(msg["name"])
         asked = self.settings.asked(name, self.requested(msg))
-        msg["kind"] = kind = _kind(msg)
+        msg["kind"] = kind = kind_of(msg)
         if facts is not None and facts.kind == kind:
             chosen = plan.estimators[name] if asked is None else asked
         elif self._follow is None:
@@ -817,49 +763,6 @@ def _along(plate: Plate) -> Any:
 
 def _nothing_known(settings: Settings) -> Plan:
     return Plan({}, {}, (), Graph({}, {}), (), settings.particles)
-
-
-def _kind(msg: Message) -> tuple[Any, ...]:
-    """What a choice depends on, of one latent site: not the sizes of its plates."""
-    fn, infer = msg["fn"], msg["infer"]
-    asked, baseline = requested(msg["name"], infer), infer.get("baseline")
-    plates = plates_of(msg)
-    dims, n = {p.dim for p in plates}, len(fn.batch_shape)
-    return (
-        type(fn),
-        type(getattr(fn, "base_dist", None)),
-        tuple(size if i - n not in dims else None for i, size in enumerate(fn.batch_shape)),
-        fn.event_shape,
-        frozenset((p.name, p.dim) for p in plates),
-        None if asked is None else asked.structure(),
-        tuple((k, baseline[k] if isinstance(baseline[k], (bool, float)) else None) for k in sorted(baseline))
-        if baseline
-        else None,
-        infer.get("enumerate"),
-        infer.get("kl"),
-    )
-
-
-def _code(fn: Any) -> Hashable:
-    """What a program is known by: its code, not the object, of which there may be a new one at every step."""
-    inner = getattr(fn, "__wrapped__", None) or getattr(fn, "func", None)
-    if isinstance(fn, partial) and inner is not None:
-        return _code(inner)
-    function = getattr(fn, "__func__", fn)
-    kind: type = type(fn)
-    return getattr(function, "__code__", kind)
-
-
-def _shape(x: Any) -> Hashable:
-    """What of an argument may decide the structure of a program."""
-    if isinstance(x, torch.Tensor):
-        return tuple(x.shape)
-    if isinstance(x, (tuple, list)):
-        return tuple(map(_shape, x))
-    if isinstance(x, Mapping):
-        return tuple((k, _shape(v)) for k, v in x.items())
-    kind: type = type(x)
-    return x if x is None or isinstance(x, (bool, int, str)) else kind
 
 
 def _beside(plates: frozenset[Plate], alternatives: Plate) -> frozenset[Plate]:

@@ -16,7 +16,7 @@ from pyro.poutine.util import site_is_subsample
 from ..core.verify import Checked
 from ..measure.look import Ran, raised_by
 from .buffers import Buffers
-from .library import Memory
+from .memory import Memory
 
 
 @contextmanager

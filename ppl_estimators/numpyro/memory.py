@@ -1,0 +1,58 @@
+"""What an ELBO remembers between steps, and what it knows a program and its structure by."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
+
+from ..core.plan import Plan, Settings
+from ..core.site import Term
+from .run import Traces
+
+
+@dataclass
+class Memory:
+    """The plan of the last program, if all that it asks for is the library's own draws: then it is of no account who
+    depends on whom, and the next call need not be traced beforehand if its run shows the same ``kinds``."""
+
+    settings: Settings | None = None
+    program: tuple[Any, ...] = ()
+    plan: Plan | None = None
+    kinds: Hashable = None
+
+    def recall(self, settings: Settings, *program: Any) -> Plan | None:
+        known = settings is self.settings and all(a() is b for a, b in zip(self.program, program, strict=True))
+        return self.plan if known else None
+
+    def store(self, settings: Settings, plan: Plan, kinds: Hashable, *program: Any) -> None:
+        try:  # nothing lives longer for being remembered: a model may hold the values of a trace
+            self.program = tuple(map(ref, program))
+        except TypeError:
+            return
+        self.settings, self.plan, self.kinds = settings, plan, kinds
+
+    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
+        """A copy of an ELBO, or one that was pickled, looks at its programs anew."""
+        return Memory, ()
+
+
+def kinds_of(traces: Traces, terms: Sequence[Term]) -> tuple[Any, ...] | None:
+    """What a plan sees of a run where all that is drawn is the library's own; None if a site asks for something."""
+    sites = []
+    for record in (traces.guide, traces.model):
+        for name, msg in record.items():
+            if msg["type"] == "sample":
+                infer = frozenset(msg["infer"])
+                if infer & {"estimator", "_with_estimators"} or "scan" in msg:
+                    return None
+                sites.append((name, msg["is_observed"], infer, *_kinds(msg["fn"])))
+    return tuple(sites), tuple((t.side, t.site, t.plates) for t in terms)
+
+
+def _kinds(fn: Any) -> Iterator[tuple[Any, ...]]:
+    while fn is not None:
+        transforms = tuple(map(type, getattr(fn, "transforms", ())))
+        yield type(fn), fn.has_rsample, fn.batch_shape, fn.event_shape, transforms
+        fn = getattr(fn, "base_dist", None)
