@@ -62,6 +62,8 @@ class Graph:
     def shared_plates(self, site: str, term: Term) -> frozenset[Plate]:
         """Plates along which an element of ``term`` depends on the same element of ``site`` only."""
         both = self.plates[site] & term.plates
+        if any(p.of_step for p in both) and ((w := self.window(site, term)) is None or (w.first, w.last) != (0, 0)):
+            both = frozenset(p for p in both if not p.of_step)  # other steps have other values
         return both - self._leaking(site, term.depends_on) if both else both
 
     def window(self, site: str, term: Term) -> Window | None:

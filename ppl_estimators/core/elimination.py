@@ -103,7 +103,7 @@ def remaining(factors: Iterable[tuple[Axis, ...]]) -> frozenset[Plate]:
 def log_probability(ops: Ops, factors: Sequence[Factor], values: frozenset[Plate]) -> Factor:
     """log Π of probabilities, given by their logarithms, of ``values``; those of others are summed over."""
     renamed = [
-        f._replace(axes=tuple(a.name if isinstance(a, Plate) and a.values and a not in values else a for a in f.axes))
+        f._replace(axes=tuple(str(a) if isinstance(a, Plate) and a.values and a not in values else a for a in f.axes))
         for f in factors
     ]
     others = list(dict.fromkeys(name for f in renamed for name in f.summed))
@@ -209,6 +209,43 @@ def _last(ops: Ops, f: Factor, time: Time) -> Factor:
     nothing = ops.like([0.0, *[_IMPOSSIBLE] * (math.prod(new) - 1)], value)  # is like the first of all values
     start = ops.broadcast_to(ops.reshape(nothing, (*(1,) * len(outer), *new)), (*outer, *new))
     return Factor(ops.fold(step, start, value), (*rest, *newer))
+
+
+def chain(ops: Ops, factors: Sequence[Factor], values: frozenset[Plate]) -> tuple[Factor, Factor]:
+    """log Π of what a scan of the guide enumerates in a step, and of the steps before it: at each step with ``values``
+    of the step and of so many before as some are ago; and after the last."""
+    floor = ops.like(_IMPOSSIBLE, factors[0].value)
+    both = joined(ops, [Factor(ops.where(f.value > floor, f.value, floor), f.axes) for f in factors])
+    time = next(a for a in both.axes if isinstance(a, Time))
+    known = {(v.name, v.ago, v.last): v for v in values}
+    sizes = {v.name: v.size for v in values}
+    depth = {n: max(v.ago + v.last for v in values if v.name == n) for n in sizes}
+
+    def lags(newest: int, last: bool) -> list[Plate]:  # of each site, the oldest first
+        every = [(n, ago - last, last) for n, d in depth.items() for ago in range(d, newest - 1, -1)]
+        return [known.get(key, Plate(key[0], 0, sizes[key[0]], 1.0, True, *key[1:])) for key in every]
+
+    rest, each, ends = tuple(a for a in both.axes if a != time and a not in values), lags(0, False), lags(1, True)
+    size = dict(zip(both.axes, both.value.shape, strict=True)) | {v: v.size for v in each}
+    axes = (time, *rest, *each)
+    law = ops.broadcast_to(_along(ops, both, axes), tuple(size[a] for a in axes))
+    law = ops.flip(law, axis=0) if time.reverse else law
+    outer, oldest = tuple(size[a] for a in rest), [i for i, v in enumerate(each, len(rest)) if v.ago == depth[v.name]]
+    begins = (*outer, *(v.size if v.ago else 1 for v in each))
+    held = tuple(v.size for v in ends)
+
+    def step(ops: Ops, total: Array, new: Array) -> Array:
+        total = ops.reshape(total, begins) + new
+        for i in reversed(oldest):
+            total = ops.logsumexp(total, axis=i)
+        return total
+
+    nothing = ops.like([0.0, *[_IMPOSSIBLE] * (math.prod(held) - 1)], law)  # is like the first of all values
+    start = ops.broadcast_to(ops.reshape(nothing, (*(1,) * len(outer), *held)), (*outer, *held))
+    totals = ops.folds(step, start, law)
+    law = ops.reshape(totals[:-1], (totals.shape[0] - 1, *begins)) + law
+    law = ops.flip(law, axis=0) if time.reverse else law
+    return Factor(law, axes), Factor(totals[-1], (*rest, *ends))
 
 
 def joined(ops: Ops, factors: Sequence[Factor]) -> Factor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from . import elimination
-from .elimination import Axis, Factor, Time, blocks, factor, log_probability, marginal, remaining
+from .elimination import Axis, Factor, Time, blocks, chain, factor, log_probability, marginal, remaining
 from .errors import EstimatorError, site_error, warn
 from .ops import Array, Ops
 from .site import Plate, Term, weighed
@@ -161,10 +161,12 @@ class Enumeration:
                 first = next(n for n in members if model[n].summed)
                 self.blocks[first] = Block(members, remaining([axes[n] for n in members]))
         check_reach(model)
+        check_chains(self)
         self.inside = {n: name for name, b in self.blocks.items() for n in b.members}
         self._weights: dict[frozenset[Plate], Array] = {}
         self._chances: dict[frozenset[Plate], Factor] = {}
         self._order = {n: i for i, n in enumerate(guide)}
+        self._laws: dict[tuple[str, ...], tuple[Factor, Factor]] = {}
         self._above: dict[str, frozenset[Plate]] = {}
         for name, cell in guide.items():
             self._above[name] = cell.values.union(*(self._above.get(v.name, ()) for v in cell.values))
@@ -182,9 +184,10 @@ class Enumeration:
 
     def steps(self, term: str) -> Time | None:
         """The scan, each of whose steps has a part of a block of its own."""
-        times = {self.model[n].time for n in self.blocks[term].members}
-        time = times.pop()
-        return None if times or (time is not None and time.carried) else time
+        cells = [self.model[n] for n in self.blocks[term].members]
+        time, *others = {c.time for c in cells}
+        carried = {n for names, _ in (time.carried if time else ()) for n in names}
+        return None if others or any(a in carried for c in cells for a in c.axes.values()) else time
 
     def deciding(self, side: str, name: str) -> frozenset[str]:
         """The sites that decide how probable the values are that a site's cost is weighted for."""
@@ -226,7 +229,15 @@ class Enumeration:
         """A term along values of the guide, times their probability; ``log_q`` of a site of the guide, neither masked
         nor scaled."""
         values = frozenset(p for p in term.plates if p.values)
-        return weighed(ops, term, self.chance(ops, values, term.plates, term.site, log_q)) if values else term
+        if not values:
+            return term
+        chance = self.chance(ops, values, term.plates, term.site, log_q)
+        if any(v.of_step for v in values):
+            time = (self.guide if term.side == "guide" else self.model)[term.site].time
+            chance = ops.flip(chance, axis=0) if term.side == "model" and time.reverse else chance
+            missing = term.value.ndim - chance.ndim
+            chance = ops.reshape(chance, (chance.shape[0], *(1,) * missing, *chance.shape[1:]))
+        return weighed(ops, term, chance)
 
     def chance(
         self,
@@ -255,14 +266,53 @@ class Enumeration:
         wanted, steps = values, []
         while values and values not in self._chances:
             last = max(values, key=lambda v: self._order[v.name])
-            rest = (values | self.guide[last.name].values) - {last}
-            steps.append((values, last, rest))
+            sites = self._together(last, values)
+            own = frozenset(v for v in values if v.name in sites)
+            parents = frozenset(v for n in sites for v in self.guide[n].values if v.name not in sites)
+            steps.append((values, last, sites, rest := (values - own) | parents))
             values = rest
-        for values, last, rest in reversed(steps):
-            factors = [self.guide[last.name].factor(ops, log_q(last.name))]
-            factors += [self._chances[rest]] if rest else []
+        for values, last, sites, rest in reversed(steps):
+            factors = [self._law(ops, last, sites, log_q), *([self._chances[rest]] if rest else [])]
             self._chances[values] = log_probability(ops, factors, values)
         return self._chances[wanted]
+
+    def _together(self, value: Plate, values: frozenset[Plate]) -> tuple[str, ...]:
+        """The site of a value; in a scan, with all that go from step to step and decide how probable it is, or are
+        decided by the same, of those that ``values`` depend on."""
+        if value.ago is None:
+            return (value.name,)
+        time = self.guide[value.name].time
+        above = {n: {v.name for v in c.values if v.of_step} for n, c in self.guide.items() if c.time == time}
+        wanted = {v.name for v in values if v.name in above}
+        while more := {n for name in wanted for n in above[name]} - wanted:
+            wanted |= more
+        found = {value.name}
+        while more := {n for name in wanted if above[name] & found for n in above[name]} - found:
+            found |= more
+        return tuple(n for n in above if n in found)
+
+    def _law(self, ops: Ops, value: Plate, sites: tuple[str, ...], log_q: Callable[[str], Array]) -> Factor:
+        """log q of a value, and of those of its scan, given all that come before."""
+        if sites not in self._laws:
+            cells = [*self.guide.values(), *self.model.values()]
+            values = frozenset(v for c in cells for v in c.values if v.name in sites)
+            factors = [self.guide[n].factor(ops, log_q(n)) for n in sites]
+            self._laws[sites] = chain(ops, factors, values) if value.ago is not None else (factors[0], factors[0])
+        return self._laws[sites][value.last]
+
+
+def check_chains(values: Enumeration) -> None:
+    """What a scan of the model carries is summed out along its steps; so is what a scan of the guide carries, but not
+    one given the other."""
+    for name, block in values.blocks.items():
+        if values.steps(name) is None:
+            for v in (v for n in block.members for v in values.model[n].values if v.of_step):
+                raise site_error(
+                    name,
+                    f"summed out over several steps of a scan, which depend on site '{v.name}', enumerated in a scan "
+                    "of the guide: every combination of its values in all steps would count",
+                    f"Mark '{name}' in the guide too, or remove the mark of '{v.name}' there.",
+                )
 
 
 def warn_of_minibatches(values: Enumeration) -> None:

@@ -44,6 +44,9 @@ class Ops(Protocol):
     def fold(self, step: Callable[..., Array], start: Array, *along: Array) -> Array:
         """``step(self, ... step(self, step(self, start, *along[:][0]), *along[:][1]) ..., *along[:][-1])``."""
 
+    def folds(self, step: Callable[..., Array], start: Array, *along: Array) -> Array:
+        """``start`` and what `fold` has after each of its steps, ``[1 + steps, ...]``."""
+
     def lgamma(self, x: Array) -> Array: ...
 
     def digamma(self, x: Array) -> Array: ...

@@ -15,7 +15,8 @@ class Plate(NamedTuple):
     """An axis whose elements are apart: ``dim`` counts batch dimensions from the right (-1 is the last).
 
     A vectorised plate; or the ``values`` of a site of the guide that is enumerated, whose elements are alternatives to
-    each other. Costs along these are weighted by their probabilities, and then summed like all others.
+    each other. Costs along these are weighted by their probabilities, and then summed like all others. Of a site in a
+    scan they are those ``ago`` steps before: a step's own are 0 steps ago, and after the scan those of its ``last``.
     """
 
     name: str
@@ -23,6 +24,13 @@ class Plate(NamedTuple):
     size: int
     scale: float = 1.0  # full size / size, the N/B of subsampling
     values: bool = False
+    ago: int | None = None
+    last: bool = False
+
+    @property
+    def of_step(self) -> bool:
+        """Are they those of one step, and others in the next?"""
+        return self.ago is not None and not self.last
 
 
 class Window(NamedTuple):

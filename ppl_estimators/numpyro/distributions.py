@@ -304,16 +304,19 @@ def cost_log_prob(fn: dist.Distribution, value: Array, intermediates: Any = None
     return fn.log_prob(value)
 
 
-def log_p_of_all(fn: dist.Distribution, values: Array, dim: int) -> Array:
-    """log p of all values of a site, which lie along batch dimension ``dim``, not masked. NumPyro looks each of a
-    categorical's up in an array with as many copies of the probabilities; they are these probabilities, moved there."""
+def log_p_of_all(fn: dist.Distribution, values: Array, dim: int, *, masked: bool = False) -> Array:
+    """log p of all values of a site, which lie along batch dimension ``dim``. NumPyro looks each of a categorical's up
+    in an array with as many copies of the probabilities; they are these probabilities, moved there."""
     base = unwrapped(fn)
     if type(base) not in (dist.CategoricalLogits, dist.CategoricalProbs):
-        return cost_log_prob(unmasked(fn), values)
+        return cost_log_prob(fn if masked else unmasked(fn), values)
     log_p = base.logits if type(base) is dist.CategoricalProbs else jax.nn.log_softmax(base.logits)
     missing = max(0, -dim - len(fn.batch_shape))
     log_p = jnp.broadcast_to(log_p, (*(1,) * missing, *fn.batch_shape, log_p.shape[-1]))
-    return jnp.swapaxes(log_p, dim - 1, -1)[..., 0]
+    log_p = jnp.swapaxes(log_p, dim - 1, -1)[..., 0]
+    for mask in _masks(fn, 0) if masked else ():
+        log_p = jnp.where(mask, log_p, 0.0)
+    return log_p
 
 
 def relaxed_log_prob(name: str, side: str, fn: dist.Distribution, value: Array) -> Array:

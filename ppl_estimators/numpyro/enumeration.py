@@ -41,20 +41,21 @@ class Layout:
         self._next = -1 - (self.nesting or 0)
         self._scans = 0
 
-    def around(
-        self, msg: Message, drawn: Mapping[str, Message] | None, *, gap: int = 1, unmarked: bool = False
-    ) -> Any | None:
+    def around(self, msg: Message, drawn: Mapping[str, Message] | None, *, inside: bool = False) -> Any | None:
         """All values of a site, if it is to be enumerated; ``drawn`` is what the guide drew, for a run of the model.
-        ``unmarked``: does a site that only the model has need no mark?"""
-        if not self._wanted(msg, drawn, unmarked):
+        ``inside`` a scan a site that only the model has needs no mark."""
+        name, fn, of_guide = msg["name"], msg["fn"], drawn is None
+        if inside and drawn is not None and is_stepwise(drawn.get(name)):
+            of_guide, fn = True, drawn[name]["fn"]
+        elif not self._wanted(msg, drawn, inside):
             return None
-        name, fn = msg["name"], msg["fn"]
-        dims = frozenset(f.dim for f in msg["cond_indep_stack"])
-        check_elements(name, fn, unwrapped(fn), countable(fn), dims, self.nesting or 0)
+        else:
+            dims = frozenset(f.dim for f in msg["cond_indep_stack"])
+            check_elements(name, fn, unwrapped(fn), countable(fn), dims, self.nesting or 0)
         values = support(fn)
-        (size, *event), dim = values.shape, self.place(name, gap)
-        self.axes[dim] = name if drawn is not None else Plate(name, dim, size, values=True)
-        msg["enumerated"], msg["summed"] = dim, drawn is not None
+        (size, *event), dim = values.shape, self.place(name, _GAP if inside else 1)
+        self.axes[dim] = Plate(name, dim, size, values=True, ago=0 if inside else None) if of_guide else name
+        msg["enumerated"], msg["summed"] = dim, not of_guide
         return jnp.reshape(values, (size, *(1,) * (-1 - dim), *event))
 
     def place(self, name: str, gap: int = 1) -> int:
@@ -80,10 +81,10 @@ class Layout:
             return True
         return drawn is not None and (unmarked or self.asked(name)) and countable(msg["fn"])
 
-    # ---- scans of the model -----------------------------------------------------------------------------------------
+    # ---- scans -----------------------------------------------------------------------------------------------------
 
-    def scan(self, drawn: Mapping[str, Message], scan_wrapper: Any, *args: Any, **kwargs: Any) -> Any:
-        """NumPyro's scan, some of whose sites may be summed out.
+    def scan(self, drawn: Mapping[str, Message] | None, scan_wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+        """NumPyro's scan, some of whose sites may be enumerated.
 
         A value that goes from step to step lies along one dimension when a step begins, and along another, that of the
         site, when it ends; there it is moved from this to that. After the scan it lies where a step would begin.
@@ -109,10 +110,15 @@ class Layout:
             if not found.sizes:
                 return run(f, wide, xs=xs, length=length)
             (steps, key, last), (trace, ys) = run(found.step(f, wide), wide, xs=xs, length=length)
-            inside = {**self.axes, **{found.before(n, k): _before(n, k) for n, k in found.moves}}
+            inside = {**self.axes, **{found.before(n, k): found.axis(n, k) for n, k in found.moves}}
         finally:
             self.axes = outside
-        names = {n: tuple(_before(n, k) for k in range(found.depth(n), -1, -1)) for n, k in found.moves if k == 1}
+        found.check(reverse, length + len(firsts))
+        names = {
+            n: tuple(_before(n, k) for k in range(found.depth(n), -1, -1))
+            for n, k in found.moves
+            if k == 1 and not found.of_guide(n)
+        }
         time = Time(found.name, bool(reverse), tuple((names[n], found.sizes[n]) for n in names))
         for msg in trace.trace.values():
             msg["time"], msg["scope"] = time, inside
@@ -120,7 +126,7 @@ class Layout:
             if msg["type"] == "deterministic":
                 msg["value"] = in_turn([m["value"] for m in steps_of(msg)], reverse)
         ys = jax.tree.map(lambda *parts: in_turn(parts, reverse), *(y for _, y in firsts), ys)
-        self.axes |= {found.before(n, k): _before(n, k - 1) for n, k in found.moves}
+        self.axes |= {found.before(n, k): found.axis(n, k, last=True) for n, k in found.moves}
         return (steps + len(firsts), key, last), (trace, ys)
 
 
@@ -144,13 +150,39 @@ def _before(name: str, steps: int) -> str:
 
 
 class _Scan:
-    """What goes from step to step in a scan of the model."""
+    """What goes from step to step in a scan."""
 
-    def __init__(self, layout: Layout, drawn: Mapping[str, Message], name: str, history: int):
+    def __init__(self, layout: Layout, drawn: Mapping[str, Message] | None, name: str, history: int):
         self.layout, self.drawn, self.name, self.history = layout, drawn, name, history
-        self.sizes: dict[str, int] = {}  # of the sites that are summed out
+        self.sizes: dict[str, int] = {}  # of the sites that are enumerated
         self.moves: dict[tuple[str, int], None] = {}  # which are carried, as the value of so many steps before
-        self.draws = False  # has it sites that are not summed out?
+        self.draws = False  # has it sites that are not?
+
+    def of_guide(self, name: str) -> bool:
+        return self.drawn is None or name in self.drawn
+
+    def axis(self, name: str, ago: int, last: bool = False) -> Axis:
+        """Along the dimension of what was so many steps before: in a step, and what the ``last`` one leaves there."""
+        if self.of_guide(name):
+            return Plate(name, self.before(name, ago), self.sizes[name], values=True, ago=ago - last, last=last)
+        return _before(name, ago - last)
+
+    def check(self, reverse: bool, length: int) -> None:
+        """Steps of the model take the values of the guide's, in the order in which these are stacked."""
+        for name in self.sizes if self.drawn is not None else ():
+            if name in self.drawn:
+                twin, carried = self.drawn[name], any(n == name for n, _ in self.moves)
+                steps = sum(jnp.shape(m["value"])[0] for m in steps_of(twin))
+                if steps != length:
+                    what = f"enumerated in {steps} steps of a scan of the guide, of which the model's has {length}"
+                    raise site_error(name, what, "Give both the same number of steps.")
+                if twin["time"].reverse and carried:
+                    raise site_error(
+                        name,
+                        "enumerated in a scan of the guide that runs backwards, and carried by that of the model, whose "
+                        "steps take its values in the other order",
+                        "Write both without reverse=True, or remove the mark in the guide.",
+                    )
 
     def before(self, name: str, steps: int) -> int:
         return self.layout.place(_before(name, steps), _GAP)
@@ -231,7 +263,7 @@ def _wide(x: Any, end: Any) -> Any:
 
 
 class _Inside(Messenger):
-    """Lays out enumerated sites inside a step of a scan of the model."""
+    """Lays out enumerated sites inside a step of a scan."""
 
     def __init__(self, scan: _Scan):
         super().__init__()
@@ -240,8 +272,8 @@ class _Inside(Messenger):
     def process_message(self, msg: Message) -> None:
         if msg["type"] != "sample" or msg["value"] is not None or msg["is_observed"]:
             return
-        # no mark reaches the inside of a scan: NumPyro's own handler marks all that can be enumerated there
-        value = self.scan.layout.around(msg, self.scan.drawn, gap=_GAP, unmarked=True)
+        # no mark reaches the inside of a scan of the model: NumPyro's own handler marks all that can be enumerated there
+        value = self.scan.layout.around(msg, self.scan.drawn, inside=True)
         if value is None:
             self.scan.draws = True
         else:
@@ -271,6 +303,11 @@ def is_enumerated(msg: Message) -> bool:
 def is_summed(msg: Message) -> bool:
     """Is it a site that only the model has, and enumerates?"""
     return msg.get("summed", False)
+
+
+def is_stepwise(msg: Message | None) -> bool:
+    """Is it enumerated in each step of a scan?"""
+    return msg is not None and is_enumerated(msg) and "time" in msg
 
 
 def steps_of(msg: Message) -> list[Message]:

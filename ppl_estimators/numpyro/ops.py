@@ -52,6 +52,15 @@ class JaxOps:
         again = jax.checkpoint(partial(step, self))  # in the backward pass: cheaper than to fetch what was computed
         return jax.lax.scan(lambda total, xs: (again(total, *xs), None), start, along)[0]
 
+    def folds(self, step: Callable[..., Array], start: Array, *along: Array) -> Array:
+        again = jax.checkpoint(partial(step, self))
+
+        def one(total: Array, xs: Any) -> tuple[Array, Array]:
+            after = again(total, *xs)
+            return after, after
+
+        return jnp.concatenate([start[None], jax.lax.scan(one, start, along)[1]])
+
     lgamma = staticmethod(jax.scipy.special.gammaln)
     digamma = staticmethod(jax.scipy.special.digamma)
 

@@ -40,7 +40,7 @@ from .distributions import (
     still,
     unwrapped,
 )
-from .enumeration import Layout, cell, countable, in_turn, is_enumerated, is_summed, steps_of, support
+from .enumeration import Layout, cell, countable, in_turn, is_enumerated, is_stepwise, is_summed, steps_of, support
 from .ops import OPS
 
 Array = Any
@@ -199,6 +199,12 @@ class _Conduct(Messenger):
                 f"site '{msg['name']}': a parameter has the same name. Give the site or the parameter another one."
             )
         if kind == "sample" and self.guide is not None and msg["name"] in self.guide:
+            if is_stepwise(self.guide[msg["name"]]) and msg["value"] is None:
+                raise site_error(
+                    msg["name"],
+                    "enumerated in a scan of the guide, and the model draws it outside of one",
+                    "Draw it in a scan of the model too, or remove the mark.",
+                )
             nesting = None if self.layout is None else self.layout.nesting
             _same_shape(msg["name"], self.guide[msg["name"]], msg, nesting)  # before the model works with it
         if kind == "sample" and msg["value"] is None:
@@ -225,7 +231,7 @@ class _Conduct(Messenger):
                 inside = {n: m["value"] for n, m in self.guide.items() if _latent(m)}
             if kind == "control_flow" and inside is not None:
                 msg["kwargs"]["substitute_stack"].append(("substitute", inside))
-            if msg.get("fn") is scan_wrapper and self.guide is not None:
+            if msg.get("fn") is scan_wrapper:
                 msg["fn"] = _plain_scan if self.layout is None else partial(self.layout.scan, self.guide, scan_wrapper)
 
     def postprocess_message(self, msg: Message) -> None:
@@ -281,16 +287,18 @@ class _Conduct(Messenger):
                 inner["intermediates"] = along.pop("")
                 inner.update(along)
         for name, inner in inside.items():
-            if not _latent(inner) or is_summed(inner):
+            if not _latent(inner) or is_enumerated(inner):
                 continue
             if self.guide is None:
                 if marked(inner["infer"], "guide"):
-                    raise site_error(
-                        name,
-                        'marked infer={"enumerate": ...} inside a scan or a cond of the guide',
-                        "Remove the mark, its estimator then draws it; or leave the site out of the guide and mark it "
-                        "in the model, which sums it out exactly.",
-                    )
+                    if flow is not None and self.layout is None:
+                        raise Unplaced(name)
+                    if flow is None:
+                        raise site_error(
+                            name,
+                            'marked infer={"enumerate": ...} inside a cond of the guide',
+                            "Remove the mark, its estimator then draws it.",
+                        )
             elif name not in self.guide:
                 _refuse(inner, self.layout)
 
@@ -390,7 +398,8 @@ def execute(
             keys.key, key, refuse, traces.model, traces.sizes["model"], params,
             guide=traces.guide, layout=layout, handed_over=handed_over,
         ):  # fmt: skip
-            drawn = {n: m for n, m in traces.guide.items() if m["type"] in ("sample", "plate")}
+            kinds = ("sample", "plate")
+            drawn = {n: m for n, m in traces.guide.items() if m["type"] in kinds and not is_stepwise(m)}
             replay(substitute(model, data=own), trace=drawn)(*args, **kwargs)
         _same_sizes(traces)
     if layout is not None and layout.nesting is not None:
@@ -554,8 +563,8 @@ def tables_of(traces: Traces) -> Tables:
 def _log_p(msg: Message) -> Array:
     """Not scaled, and masked, unless the site is summed out: then its probabilities sum to one."""
     parts = [
-        log_p_of_all(m["fn"], m["value"], m["enumerated"])
-        if is_summed(m)
+        log_p_of_all(m["fn"], m["value"], m["enumerated"], masked=not is_summed(m))
+        if is_enumerated(m)
         else cost_log_prob(m["fn"], m["value"], m["intermediates"])
         for m in steps_of(msg)
     ]
@@ -563,7 +572,9 @@ def _log_p(msg: Message) -> Array:
 
 
 def _log_q(guide: Mapping[str, Message], name: str) -> Array:
-    return log_q(guide[name]["fn"], guide[name]["value"])
+    msg = guide[name]
+    parts = [log_p_of_all(m["fn"], m["value"], m["enumerated"]) for m in steps_of(msg)]
+    return in_turn(parts, "time" in msg and msg["time"].reverse)
 
 
 def _order(term: Term, traces: Traces) -> tuple[str, Scan] | None:
@@ -588,10 +599,13 @@ def _steps(
 ) -> dict[tuple[str, str], Steps]:
     """Of the terms whose number is in ``orders``; ``reads`` as in `dependencies.Found`, ``unclear`` names sites of
     which it does not show what a scan of the model reads."""
-    of_sites = {t.site: orders[i][0] for i, t in enumerate(terms) if t.side == "guide" and i in orders}
+    of_guide = {t.site: i for i, t in enumerate(terms) if t.side == "guide" and i in orders}
+    of_sites = {n: orders[i][0] for n, i in of_guide.items()}
     found = {}
     for i, (order, scan) in orders.items():
         side, own, readers = terms[i].side, terms[i].site, dict[str, Window]()
+        values = [of_guide[p.name] for p in terms[i].plates if p.of_step and p.name in of_guide]
+        decide = {name for number in values for name, _ in reads[number]}  # how probable these are, from then on
         for name, ago in reads[i]:
             site = name.removeprefix(HANDED_OVER)
             if of_sites.get(site) != order:
@@ -601,6 +615,9 @@ def _steps(
                 window = Window(-window.last, -window.first)
             if side == "model" and (site in unclear or (name == site and (site != own or scan.reverse))):
                 window = Window(-math.inf, math.inf)  # NumPyro hands out a latent site's own value as the guide's array
+            if name in decide:
+                back = orders[values[0]][1].reverse
+                window = window.joined(Window(-math.inf, 0) if back else Window(0, math.inf))
             readers[site] = readers[site].joined(window) if site in readers else window
         found[side, own] = Steps(order, readers, flipped=side == "model" and scan.reverse)
     return found
@@ -707,7 +724,7 @@ def survey(program: Program, keys: Keys, layout: Callable[[], Layout | None]) ->
     def handed_over(msg: Message) -> Array | None:
         """A value of the guide's, as a step of a scan of the model takes it."""
         value = msg["value"]
-        if value is None or not _latent(msg):
+        if value is None or not _latent(msg) or is_enumerated(msg):
             return None
         fn = msg["fn"]
         if jnp.ndim(value) != len(fn.batch_shape) + fn.event_dim:  # NumPyro would take it for that of all steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, reduce
+from itertools import accumulate
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -59,6 +60,10 @@ class TorchOps:
 
     def fold(self, step: Callable[..., Array], start: Array, *along: Array) -> Array:
         return reduce(lambda total, xs: step(self, total, *xs), zip(*along, strict=True), start)
+
+    def folds(self, step: Callable[..., Array], start: Array, *along: Array) -> Array:
+        steps = accumulate(zip(*along, strict=True), lambda total, xs: step(self, total, *xs), initial=start)
+        return torch.stack(list(steps))
 
     lgamma = staticmethod(torch.lgamma)
     digamma = staticmethod(torch.digamma)
