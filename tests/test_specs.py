@@ -403,6 +403,7 @@ ALONE = {
     ("numpyro", "enumeration.py"): {
         "in_turn": "the first steps of a scan beside the others; Pyro has no scan",
         "steps_of": "has them",
+        "is_stepwise": "enumerated in each of them",
     },
     ("pyro", "distributions.py"): {
         "support_moves": "asks the tensors behind the ends; NumPyro's walk asks it of `ends`",

@@ -219,7 +219,7 @@ def chain(ops: Ops, factors: Sequence[Factor], values: frozenset[Plate]) -> tupl
     time = next(a for a in both.axes if isinstance(a, Time))
     known = {(v.name, v.ago, v.last): v for v in values}
     sizes = {v.name: v.size for v in values}
-    depth = {n: max(v.ago + v.last for v in values if v.name == n) for n in sizes}
+    depth = {n: max((v.ago or 0) + v.last for v in values if v.name == n) for n in sizes}
 
     def lags(newest: int, last: bool) -> list[Plate]:  # of each site, the oldest first
         every = [(n, ago - last, last) for n, d in depth.items() for ago in range(d, newest - 1, -1)]
@@ -231,14 +231,13 @@ def chain(ops: Ops, factors: Sequence[Factor], values: frozenset[Plate]) -> tupl
     law = ops.broadcast_to(_along(ops, both, axes), tuple(size[a] for a in axes))
     law = ops.flip(law, axis=0) if time.reverse else law
     outer, oldest = tuple(size[a] for a in rest), [i for i, v in enumerate(each, len(rest)) if v.ago == depth[v.name]]
+    order = sorted(range(len(rest) + len(each)), key=oldest.__contains__)
     begins = (*outer, *(v.size if v.ago else 1 for v in each))
     held = tuple(v.size for v in ends)
 
     def step(ops: Ops, total: Array, new: Array) -> Array:
-        total = ops.reshape(total, begins) + new
-        for i in reversed(oldest):
-            total = ops.logsumexp(total, axis=i)
-        return total
+        total = ops.permute_dims(ops.reshape(total, begins) + new, order)
+        return ops.logsumexp(ops.reshape(total, (*outer, *held, -1)), axis=len(outer) + len(held))
 
     nothing = ops.like([0.0, *[_IMPOSSIBLE] * (math.prod(held) - 1)], law)  # is like the first of all values
     start = ops.broadcast_to(ops.reshape(nothing, (*(1,) * len(outer), *held)), (*outer, *held))

@@ -115,6 +115,11 @@ class Cell:
         return next((a for a in self.axes.values() if isinstance(a, Time)), None)
 
     @property
+    def reversed(self) -> bool:
+        """Is it inside of a scan that runs from the last step to the first?"""
+        return self.time is not None and self.time.reverse
+
+    @property
     def named(self) -> dict[int, Axis]:
         """All of its axes, by dimension."""
         return {**self.axes, **{p.dim: p for p in self.plates}}
@@ -166,7 +171,7 @@ class Enumeration:
         self._weights: dict[frozenset[Plate], Array] = {}
         self._chances: dict[frozenset[Plate], Factor] = {}
         self._order = {n: i for i, n in enumerate(guide)}
-        self._laws: dict[tuple[str, ...], tuple[Factor, Factor]] = {}
+        self._laws: dict[tuple[str, ...], tuple[Factor, ...]] = {}
         self._above: dict[str, frozenset[Plate]] = {}
         for name, cell in guide.items():
             self._above[name] = cell.values.union(*(self._above.get(v.name, ()) for v in cell.values))
@@ -233,10 +238,9 @@ class Enumeration:
             return term
         chance = self.chance(ops, values, term.plates, term.site, log_q)
         if any(v.of_step for v in values):
-            time = (self.guide if term.side == "guide" else self.model)[term.site].time
-            chance = ops.flip(chance, axis=0) if term.side == "model" and time.reverse else chance
-            missing = term.value.ndim - chance.ndim
-            chance = ops.reshape(chance, (chance.shape[0], *(1,) * missing, *chance.shape[1:]))
+            flipped = term.side == "model" and self.model[term.site].reversed
+            chance = ops.flip(chance, axis=0) if flipped else chance
+            chance = steps_first(ops, chance, term.value.ndim)
         return weighed(ops, term, chance)
 
     def chance(
@@ -294,11 +298,28 @@ class Enumeration:
     def _law(self, ops: Ops, value: Plate, sites: tuple[str, ...], log_q: Callable[[str], Array]) -> Factor:
         """log q of a value, and of those of its scan, given all that come before."""
         if sites not in self._laws:
-            cells = [*self.guide.values(), *self.model.values()]
-            values = frozenset(v for c in cells for v in c.values if v.name in sites)
-            factors = [self.guide[n].factor(ops, log_q(n)) for n in sites]
-            self._laws[sites] = chain(ops, factors, values) if value.ago is not None else (factors[0], factors[0])
+            if value.ago is None:
+                (name,) = sites
+                self._laws[sites] = (self.guide[name].factor(ops, log_q(name)),)
+            else:
+                self._laws[sites] = self.laws(ops, sites, log_q)
         return self._laws[sites][value.last]
+
+    def chain(self, name: str) -> tuple[str, ...]:
+        """A site of the guide that is enumerated in a scan, with all that are so together with it."""
+        inside = frozenset(v for c in self.guide.values() if c.time == self.guide[name].time for v in c.values)
+        return self._together(next(v for v in self.guide[name].values if v.name == name), inside)
+
+    def laws(self, ops: Ops, sites: tuple[str, ...], log_q: Callable[[str], Array]) -> tuple[Factor, Factor]:
+        """log q of what a scan of the guide enumerates, at each step and after the last."""
+        cells = [*self.guide.values(), *self.model.values()]
+        values = frozenset(v for c in cells for v in c.values if v.name in sites)
+        return chain(ops, [self.guide[n].factor(ops, log_q(n)) for n in sites], values)
+
+
+def steps_first(ops: Ops, x: Array, ndim: int) -> Array:
+    """``x [steps, *batch]`` with so many dimensions."""
+    return ops.reshape(x, (x.shape[0], *(1,) * (ndim - x.ndim), *x.shape[1:]))
 
 
 def check_chains(values: Enumeration) -> None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
-from .elimination import Axis, Time
-from .enumeration import Cell, Enumeration
+from .elimination import Axis, Time, log_probability
+from .enumeration import Cell, Enumeration, steps_first
 from .ops import Array, Ops
 from .site import Plate
 
@@ -55,20 +56,33 @@ def posterior(ops: Ops, found: Enumeration | None, tables: Tables, uniform: Unif
     marginals = {}
     for name in of_guide:
         cell = found.guide[name]
-        own = frozenset(v for v in cell.values if v.name == name)
+        own = frozenset(v for v in cell.values if v.name == name and not v.ago)
         marginals[name] = found.chance(ops, own, cell.plates, name, log_q) if own else ops.ones_like(log_q(name))
-    marginals |= _slopes(ops, lambda name, log_p: found.expected(ops, name, log_p, log_q), found, tables.log_p, summed)
+        marginals[name] = marginals[name] if cell.time is None else steps_first(ops, marginals[name], log_q(name).ndim)
+
+    def expected(log_p: Mapping[str, Array]) -> Array:
+        return sum(ops.sum(found.expected(ops, name, log_p, log_q)) for name in found.blocks)
+
+    def drawn(log_p: Mapping[str, Array]) -> Array:
+        return sum(ops.sum(found.sum(drawing, name, log_p).value) for name in found.blocks)
+
+    marginals |= _slopes(ops, expected, tables.log_p, summed)
     hits: dict[str, Array] = {}
+    at, drawing = partial(_at, ops, found, hits), Drawing(ops, uniform)
     for name, site in of_guide.items():  # in the guide's order: what decides a value comes before it
-        law = ops.broadcast_to(_at(ops, log_q(name), found.guide[name].axes, hits), site.shape)
-        hits[name] = ops.ones_like(law) if site.dim is None else _hit(ops, law, site.dim, uniform)
-    log_p = {n: _at(ops, x, found.model[n].axes, hits) for n, x in tables.log_p.items()}
-    drawing = Drawing(ops, uniform)
-    hits |= _slopes(ops, lambda name, log_p: found.sum(drawing, name, log_p).value, found, log_p, summed)
+        if found.guide[name].time is None:
+            law = ops.broadcast_to(at(log_q(name), found.guide[name]), site.shape)
+            hits[name] = ops.ones_like(law) if site.dim is None else _hit(ops, law, site.dim, uniform)
+        elif name not in hits:
+            sites = found.chain(name)
+            laws = {n: at(log_q(n), found.guide[n]) for n in sites}
+            hits |= _slopes(ops, partial(_ended, drawing, found, sites), laws, {n: of_guide[n] for n in sites})
+    log_p = {n: at(x, found.model[n], model=True) for n, x in tables.log_p.items()}
+    hits |= _slopes(ops, drawn, log_p, summed)
     samples, nesting = {}, min((-1 - d for c in found.guide.values() for d in _dims(c.axes)), default=0)
     for name, (value, events) in tables.drawn.items():
         cell = found.guide[name]
-        samples[name] = _at(ops, value, cell.axes, hits, events)
+        samples[name] = at(value, cell, events)
         if dims := _dims(cell.axes):
             samples[name] = _plain(ops, samples[name], -min(dims), nesting, events, cell.plates)
     for name, site in {**of_guide, **summed}.items():
@@ -93,10 +107,16 @@ class Drawing:
         return self.ops.logsumexp(fixed, axis=axis) + moving
 
     def fold(self, step: Callable[..., Array], start: Array, *along: Array) -> Array:
+        return self._each(self.ops.fold, step, start, *along)
+
+    def folds(self, step: Callable[..., Array], start: Array, *along: Array) -> Array:
+        return self._each(self.ops.folds, step, start, *along)
+
+    def _each(self, fold: Callable[..., Array], step: Callable[..., Array], start: Array, *along: Array) -> Array:
         def one(ops: Ops, total: Array, noise: Array, *new: Array) -> Array:
             return step(Drawing(ops, lambda *like: noise), total, *new)
 
-        return self.ops.fold(one, start, self.uniform((along[0].shape[0], *start.shape), start), *along)
+        return fold(one, start, self.uniform((along[0].shape[0], *start.shape), start), *along)
 
 
 def _hit(ops: Ops, log_p: Array, axis: int, uniform: Uniform) -> Array:
@@ -129,21 +149,25 @@ def _elements(cell: Cell, name: str, log_p: Array) -> _Elements:
     for dim, axis in axes.items():
         if isinstance(axis, Plate) and not axis.values:
             shape[dim] = batch[dim] = axis.size
-        elif isinstance(axis, Time) or name == (axis.name if isinstance(axis, Plate) else axis):
+        elif isinstance(axis, Time) or (
+            axis == name or (isinstance(axis, Plate) and axis.name == name and not axis.ago)
+        ):
             shape[dim] = log_p.shape[dim]
             own = own if isinstance(axis, Time) else dim
     steps = [log_p.shape[d] for d, axis in axes.items() if isinstance(axis, Time)]
     return _Elements(tuple(shape), (*steps, *batch), own)
 
 
+def _ended(ops: Ops, found: Enumeration, sites: tuple[str, ...], log_q: Mapping[str, Array]) -> Array:
+    """log Σ q of all values in all steps of a scan of the guide."""
+    _, last = found.laws(ops, sites, log_q.__getitem__)
+    return ops.sum(log_probability(ops, [last], frozenset()).value)
+
+
 def _slopes(
-    ops: Ops,
-    total: Callable[[str, Mapping[str, Array]], Array],
-    found: Enumeration,
-    log_p: Mapping[str, Array],
-    summed: Mapping[str, _Elements],
+    ops: Ops, total: Callable[[Mapping[str, Array]], Array], log_p: Mapping[str, Array], summed: Mapping[str, _Elements]
 ) -> dict[str, Array]:
-    """The derivative of the sum over all blocks of ``total`` in a factor for each value of each summed site."""
+    """The derivative of ``total`` in a factor for each value of each summed site."""
     if not summed:
         return {}
     ends, end = {}, 0
@@ -154,22 +178,42 @@ def _slopes(
         return {n: ops.reshape(x[slice(*ends[n])], site.shape) for n, site in summed.items()}
 
     def height(x: Array) -> Array:
-        moved = {**log_p, **{n: log_p[n] + part for n, part in parts(x).items()}}
-        return sum(ops.sum(total(name, moved)) for name in found.blocks)
+        return total({**log_p, **{n: log_p[n] + part for n, part in parts(x).items()}})
 
     like = next(iter(log_p.values()))
     start = ops.like([0.0] * end, like)
     return parts(ops.stop_gradient(ops.vjp(height, start, ops.like(1.0, like))))
 
 
-def _at(ops: Ops, x: Array, axes: Mapping[int, Axis], hits: Mapping[str, Array], events: int = 0) -> Array:
+def _at(
+    ops: Ops, found: Enumeration, hits: Mapping[str, Array], x: Array, cell: Cell, events: int = 0, model: bool = False
+) -> Array:
     """``x [*batch, *event]`` at the values of the guide that were drawn."""
-    for dim, axis in axes.items():
+    for dim, axis in cell.axes.items():
         if isinstance(axis, Plate) and axis.name in hits:
             hit = hits[axis.name]
+            if axis.ago is not None:
+                hit = _before(ops, hit, axis, found.guide[axis.name], x.ndim - events)
+                hit = ops.flip(hit, axis=0) if model and axis.of_step and cell.reversed else hit
             hit = ops.reshape(hit, (*hit.shape, *(1,) * events)) > 0
             x = ops.sum(ops.where(hit, x, ops.zeros_like(x)), axis=dim - events, keepdims=True)
     return x
+
+
+def _before(ops: Ops, hit: Array, axis: Plate, cell: Cell, ndim: int) -> Array:
+    """What was drawn at each step of a scan, ``[steps, *batch]``: of the steps before, or of the last, along the
+    dimension of ``axis``, in so many dimensions."""
+    own = next(v.dim for v in cell.values if (v.name, v.ago) == (axis.name, 0))
+    count, size = hit.shape[0], hit.shape[own]
+    hit = ops.reshape(hit, (count, *hit.shape[own:]))
+    hit = ops.flip(hit, axis=0) if cell.reversed else hit
+    first = ops.reshape(ops.like([1.0] + [0.0] * (size - 1), hit), (1, size, *(1,) * (hit.ndim - 2)))  # as if the first
+    first = ops.broadcast_to(first, (axis.ago, *hit.shape[1:]))
+    hit = ops.concat([first, hit], axis=0)[:count]
+    hit = hit[-1:] if axis.last else ops.flip(hit, axis=0) if cell.reversed else hit
+    between, lead = own - axis.dim, () if axis.last else (count,)
+    missing = ndim - len(lead) + axis.dim
+    return ops.reshape(hit, (*lead, *(1,) * missing, size, *(1,) * between, *hit.shape[2:]))
 
 
 def _dims(axes: Mapping[int, Axis]) -> list[int]:

@@ -113,7 +113,7 @@ class Layout:
             inside = {**self.axes, **{found.before(n, k): found.axis(n, k) for n, k in found.moves}}
         finally:
             self.axes = outside
-        found.check(reverse, length + len(firsts))
+        found.check()
         names = {
             n: tuple(_before(n, k) for k in range(found.depth(n), -1, -1))
             for n, k in found.moves
@@ -167,22 +167,17 @@ class _Scan:
             return Plate(name, self.before(name, ago), self.sizes[name], values=True, ago=ago - last, last=last)
         return _before(name, ago - last)
 
-    def check(self, reverse: bool, length: int) -> None:
-        """Steps of the model take the values of the guide's, in the order in which these are stacked."""
-        for name in self.sizes if self.drawn is not None else ():
-            if name in self.drawn:
-                twin, carried = self.drawn[name], any(n == name for n, _ in self.moves)
-                steps = sum(jnp.shape(m["value"])[0] for m in steps_of(twin))
-                if steps != length:
-                    what = f"enumerated in {steps} steps of a scan of the guide, of which the model's has {length}"
-                    raise site_error(name, what, "Give both the same number of steps.")
-                if twin["time"].reverse and carried:
-                    raise site_error(
-                        name,
-                        "enumerated in a scan of the guide that runs backwards, and carried by that of the model, whose "
-                        "steps take its values in the other order",
-                        "Write both without reverse=True, or remove the mark in the guide.",
-                    )
+    def check(self) -> None:
+        """Steps of the model take the values of the guide's in the order in which these are stacked."""
+        drawn = self.drawn or {}
+        for name in {n for n, _ in self.moves if n in drawn}:
+            if drawn[name]["time"].reverse:
+                raise site_error(
+                    name,
+                    "enumerated in a scan of the guide that runs backwards, and carried by that of the model, whose "
+                    "steps take its values in the other order",
+                    "Write both without reverse=True, or remove the mark in the guide.",
+                )
 
     def before(self, name: str, steps: int) -> int:
         return self.layout.place(_before(name, steps), _GAP)
@@ -272,10 +267,12 @@ class _Inside(Messenger):
     def process_message(self, msg: Message) -> None:
         if msg["type"] != "sample" or msg["value"] is not None or msg["is_observed"]:
             return
-        # no mark reaches the inside of a scan of the model: NumPyro's own handler marks all that can be enumerated there
+        # no mark reaches the inside of a scan of the model: NumPyro's own handler marks all that can be summed there
         value = self.scan.layout.around(msg, self.scan.drawn, inside=True)
         if value is None:
             self.scan.draws = True
+            if twin := (self.scan.drawn or {}).get(msg["name"]):  # as wide as what `replay` puts in its place
+                msg["value"] = twin["value"][0] if "scan" in twin else twin["value"]
         else:
             msg["value"] = value
             self.scan.sizes[msg["name"]] = value.shape[0]

@@ -34,7 +34,6 @@ from .distributions import (
     describe,
     ends,
     log_p_of_all,
-    log_q,
     relaxed_log_prob,
     sampled_dtype,
     still,
