@@ -37,7 +37,7 @@ def assemble(
     surrogates, auxiliaries = [], []
     states: dict[str, dict[str, Array]] = {}
     for name, e in evaluated.items():
-        found = local(estimators[name], e.site, e.draw, e.costs, kept.get(name, Kept()))
+        found = local(estimators[name], e.site, e.draw, e.costs, kept.get(name) or Kept())
         surrogates.append(found.surrogate)
         if found.auxiliary is not None:
             auxiliaries.append(found.auxiliary)

@@ -140,14 +140,16 @@ class Graph:
         if self.steps:
             key = (*key, tuple((t.side, t.site) for t in terms))
         if key not in self._credits:
-            found = []
+            found, same = [], dict[frozenset[int], frozenset[int]]()  # of which long chains have many
             for index, term in enumerate(terms):
                 by_axes: dict[tuple[frozenset[Plate], Window | None], set[int]] = {}
                 for i, site in enumerate(sites):
                     if site.name in term.depends_on:
                         axes = self.shared_plates(site.name, term) & plates, self.window(site.name, term)
                         by_axes.setdefault(axes, set()).add(i)
-                found += [Credit(index, *axes, frozenset(members)) for axes, members in by_axes.items()]
+                for axes, members in by_axes.items():
+                    its = frozenset(members)
+                    found.append(Credit(index, *axes, same.setdefault(its, its)))
             self._credits[key] = tuple(found)
         return self._credits[key]
 

@@ -81,6 +81,15 @@ def _peculiar(func: Any) -> str:
     return name if known or name in ("where", "__getitem__") else ""
 
 
+class _Known(weakref.ref[torch.Tensor]):
+    """A tensor, the sites behind it, and its version when that was found. One object for each tensor of a run: what the
+    garbage collector has to look through."""
+
+    __slots__ = ("deps", "version")
+    deps: Sites
+    version: int
+
+
 class _Written(NamedTuple):
     """Memory that observed operations wrote to. Holding it keeps its address from being used again."""
 
@@ -96,15 +105,15 @@ class Provenance(TorchFunctionMode):
         super().__init__()
         self._holdings = Holdings() if holdings is None else holdings
         self.order: list[str] = []
+        self._names: dict[Sites, frozenset[str]] = {}
         self.control: Sites = 0  # behind Python control flow
-        # by id, which lives as long as its tensor; with the version that was looked at
-        self._of: dict[int, tuple[weakref.ref[torch.Tensor], Sites, int]] = {}
+        self._of: dict[int, _Known] = {}  # by id, which lives as long as its tensor
         self._written: dict[int, _Written] = {}
         self._marked = False  # something that depends on a site was written
         self._program: tuple[Any, ...] = ()
         self._arguments: tuple[Any, ...] = ()
         self.unknown = False  # did a tensor turn up whose origin is not known?
-        self._left: dict[int, tuple[weakref.ref[torch.Tensor], Sites, int]] = {}  # the same, of the guide
+        self._left: dict[int, _Known] = {}  # the same, of the guide
         self._handed = False  # is the guide over?
         self.carried: Sites = 0  # behind what the model reads of the guide's otherwise than as a site's value
         self.stored: set[str] = set()  # names in the parameter store when the first site was drawn
@@ -131,7 +140,7 @@ class Provenance(TorchFunctionMode):
         deps = 0  # before the arguments change
         for a in args:
             kind = type(a)
-            if kind is torch.Tensor:
+            if kind is _TENSOR:
                 deps |= self.of(a)
             elif kind not in _ATOMS:
                 deps |= self._behind((a,))
@@ -144,7 +153,7 @@ class Provenance(TorchFunctionMode):
             result = func(*args)
         if deps and (name := _peculiar(func)):
             deps = self._special(name, args, kwargs or {}, deps)
-        if type(result) is torch.Tensor or isinstance(result, torch.Tensor):
+        if type(result) is _TENSOR or isinstance(result, torch.Tensor):
             if not (args and result is args[0]):
                 self._record(result, deps)
             else:
@@ -206,19 +215,19 @@ class Provenance(TorchFunctionMode):
             version = x._version
         except RuntimeError:  # inference tensors count no versions
             version = -1
-        known = entry is not None and entry[0]() is x
+        known = entry is not None and entry() is x
         if not known:
             entry = self._left.get(id(x))
-        if entry is None or entry[0]() is not x:
+        if entry is None or entry() is not x:
             deps = self.drawn  # nothing, before the first draw
             self.unknown |= deps != 0
-            self._of[id(x)] = (weakref.ref(x), deps, version)
+            self._record(x, deps)
         else:
-            deps = entry[1]
-            if entry[2] != version:
+            deps = entry.deps
+            if entry.version != version:
                 deps |= self._changed(x)
-            if entry[2] != version or not known:
-                self._of[id(x)] = (entry[0], deps, version)
+            if entry.version != version or not known:
+                self._record(x, deps)
         if self._marked:
             written = self._written.get(_memory(x)[1])
             if written is not None:
@@ -228,11 +237,13 @@ class Provenance(TorchFunctionMode):
         return deps
 
     def _record(self, x: torch.Tensor, deps: Sites) -> None:
+        entry = _Known(x)
+        entry.deps = deps
         try:
-            version = x._version
+            entry.version = x._version
         except RuntimeError:
-            version = -1
-        self._of[id(x)] = (weakref.ref(x), deps, version)
+            entry.version = -1
+        self._of[id(x)] = entry
 
     def _changed(self, x: torch.Tensor) -> Sites:
         """What was written into a tensor whose version moved: known if the last to move it was seen."""
@@ -244,7 +255,7 @@ class Provenance(TorchFunctionMode):
 
     def _returned(self, x: torch.Tensor, deps: Sites) -> None:
         """An observed operation returned its first argument: changed, if its version moved."""
-        before = self._of[id(x)][2]
+        before = self._of[id(x)].version
         if before < 0 or before != x._version:
             self._write(x, deps)
 
@@ -256,15 +267,15 @@ class Provenance(TorchFunctionMode):
         if not isinstance(x, torch.Tensor):
             return
         entry = self._of.get(id(x))
-        if entry is not None and entry[0]() is x:
-            deps |= entry[1]
+        if entry is not None and entry() is x:
+            deps |= entry.deps
         self._record(x, deps)
         memory, key = _memory(x)
         if memory is None:  # sparse, or inside vmap: who shares its memory cannot be known
             self.control |= deps
             return
         before = self._written[key].deps if key in self._written else 0
-        self._written[key] = _Written(memory, before | deps, self._of[id(x)][2])
+        self._written[key] = _Written(memory, before | deps, self._of[id(x)].version)
         self._marked |= deps != 0
 
     def _results(self, func: Any, results: Iterable[Any], deps: Sites) -> None:
@@ -306,7 +317,7 @@ class Provenance(TorchFunctionMode):
         deps, objects = 0, []
         for thing in things:
             kind = type(thing)
-            if kind is torch.Tensor:
+            if kind is _TENSOR:
                 deps |= self.of(thing)
             elif kind not in _ATOMS:
                 objects.append(thing)
@@ -315,14 +326,14 @@ class Provenance(TorchFunctionMode):
         held, clear = holds(*objects)
         return deps | self._behind(held), clear
 
-    def _adopt(self, things: Iterable[Any], deps: Sites, through: Any = (Distribution, Transform)) -> None:
-        """What things hold that was not there before depends on ``deps``."""
+    def _adopt(self, things: Iterable[Any], deps: Sites, through: Any = (Distribution, Transform)) -> list[Any]:
+        """What things hold that was not there before depends on ``deps``. Returns those that are no tensors."""
         objects: list[Any] = []
         for thing in things:
             kind = type(thing)
-            if kind is torch.Tensor or kind is torch.nn.Parameter:
+            if kind is _TENSOR or kind is torch.nn.Parameter:
                 entry = self._of.get(id(thing))
-                if entry is None or entry[0]() is not thing:
+                if entry is None or entry() is not thing:
                     self._adopted(thing, deps)
             elif kind not in _ATOMS:
                 objects.append(thing)
@@ -331,12 +342,13 @@ class Provenance(TorchFunctionMode):
             _gather(objects, through, found, set())
             for x in found:
                 entry = self._of.get(id(x))
-                if entry is None or entry[0]() is not x:
+                if entry is None or entry() is not x:
                     self._adopted(x, deps)
+        return objects
 
     def _adopted(self, x: torch.Tensor, deps: Sites) -> None:
         left = self._left.get(id(x))
-        if left is not None and left[0]() is x:
+        if left is not None and left() is x:
             self.of(x)
         else:
             self._record(x, deps)
@@ -358,7 +370,7 @@ class Provenance(TorchFunctionMode):
         entry = self._left.get(id(value))
         if not value.requires_grad:
             value = value.detach()
-        self._record(value, self.drawn if entry is None else entry[1])
+        self._record(value, self.drawn if entry is None else entry.deps)
         self.resume()
         return value
 
@@ -427,13 +439,16 @@ class Provenance(TorchFunctionMode):
         """``value`` was drawn at site ``name`` from ``fn``, which held tensors that depend on ``deps``."""
         here = deps | 1 << len(self.order)
         self.order.append(name)
-        held = _parts(fn)  # now with what it computed lazily:
-        self._adopt(held, deps, (Distribution,))  # from its parameters,
-        self._adopt(held, here)  # or, in a transform's cache, from the value
+        # now with what it computed lazily: from its parameters,
+        objects = self._adopt(_parts(fn), deps, (Distribution,))
+        self._adopt(objects, here)  # or, in a transform's cache, from the value
         self._record(value, here)
 
     def names(self, deps: Sites) -> frozenset[str]:
-        return frozenset(name for i, name in enumerate(self.order) if deps >> i & 1)
+        """The sites of a set: one object for all that ask for the same, of which long chains have many."""
+        if deps not in self._names:
+            self._names[deps] = frozenset(name for i, name in enumerate(self.order) if deps >> i & 1)
+        return self._names[deps]
 
 
 def _parts(fn: Any) -> Iterable[Any]:

@@ -99,11 +99,14 @@ def is_summed(msg: Message) -> bool:
     return msg.get("scope", {}).get(msg["infer"].get("_enumerate_dim")) == msg["name"]
 
 
+_NO_PLATES: frozenset[Plate] = frozenset()  # one for all that have none
+
+
 def declared(msg: Message) -> frozenset[Plate]:
     """The vectorised plates of a message."""
     frames = msg["cond_indep_stack"]
     if not frames:
-        return frozenset()
+        return _NO_PLATES
     return frozenset(
         Plate(f.name, f.dim, f.size, (f.full_size or f.size) / f.size) for f in frames if f.dim is not None
     )

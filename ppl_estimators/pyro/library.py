@@ -47,6 +47,7 @@ Array = torch.Tensor
 _ALTERNATIVES = "_counterfactual_values"
 _STRUCTURES = 8  # so many of a program are verified in full, and as many as are remembered with few runs
 _FEW = 2
+_NOTHING_KEPT = Kept()  # one for all such sites
 
 
 class _Unplanned(Exception):
@@ -123,7 +124,8 @@ class PyroLibrary:
         facts = (
             self.settings,
             tuple((n, m.get("kind") or kind_of(m), m["fn"].batch_shape, plates_of(m)) for n, m in latents.items()),
-            tuple((k, traces.plates(*k)) for k in behind),
+            tuple(behind),
+            tuple(traces.plates(*k) for k in behind),
             tuple(traces.subsamples),
         )
         signature = facts, None if follow is None else (tuple(behind.values()), control)
@@ -172,7 +174,8 @@ class PyroLibrary:
 
     def _made(self, traces: Traces, follow: Provenance, settings: Settings | None = None) -> Plan:
         settings, latents = settings or self.settings, traces.latents()
-        depends_on = {k: follow.names(d) for k, d in self._behind(traces).items()}
+        behind = self._behind(traces)
+        depends_on = {k: follow.names(d) for k, d in behind.items()}
         sites = [replace(view(m), requested=self.requested(m)) for m in latents.values()]
         self.memory.seen |= latents.keys()
         others = [*(self.memory.seen - latents.keys()), *traces.model]  # of other structures; observed in this one
@@ -180,7 +183,9 @@ class PyroLibrary:
         for hooked in {id(h): h for s in sites if (h := s.declared) is not None}.values():
             check_keys(hooked.estimators, list(latents), "with_estimators", others)
         terms = [Term(side, n, None, traces.plates(side, n), d) for (side, n), d in depends_on.items()]
-        graph = Graph({n: depends_on["guide", n] - {n} for n in latents}, {s.name: s.plates for s in sites})
+        bits = {n: 1 << i for i, n in enumerate(follow.order)}
+        ancestors = {n: follow.names(behind["guide", n] & ~bits.get(n, 0)) for n in latents}
+        graph = Graph(ancestors, {s.name: s.plates for s in sites})
         check_objective(settings.objective, terms, traces.model)
         if traces.values is not None:
             warn_of_minibatches(traces.values)
@@ -427,7 +432,7 @@ class PyroLibrary:
             site = self.axis.led(site)
         declared = estimator.keeps(site, given)
         if not declared:
-            return Kept(given=given)
+            return Kept(given=given) if given else _NOTHING_KEPT
         if site.declared is None:
             self._check_trained(site, estimator, declared)
         keeper = self.keeper if site.declared is None else site.declared.keeper
