@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from numpyro.distributions import constraints
+from numpyro.distributions.kl import kl_divergence
 from numpyro.distributions.transforms import AffineTransform, Transform
 
 from ..core import families, relaxation
@@ -347,6 +348,21 @@ def _masks(fn: dist.Distribution, events: int) -> list[Array]:
             masks.append(mask.reshape(*mask.shape, *(1,) * (events - reinterpreted)) if mask.ndim else mask)
         fn = fn.base_dist
     return masks
+
+
+def divergence(q: dist.Distribution, p: dist.Distribution) -> Array:
+    """KL(q ‖ p) ``[*batch]``, masked; `NotImplementedError` where no closed form is known."""
+    kind = family(q)
+    if kind != family(p) or kind not in families.DISCRETE:  # for those NumPyro has none
+        return jnp.broadcast_to(kl_divergence(q, p), q.batch_shape)
+    found = families.divergence(OPS, kind, natural_parameters(q, kind), natural_parameters(p, kind))
+    events = len(q.event_shape) - (kind == families.ONEHOT)
+    ours, theirs = _masks(q, events), _masks(p, events)
+    if bool(ours) != bool(theirs):
+        raise NotImplementedError
+    for mask in (*ours, *theirs):
+        found = jnp.where(mask, found, 0.0)
+    return jnp.sum(found, axis=tuple(range(len(q.batch_shape), found.ndim)))
 
 
 def another(fn: dist.Distribution, value: Array, key: Array, pattern: int) -> Array:

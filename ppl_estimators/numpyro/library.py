@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro.distributions.kl import kl_divergence
 from numpyro.distributions.util import scale_and_mask
 from numpyro.handlers import substitute
 
@@ -21,7 +20,7 @@ from ..core.credit import Graph
 from ..core.enumeration import Unplaced, check_objective
 from ..core.errors import EstimatorError, site_error
 from ..core.estimator import Estimator, Noise
-from ..core.families import DISCRETE, RELAXABLE, divergence
+from ..core.families import RELAXABLE
 from ..core.keep import Keeps, Kept
 from ..core.library import Joined, Run, Values
 from ..core.objectives import NAME, check_dreams
@@ -31,7 +30,7 @@ from ..core.posterior import Tables, Uniform
 from ..core.site import Site, Term
 from ..core.verify import Key, not_the_same, run_again, warn_of_cuts
 from .dependencies import LOOP, forward, without_derivative
-from .distributions import another, family, log_q, natural_parameters, score_norm
+from .distributions import another, divergence, log_q, score_norm
 from .enumeration import Layout
 from .keep import declare, state_name
 from .memory import Memory, kinds_of
@@ -313,13 +312,7 @@ class NumPyroLibrary:
             return declare(site, declared, given)
 
     def divergence(self, ours: Message, theirs: Message) -> Array:
-        q, p = ours["fn"], theirs["fn"]
-        if family(q) == family(p) in DISCRETE:  # for which NumPyro has none
-            found = divergence(OPS, family(q), natural_parameters(q, family(q)), natural_parameters(p, family(p)))
-            found = jnp.sum(found, axis=tuple(range(len(q.batch_shape), found.ndim)))
-        else:
-            found = kl_divergence(q, p)
-        return scale_and_mask(found, ours["scale"])
+        return scale_and_mask(divergence(ours["fn"], theirs["fn"]), ours["scale"])
 
     def past(self, declared: Keeps) -> Values:
         name = state_name(NAME)

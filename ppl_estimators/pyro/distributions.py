@@ -357,6 +357,11 @@ def is_masked(fn: Any) -> bool:
     return False
 
 
+def divergence(q: TorchDistribution, p: TorchDistribution) -> Array:
+    """KL(q ‖ p) ``[*batch]``, masked inside of them; `NotImplementedError` where no closed form is known."""
+    return td.kl_divergence(q, p)
+
+
 def another(fn: TorchDistribution, value: Array, pattern: int) -> Array:
     """A value of the support that differs from ``value``, in the elements of a pattern where the support is known; on
     the real line one that lies further away from pattern to pattern."""

@@ -34,7 +34,7 @@ from ..policy import requested
 from .baseline import from_baseline
 from .buffers import Buffers, Held
 from .dependencies import Provenance, StopParameters, as_written, led, reachable
-from .distributions import Law, another, is_point, log_q, named, natural_parameters, score_norm
+from .distributions import Law, another, divergence, is_point, log_q, named, natural_parameters, score_norm
 from .enumeration import Layout
 from .keep import Keeper, read_state
 from .memory import Memory, code_of, kind_of, shape_of
@@ -449,8 +449,11 @@ class PyroLibrary:
             )
 
     def divergence(self, ours: Message, theirs: Message) -> Array:
-        found = torch.distributions.kl_divergence(ours["fn"], theirs["fn"])
-        return scale_and_mask(found, ours["scale"], ours["mask"])
+        if (ours["mask"] is None) != (theirs["mask"] is None):
+            what = "a closed divergence was asked for, and it is masked on one side only"
+            raise site_error(ours["name"], what, "Leave the site out of AnalyticKL(...).")
+        found = divergence(ours["fn"], theirs["fn"])
+        return scale_and_mask(scale_and_mask(found, ours["scale"], ours["mask"]), 1.0, theirs["mask"])
 
     def past(self, declared: Keeps) -> Values:
         return {k: read_state(NAME, k, v, self._like).detach().clone() for k, v in declared.state.items()}

@@ -159,6 +159,44 @@ def test_a_divergence_has_no_noise():
     np.testing.assert_allclose(found["s"], wanted[1], rtol=1e-12)
 
 
+def test_masked_elements_have_no_divergence():
+    """In both libraries: of bits and normals, by an array and by False; a mask on one side is no divergence."""
+    a, b, mask = np.array([0.4, -1.1]), np.array([-0.3, 0.8]), np.array([True, False])
+
+    def program(lib, sample, plate, masked, array, logits, mask=mask, both=True):
+        def part():
+            with plate("n", 4, subsample_size=2):
+                if not both and logits is b:
+                    return draw()
+                with masked(mask=array(mask)):
+                    draw()
+
+        def draw():
+            sample("x", lib.Bernoulli(logits=array(logits)))
+            sample("z", lib.Normal(array(logits), 0.5))
+
+        return part
+
+    def kl(a, b):  # of a bit, and of a normal of scale one half
+        p = 1 / (1 + np.exp(-a))
+        return p * (a - b) + np.logaddexp(0, b) - np.logaddexp(0, a) + 2 * (a - b) ** 2
+
+    one = dist, numpyro.sample, numpyro.plate, numpyro.handlers.mask, jnp.asarray
+    two = tdist, pyro.sample, pyro.plate, pyro.poutine.mask, torch.as_tensor
+    jax_elbo, torch_elbo = (ELBO({"x": Reinforce()}, objective=AnalyticKL()) for ELBO in (JaxELBO, TorchELBO))
+    for lib, loss in (
+        (one, lambda *p: jax_elbo.loss(jax.random.key(0), {}, *p)),
+        (two, torch_elbo.loss),
+    ):
+        for m in (mask, np.array(False)):
+            found = loss(program(*lib, b, m), program(*lib, a, m))
+            np.testing.assert_allclose(float(found), 2 * np.sum(m * kl(a, b)), rtol=1e-12, atol=1e-12)
+        with pytest.raises(
+            EstimatorError, match=r"site 'x': (a closed divergence.*on one side|no divergence of Masked)"
+        ):
+            loss(program(*lib, b, both=False), program(*lib, a))
+
+
 def test_where_there_is_none():
     def loss(model, guide, objective, particles=1):
         JaxELBO(objective=objective, num_particles=particles).loss(jax.random.key(0), {}, model, guide)
