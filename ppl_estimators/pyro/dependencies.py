@@ -63,7 +63,7 @@ _RUNNING = frozenset(("batch_norm", "instance_norm"))
 # Python wrappers of torch: what their caller wants the answer for is what counts.
 _WRAPPERS = frozenset((__name__, "torch._tensor", "torch.functional", "torch.overrides"))
 # Validation inside these packages asks for Python booleans, but only to raise errors.
-_CHECKS = ("torch.distributions.", "pyro.distributions.", "pyro.util", "pyro.poutine.scale_messenger")
+CHECKS = ("torch.distributions.", "pyro.distributions.", "pyro.util", "pyro.poutine.scale_messenger")
 # Their constructors make everything that a distribution holds from what they are given.
 _LIBRARIES = ("torch.distributions.", "pyro.distributions.")
 # What their objects compute, they compute from what they hold.
@@ -293,7 +293,7 @@ class Provenance(TorchFunctionMode):
         frame: types.FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_globals.get("__name__") in _WRAPPERS:
             frame = frame.f_back
-        if frame is None or not frame.f_globals.get("__name__", "").startswith(_CHECKS):
+        if frame is None or not frame.f_globals.get("__name__", "").startswith(CHECKS):
             self.control |= deps
 
     # ---- distributions ----------------------------------------------------------------------------------------------

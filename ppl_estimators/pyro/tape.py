@@ -32,9 +32,8 @@ _ELEMENTS = 1 << 16  # results that are the same at every step are kept, up to t
 # Ways out of a tensor that are no operations.
 _EXITS = frozenset("numpy tolist __array__ data_ptr __dlpack__ __reduce_ex__".split())
 _ONE_HOT = torch.nn.functional.one_hot  # looks whether its classes are there; without a number of them, how many
-# Their constructors and `_validate_sample` ask for truth values only to raise errors.
-_CHECKS = ("torch.distributions.", "pyro.distributions.", "pyro.util", "pyro.poutine.scale_messenger")
 _LIBRARIES = ("torch.distributions.", "pyro.")
+# Of those that ask for truth values only to raise errors, in `dependencies.CHECKS`.
 _CHECKING = frozenset(("__init__", "_validate_sample", "check_site_shape", "warn_if_nan", "warn_if_inf"))
 _OURS = tuple(f"{__name__.partition('.')[0]}.{part}." for part in ("core", "estimators", "pyro"))
 _NOBODYS = frozenset(("torch", "pyro", "array_api_compat", "contextlib", "functools"))
@@ -166,7 +165,7 @@ class Tape(TorchDispatchMode):
         frame: types.FrameType | None = sys._getframe(1)
         while frame is not None:
             module = frame.f_globals.get("__name__", "")
-            if module.startswith(_CHECKS) and frame.f_code.co_name in _CHECKING:
+            if module.startswith(dependencies.CHECKS) and frame.f_code.co_name in _CHECKING:
                 return
             if module.startswith(_OURS) and module not in _WRAPPERS:
                 self.unsteady = True  # the step looked at something for the first time
