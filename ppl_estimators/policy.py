@@ -9,7 +9,8 @@ most two further evaluations are spent for all of them together, where they buy 
 4. DisARM() for bits: antithetic pairs, where one evaluation serves all sites: those that do not depend on each other.
 
 Three particles average all noise, that of Pathwise() sites too; sets and pairs that cost as much and lower that of some
-sites only had more of it. Where these do not suffice for every site, both evaluations are further particles (shadows),
+sites only had more of it. Steps of a scan are a plate if they do not move each other, and if they do, nothing fits.
+Where these do not suffice for every site, both evaluations are further particles (shadows),
 and all are each other's baselines. So no site is ever without a control variate, and sites that are alike get the same.
 Under an objective to which nothing but the draw counts (`WakeSleep`), all others are Reinforce().
 The choice depends on the program alone: plate sizes, batches, seeds and the order of calls do not enter.
@@ -55,8 +56,8 @@ OPTIONS: tuple[tuple[Estimator, tuple[str, ...]], ...] = (
     (PAIR, (BERNOULLI,)),
 )
 
-#: sites that are treated alike: family, categories, dependent elements (`_COUPLED` for a plate of them), in a scan?
-Kind = tuple[str, int, int, bool]
+#: sites that are treated alike: family, categories, dependent elements (`_COUPLED` for a plate of them, or for steps)
+Kind = tuple[str, int, int]
 _COUPLED = -1
 
 
@@ -88,20 +89,26 @@ AUTOMATIC = Automatic()
 def _spend(sites: Sequence[Site], terms: Sequence[Term], graph: Graph, *, beside: bool) -> dict[str, Estimator] | None:
     """Estimators within the budget, the most preferred; None if there are none for every site. ``beside``: are there
     others, which have noise of their own?"""
+    if any(s.time and (("guide", s.name) not in graph.steps or graph.circular(s.name)) for s in sites):
+        return None  # steps that move others would take an evaluation each
     views = {s.name: replace(s, plates=graph.closed_plates(s.name, terms)) for s in sites}
+    apart = {
+        s.name for s in sites if views[s.name].plates == s.plates and (not s.time or graph.apart(s.name, terms) == 1)
+    }
     kinds: dict[Kind, list[Site]] = {}
     for s in sites:
-        v, coupled = views[s.name], views[s.name].plates != s.plates
+        v = views[s.name]
         categories = v.categories if v.family in DISCRETE else 0
-        kinds.setdefault((s.family, categories, _COUPLED if coupled else v.lanes, s.time), []).append(s)
+        kinds.setdefault((s.family, categories, v.lanes if s.name in apart else _COUPLED), []).append(s)
 
     def price(options: Iterable[Estimator]) -> float:
         total, shared = 0.0, []
         for option, members in zip(options, kinds.values(), strict=True):
             if option.alternatives(views[members[0].name]).own_law:
                 shared += [s.name for s in members]
-            else:
-                total += sum(_alone(option, s, views[s.name]) for s in members)
+            else:  # elements that a cost couples would be moved one by one: too many, always
+                counts = [option.alternatives(views[s.name]).count for s in members]
+                total += sum(counts) if all(s.name in apart for s in members) else math.inf
         return total + len(graph.levels([s.name for s in sites if s.name in shared]))
 
     for options in sorted(product(*map(_options, kinds)), key=_rank):
@@ -111,8 +118,8 @@ def _spend(sites: Sequence[Site], terms: Sequence[Term], graph: Graph, *, beside
 
 
 def _options(kind: Kind) -> list[Estimator]:
-    family, _, elements, time = kind
-    if time or (family in COUNTS and elements != 1):  # moving one count of many is no better than a particle
+    family, _, elements = kind
+    if family in COUNTS and elements != 1:  # moving one count of many is no better than a particle
         return []
     return [e for e, families in OPTIONS if family in families]
 
@@ -120,8 +127,3 @@ def _options(kind: Kind) -> list[Estimator]:
 def _rank(options: Sequence[Estimator]) -> int:
     order: Callable[[Estimator], int] = [e for e, _ in OPTIONS].index
     return sum(map(order, options))
-
-
-def _alone(option: Estimator, site: Site, view: Site) -> float:
-    """Evaluations for one site. One whose plate a cost couples has as many elements as the plate: too many, always."""
-    return math.inf if view.plates != site.plates else option.alternatives(view).count

@@ -10,7 +10,7 @@ import jax
 import pyro
 import pytest
 
-from ppl_estimators import Constant, DisARM, Enumerate, LeaveOneOut, Reinforce
+from ppl_estimators import Constant, DisARM, Enumerate, LeaveOneOut, Reinforce, UnorderedSet
 from ppl_estimators import numpyro as ours_jax
 from ppl_estimators import pyro as ours_torch
 from ppl_estimators.core.estimator import Control
@@ -209,6 +209,21 @@ def over_time(ppl):
     return draw, draw
 
 
+def over_time_forgetful(ppl, count=3, model_forgets=False, categories=2):
+    """The guide's steps know nothing of each other."""
+
+    def draw(forgets):
+        def step(z, x):
+            logit = 0.3 * x if forgets else 0.3 * x + z
+            if categories == 2:
+                return ppl.sample("z", ppl.dist.Bernoulli(logits=logit))
+            return ppl.sample("z", ppl.dist.Categorical(logits=logit * ppl.array([0.1] * categories)))
+
+        ppl.scan(step, ppl.array(0.0), ppl.array([0.4, -0.2, 0.9] * count)[:count])
+
+    return lambda: draw(model_forgets), lambda: draw(True)
+
+
 def continuous(ppl):
     def draw():
         return ppl.sample("w", ppl.dist.Normal(ppl.array(0.1), 1.0))
@@ -297,6 +312,7 @@ SHAPES = {
     "a bit that decides a branch, Pyro: `if z:`": (branchy, {}),
     "a bit that decides a branch, NumPyro: `lax.cond`": (branchy, {}),
     "bits over time": (over_time, {}),
+    "bits over time, a guide that does not remember": (over_time_forgetful, {}),
     "a law of your own": (die, {}),
     "a law of your own and a bit": (die_and_bit, {}),
     "a continuous mixture": (mixture, {}),
@@ -378,6 +394,23 @@ def test_the_size_of_a_plate_does_not_matter(ppl, build):
     plans = [plan_of(ppl, *build(ppl, size)) for size in (1, 2, 5, 40)]
     assert len({tuple(sorted((n, repr(e)) for n, e in plan.estimators.items())) for plan in plans}) == 1
     assert len(set(map(evaluations, plans))) == 1
+
+
+@pytest.mark.parametrize(
+    ("forgets", "categories", "expected", "runs"),
+    [
+        (False, 2, DisARM(), 2),
+        (True, 2, Enumerate(), 2),
+        (True, 3, Enumerate(), 3),
+        (True, 10, UnorderedSet(3), 3),
+        (False, 3, Reinforce(LeaveOneOut()), 3),
+    ],
+)
+def test_steps_that_no_cost_sees_together_are_a_plate(forgets, categories, expected, runs):
+    ppl = language("numpyro")
+    for count in (2, 7):
+        plan = plan_of(ppl, *over_time_forgetful(ppl, count, forgets, categories))
+        assert (plan.estimators["z"], evaluations(plan)) == (expected, runs)
 
 
 def test_what_is_named_is_left_alone_and_not_counted(ppl):

@@ -88,6 +88,12 @@ class Graph:
         """Does a step of ``site`` move others of it?"""
         return ("guide", site) in self.steps and self.reached(site)[site] != Window(0, 0)
 
+    def apart(self, site: str, terms: Sequence[Term]) -> float:
+        """How far apart two steps of ``site`` must be for no term to see both: 1 if none sees two of them."""
+        windows = [self.window(site, t) for t in terms if site in t.depends_on]
+        known = [w for w in windows if w is not None]
+        return 1 + max(w.last for w in known) - min(w.first for w in known) if len(known) == len(windows) else math.inf
+
     def reached(self, site: str) -> dict[str, Window]:
         """Which steps of the sites in the same scan a step of ``site`` moves; its own included."""
         if site not in self._reached:

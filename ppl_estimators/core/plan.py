@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -305,10 +304,7 @@ def _in_time(site: Site, estimator: Estimator, graph: Graph, terms: Sequence[Ter
         return site
     if asked.own_law:
         return replace(site, turns=site.batch_shape[0] if graph.circular(site.name) else 1)
-    windows = [graph.window(site.name, t) for t in terms if site.name in t.depends_on]
-    known = [w for w in windows if w is not None]
-    apart = 1 + max(w.last for w in known) - min(w.first for w in known) if len(known) == len(windows) else math.inf
-    return replace(site, turns=int(min(apart, site.batch_shape[0])))
+    return replace(site, turns=int(min(graph.apart(site.name, terms), site.batch_shape[0])))
 
 
 def _bare(sites: Sequence[Site]) -> str:
