@@ -23,6 +23,7 @@ from scipy.stats import chi2
 from test_enumeration import MARK, Chosen, Jax, Torch, lib
 
 from ppl_estimators import Constant, Enumerate, EstimatorError, Reinforce
+from ppl_estimators.testing import exact_gradient
 
 assert lib  # a fixture
 
@@ -319,6 +320,32 @@ def test_the_posterior_of_a_chain_of_the_guide():
         assert n > 500
         assert abs(u[at].mean() - p) < 4 * math.sqrt(p * (1 - p) / n)
     assert chance.shape == (count, 3, 2)
+
+
+@pytest.mark.usefixtures("double_precision")
+def test_exact_gradients_sum_over_the_steps_of_a_scan_one_by_one():
+    """Marks in the guide's are taken off there, so that each knows nothing of the other. One-hot states."""
+    q = jnp.array([[0.1, 0.5, -0.3], [0.4, -0.2, 0.0]])
+
+    def model():
+        def step(old, x):
+            z = numpyro.sample("z", jdist.Multinomial(1, logits=jnp.array([0.2, -0.3, 0.5]) + old))
+            numpyro.sample("x", jdist.Normal(z @ jnp.arange(3.0), 1.0), obs=x)
+            return 1.0 * z, None
+
+        scan(step, jnp.zeros(3), jnp.array(X[:2]))
+
+    def guide():
+        def step(old, q):
+            return 1.0 * numpyro.sample("z", jdist.Multinomial(1, logits=q + 0.3 * old), infer=MARK), None
+
+        scan(step, jnp.zeros(3), numpyro.param("q", q))
+
+    exact = exact_gradient(model, guide)
+    loss = jax.jit(jax.value_and_grad(lambda p: Jax.ELBO().loss(jax.random.key(0), p, model, guide)))
+    value, slopes = loss({"q": q})
+    assert float(value) == pytest.approx(exact.value, rel=1e-9)
+    np.testing.assert_allclose(slopes["q"], exact.gradient["q"], rtol=1e-9)
 
 
 def test_what_a_chain_of_the_guide_refuses():

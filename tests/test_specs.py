@@ -388,6 +388,7 @@ ALONE = {
         "dependencies": "who is behind each term of a run that was followed; NumPyro's survey has it",
     },
     ("numpyro", "run.py"): {
+        "within": "of what a scan or a branch calls, which no handler outside reaches",
         "Keys": "of the sites, by their names; Pyro has one generator",
         "key_of": "the same",
         "keys_of": "the same",

@@ -33,7 +33,7 @@ from .distributions import family, log_q, sampled_dtype, unwrapped
 from .enumeration import Layout
 from .ops import OPS
 from .randomness import Minibatch
-from .run import Keys, Message, Program, Traces, execute, plain_shapes, survey, terms_of
+from .run import Keys, Message, Program, Traces, execute, plain_shapes, survey, terms_of, within
 
 Array = Any
 _CHUNK = 256  # states evaluated side by side
@@ -118,6 +118,8 @@ class _Unmarked(Messenger):
     """Nothing is enumerated. `infer_config` would write into the user's dictionary."""
 
     def process_message(self, msg: Message) -> None:
+        if msg["type"] == "control_flow":  # no handler reaches inside
+            within(msg, _Unmarked)
         if msg["type"] == "sample":
             msg["infer"] = {**msg["infer"], "enumerate": None}
 

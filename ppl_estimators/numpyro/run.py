@@ -221,7 +221,7 @@ class _Conduct(Messenger):
         elif kind == "plate" and msg["value"] is None:
             msg["kwargs"]["rng_key"] = key_of(self.plate_key, f"plate {msg['name']}")
         if kind == "control_flow":
-            _within(msg, lambda fn: _Within(fn, self.plate_key, self.sizes))
+            within(msg, lambda fn: _Within(fn, self.plate_key, self.sizes))
         if kind in ("prng_key", "control_flow") and msg["kwargs"]["rng_key"] is None:
             self.anonymous += 1
             msg["kwargs"]["rng_key"] = key_of(self.key, f"{self.side} {kind} {self.anonymous}")
@@ -314,7 +314,7 @@ class _Within(Messenger):
 
     def process_message(self, msg: Message) -> None:
         if msg["type"] == "control_flow":
-            _within(msg, lambda fn: _Within(fn, self.plate_key, self.sizes, nested=True))
+            within(msg, lambda fn: _Within(fn, self.plate_key, self.sizes, nested=True))
         elif msg["type"] == "plate" and msg["value"] is None:
             msg["kwargs"]["rng_key"] = key_of(self.plate_key, f"plate {msg['name']}")
         elif self.nested and _latent(msg):
@@ -333,7 +333,7 @@ def _note_size(msg: Message, sizes: dict[str, tuple[int, int]]) -> None:
         sizes[msg["name"]] = msg["args"][0], jnp.shape(msg["value"])[0]
 
 
-def _within(msg: Message, wrapped: Callable[[Any], Any]) -> None:
+def within(msg: Message, wrapped: Callable[[Any], Any]) -> None:
     """Wraps the functions that a scan or a cond calls."""
     first, *rest = msg["args"]
     if msg["fn"] is cond_wrapper:
@@ -351,7 +351,7 @@ class _Dreaming(Messenger):
 
     def process_message(self, msg: Message) -> None:
         if msg["type"] == "control_flow":  # no handler reaches inside
-            _within(msg, lambda fn: _Dreaming(fn, {}))
+            within(msg, lambda fn: _Dreaming(fn, {}))
         if msg["type"] != "sample":
             return
         msg["infer"] = {**msg["infer"], "enumerate": None}
