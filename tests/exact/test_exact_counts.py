@@ -53,8 +53,11 @@ def site_of(family, parameters, count):
 
 def estimates(estimator, family, parameters, noise, f=cost, log_q=None):
     """The gradient in each parameter at each row of the noise, ``{name: [G, ...]}``."""
+    return jax.jit(lambda noise: _estimates(estimator, family, parameters, noise, f, log_q))(noise)
+
+
+def _estimates(estimator, family, parameters, noise, f, log_q):
     count = len(next(iter(noise.values())))
-    noise = {k: jnp.asarray(x) for k, x in noise.items()}
     site = site_of(family, parameters, count)
     draw = estimator.draw(OPS, site, noise)
     if estimator.value.moves:
