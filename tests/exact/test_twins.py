@@ -220,7 +220,8 @@ def agree(mix, **options):
 
 def declared(guide):
     """State and estimator parameters as the hook declares them."""
-    trace = numpyro.handlers.trace(numpyro.handlers.seed(guide, 0)).get_trace()
+    guide = numpyro.handlers.substitute(numpyro.handlers.seed(guide, 0), data={"data": jnp.asarray(INDICES)})
+    trace = numpyro.handlers.trace(guide).get_trace()
     state = {k: s["value"] for k, s in trace.items() if s["type"] == "mutable"}
     kept = {k: s["value"] for k, s in trace.items() if s["type"] == "param" and "$" in k}
     return state, kept
