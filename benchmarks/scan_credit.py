@@ -1,9 +1,7 @@
 """What it is worth to credit a step of a scan with what it can move, and what single values cost there (NumPyro).
 
 A chain of T noisy observed bits. The guide of each step knows its datum; it is mean-field, or reads the bit before (or
-after, in a reversed scan). Variance: the sum over the guide's parameters, at the start. Run:
-
-    python benchmarks/scan_credit.py
+after, in a reversed scan). Variance: the sum over the guide's parameters, at the start.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
+from _harness import Report, arguments
 from numpyro.contrib.control_flow import scan
 
 from ppl_estimators import DisARM, Enumerate, LeaveOneOut, Reinforce
@@ -66,18 +65,26 @@ def measured(elbo, count, remembers, backward, whole=False):
     return sum(float(x.var(0).sum()) for x in jax.tree.leaves(found)), 1e3 * spent
 
 
-if __name__ == "__main__":
-    print("| guide | estimator | T | credit | variance | ms |\n|---|---|---|---|---|---|")
+def main():
+    arguments(__doc__)
+    report, rows = Report("scan_credit", "A step of a scan, credited with what it moves"), []
     kinds = {"mean-field": (False, False), "forward": (True, False), "reversed": (True, True)}
     for name, kind in kinds.items():
         for count in DRAWS:
             loo = EstimatorELBO(Reinforce(LeaveOneOut()), num_particles=2)
-            rows = [
+            contests = [
                 ("leave-one-out, 2 particles", "whole scan", loo, True),
                 ("leave-one-out, 2 particles", "by step", loo, False),
                 ("DisARM()", "by step", EstimatorELBO(DisARM()), False),
                 ("Enumerate()", "by step", EstimatorELBO(Enumerate()), False),
             ]
-            for estimator, credit, elbo, whole in rows:
+            for estimator, credit, elbo, whole in contests:
                 variance, ms = measured(elbo, count, *kind, whole)
-                print(f"| {name} | {estimator} | {count} | {credit} | {variance:.3g} | {ms:.2g} |", flush=True)
+                rows.append((name, estimator, str(count), credit, f"{variance:.3g}", f"{ms:.2g}"))
+    columns = ("guide", "estimator", "T", "credit", "variance", "ms")
+    report.table("Variance of the gradient, and CPU time", columns, rows)
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,7 @@ from ppl_estimators.demo import figure, results
 
 DOCS = Path(__file__).parent
 BENCHMARKS = DOCS.parent / "benchmarks"
-STUDIES = ("toy_bernoulli", "quadratic_200", "noisy_bars")
+STUDIES = ("toy_bernoulli", "quadratic_200", "noisy_bars", "growth")
 
 
 def main(folder: Path = DOCS / "figures") -> None:

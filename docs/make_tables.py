@@ -12,7 +12,7 @@ from pathlib import Path
 from ppl_estimators.demo import results
 
 DOCS = Path(__file__).parent
-PAGES = tuple(DOCS / f"{name}.md" for name in ("performance", "default", "objectives"))
+PAGES = tuple(DOCS / f"{name}.md" for name in ("performance", "growth", "default", "objectives"))
 README = DOCS.parent / "README.md"
 RESULTS = README.parent / "benchmarks" / "results"
 DEMO = RESULTS / "demo.json"
