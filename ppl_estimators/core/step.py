@@ -7,9 +7,11 @@ every further evaluation (given, kept, relaxed, drawn again), is the plan's. Arr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 from . import averaging, bounds, objectives, relaxation, verify
@@ -177,6 +179,12 @@ class Step:
                     name,
                     "a closed divergence was asked for, and it depends on values that are summed over",
                     "Leave the site out of AnalyticKL(...).",
+                )
+            if not _alike(ours["scale"], theirs["scale"]):
+                raise site_error(
+                    name,
+                    "a closed divergence was asked for, and guide and model scale it differently",
+                    "Leave the site out of AnalyticKL(...), or scale both sides alike.",
                 )
             try:
                 value = -self.library.divergence(ours, theirs)
@@ -602,3 +610,10 @@ def _each_turn(ops: Ops, site: Site, costs: Array) -> Array:
 
 def _held(ops: Ops, draw: Draw) -> Draw:
     return Draw(ops.stop_gradient(draw.value), {k: ops.stop_gradient(x) for k, x in draw.extra.items()})
+
+
+def _alike(ours: Any, theirs: Any) -> bool:
+    """Two scales, as far as that shows without a look at arrays."""
+    ours, theirs = (1.0 if scale is None else scale for scale in (ours, theirs))
+    numbers = [isinstance(scale, Real) for scale in (ours, theirs)]
+    return math.isclose(ours, theirs) if all(numbers) else not any(numbers)

@@ -197,6 +197,26 @@ def test_masked_elements_have_no_divergence():
             loss(program(*lib, b, both=False), program(*lib, a))
 
 
+def test_a_scale_of_one_side_only_leaves_no_divergence():
+    def program(sample, law, scale, factor):
+        def part():
+            with scale(scale=factor):
+                sample("z", law(0.3, 1.0))
+
+        return part
+
+    jax_elbo, torch_elbo = (ELBO(objective=AnalyticKL()) for ELBO in (JaxELBO, TorchELBO))
+    one = numpyro.sample, dist.Normal, numpyro.handlers.scale
+    two = pyro.sample, tdist.Normal, pyro.poutine.scale
+    for lib, loss in (
+        (one, lambda *p: jax_elbo.loss(jax.random.key(0), {}, *p)),
+        (two, torch_elbo.loss),
+    ):
+        assert float(loss(program(*lib, 3.0), program(*lib, 3.0))) == 0
+        with pytest.raises(EstimatorError, match=r"site 'z': a closed divergence.*scale it differently"):
+            loss(program(*lib, 3.0), program(*lib, 1.0))
+
+
 def test_where_there_is_none():
     def loss(model, guide, objective, particles=1):
         JaxELBO(objective=objective, num_particles=particles).loss(jax.random.key(0), {}, model, guide)
