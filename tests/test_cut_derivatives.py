@@ -124,6 +124,7 @@ WHOLE = {
         torch.relu,
         StraightThrough.apply,
         lambda z: z if bool(z.abs() < 1e3) else -z,
+        lambda z: min(z, torch.tensor(0.4)),  # the first z lies above
         lambda z: (z, z.detach().numpy().copy())[0],
     ),
     numpyro: (

@@ -727,29 +727,40 @@ class PyroLibrary:
         leads = led(terms, {n: led_here[n] for n in sites if moving[n]})
         if all(leads[k].issuperset(plan.depends_on[k].intersection(sites)) for k in terms):
             return {}
-        leaves: dict[str, Array] = {}
+        soft = plan.soft | frozenset(n for n in sites if plan.relaxable(n))
 
-        def draw(msg: Message) -> Array:
-            name = msg["name"]
-            if name not in latents:
-                return msg["fn"].sample()
-            value = latents[name]["value"].detach()
-            if name in sites:
-                value = leaves[name] = value.clone().requires_grad_()
-            return value
+        def evaluated(
+            others: Sequence[str] = (), pattern: int = 0
+        ) -> tuple[dict[Key, Array], dict[Any, frozenset[str]]]:
+            """The terms where some sites take other values, and to which sites' values a derivative leads there."""
+            leaves: dict[str, Array] = {}
+
+            def draw(msg: Message) -> Array:
+                name = msg["name"]
+                if name not in latents:
+                    return msg["fn"].sample()
+                value = latents[name]["value"].detach()
+                if name in others:
+                    value = another(msg["fn"], value, pattern)
+                if name in sites:
+                    value = leaves[name] = value.clone().requires_grad_()
+                return value
+
+            found = {(t.side, t.site): t.value for t in terms_of(self.run(draw, run.source), plan.depends_on, soft)}
+            return {k: x.detach() for k, x in found.items()}, led(found, leaves)
 
         def moved(group: Sequence[str], pattern: int) -> Mapping[Key, Array]:
-            return self.moved(run, [*group, *(m for n in group for m in above.get(n, ()))], pattern)
+            found, leads = evaluated([*group, *(m for n in group for m in above.get(n, ()))], pattern)
+            # on that side of a kink that Python decides about, min(z, 1) say, there may be a derivative
+            return {k: x for k, x in found.items() if leads[k].isdisjoint(group)}
 
         def same(a: Array, b: Array) -> bool:  # beyond a support no derivative is missed
             return equal(OPS, a, b) or not bool(torch.isfinite(b).all())
 
-        soft = plan.soft | frozenset(n for n in sites if plan.relaxable(n))
-        found = {(t.side, t.site): t.value for t in terms_of(self.run(draw, run.source), plan.depends_on, soft)}
         terms = {k: x.detach() for k, x in terms.items()}
-        if not all(k in found and equal(OPS, x, found[k].detach()) for k, x in terms.items()):
+        found, leads = evaluated()
+        if not all(k in found and equal(OPS, x, found[k]) for k, x in terms.items()):
             return {}
-        leads = led(found, leaves)
         for n in above:  # what a point costs is a function of what it is made of
             leads["guide", n] = leads.get(("guide", n), frozenset()) | {n}
         return cut(moved, terms, leads, plan, sites, same)
