@@ -660,3 +660,21 @@ def test_outside_of_jit_a_program_is_traced_anew_only_where_it_has_become_anothe
         called(elbo)
         assert called(elbo) == 2
     assert called(pickle.loads(pickle.dumps(elbo))) == 4
+
+
+def test_a_law_of_the_users_own_holds_what_it_likes_under_any_name() -> None:
+    class Law(dist.Normal):
+        def __init__(self, loc: Any) -> None:
+            super().__init__(loc, 1.0)
+            self.base_dist, self.transforms = "a name", None
+
+    def loss(law: Any) -> Any:
+        def model() -> None:
+            numpyro.sample("x", dist.Normal(numpyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=1.0)
+
+        def guide() -> None:
+            numpyro.sample("z", law(numpyro.param("a", 0.7)))
+
+        return EstimatorELBO().loss(jax.random.key(0), {}, model, guide)
+
+    assert loss(Law) == loss(lambda loc: dist.Normal(loc, 1.0))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import ref
 
+from numpyro import distributions as dist
+
 from ..core.plan import Plan, Settings
 from ..core.site import Term
 from .run import Traces
@@ -52,7 +54,7 @@ def kinds_of(traces: Traces, terms: Sequence[Term]) -> tuple[Any, ...] | None:
 
 
 def _kinds(fn: Any) -> Iterator[tuple[Any, ...]]:
-    while fn is not None:
-        transforms = tuple(map(type, getattr(fn, "transforms", ())))
+    while isinstance(fn, dist.Distribution):  # what a user's class holds by these names may be anything
+        transforms = tuple(map(type, fn.transforms)) if isinstance(fn, dist.TransformedDistribution) else ()
         yield type(fn), fn.has_rsample, fn.batch_shape, fn.event_shape, transforms
         fn = getattr(fn, "base_dist", None)
