@@ -447,6 +447,10 @@ def its_own_draw(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     return z + torch.rand((), generator=GENERATOR)
 
 
+def traced(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    return torch.jit.trace(lambda z: 2.0 * z, (z,))(z)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -460,6 +464,7 @@ def its_own_draw(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         (pythons_draw, "a random generator that is not torch's own"),
         (its_own_draw, "generator"),
         (drawn_in_a_loop, "reads a number out of a tensor at .*VonMises"),
+        (traced, "raises RuntimeError while its operations are noted"),
     ],
 )
 def test_what_cannot_be_compiled_runs_as_ever_and_says_why_once(change, said):
@@ -480,7 +485,7 @@ def test_what_cannot_be_compiled_runs_as_ever_and_says_why_once(change, said):
             warnings.simplefilter("always")
             found.append(train(lambda: (model, bits_guide), elbo, flat(*[5] * 6))[0])
     assert found[0] == found[1]
-    messages = [str(w.message) for w in caught if "compile" in str(w.message)]
+    messages = [str(w.message) for w in caught if "EstimatorELBO(compile" in str(w.message)]
     assert len(messages) == 1
     with pytest.raises(EstimatorWarning, match=said):
         raise caught[[str(w.message) for w in caught].index(messages[0])].message

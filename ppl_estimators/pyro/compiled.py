@@ -161,12 +161,20 @@ class Compiler:
             return None
         return self._note(steps, evaluate, args, kwargs)
 
-    def _note(self, steps: _Steps, evaluate: Evaluate, args: Any, kwargs: Any) -> Result:
-        """A real step, noted."""
+    def _note(self, steps: _Steps, evaluate: Evaluate, args: Any, kwargs: Any) -> Result | None:
+        """A real step, noted; None if it raises, as some of torch does under a dispatch mode: then it runs as ever."""
         store, roots = pyro.get_param_store(), steps.roots
         guard, before = Guard(*roots), dict(store._params)
         with TraceMessenger(param_only=True) as captured:
-            tape, result = self._taped(evaluate, args, kwargs)
+            start = self.memory.generators.state()
+            try:
+                tape, result = self._taped(evaluate, args, kwargs)
+            except Exception as error:
+                self.memory.generators.restore(start)
+                steps.tries += 1
+                if steps.tries == _TRIES:
+                    _refuse(steps, f"the program raises {type(error).__name__} while its operations are noted")
+                return None
         names = list(captured.trace.nodes)
         if tape.unsteady or before.keys() != store._params.keys():
             steps.tries += 1
