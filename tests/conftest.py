@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from xla import compile_quickly
@@ -14,6 +15,18 @@ PYRO = find_spec("pyro") is not None
 
 # Tracing makes many small objects, and a tenth of the time went into looking for garbage among them.
 gc.set_threshold(100_000, 50, 100)
+
+
+#: cases that take long, and whose like are quick: in the other library, or by the same estimator in another program
+LIKE_OTHERS = frozenset((Path(__file__).parent / "slow.txt").read_text().splitlines())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """They are marked slow."""
+    for item in items:
+        if item.nodeid.removeprefix("tests/") in LIKE_OTHERS:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ from ppl_estimators.testing.zoo.oracle import sigmoid
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*score function without a baseline")
 
-PARTICLES, STEPS = 3_000, 30
+PARTICLES, STEPS = 3_750, 24
 
 #: cases that can be repeated in a plate around everything
 COPIED = {"single", "chain", "mixed", "event", "mixture", "wrapped"}
