@@ -267,7 +267,7 @@ def draw(shown: Mapping[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    most = arguments(__doc__, numpyro_sites=50).numpyro_sites  # 200 take XLA minutes, 1,000 hours
+    most = arguments(__doc__, numpyro_sites=50).numpyro_sites  # 200 take XLA four minutes, both losses together
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     report = Report("growth", "How the price of a step grows")
