@@ -34,6 +34,7 @@ from ppl_estimators import (
     StraightThrough,
 )
 from ppl_estimators.diagnostics import MonitorReport, MonitorRow, compare, gradient_report, recommend
+from ppl_estimators.diagnostics.moments import Moments
 from ppl_estimators.numpyro import EstimatorELBO as NumPyroELBO
 from ppl_estimators.pyro import EstimatorELBO as PyroELBO
 
@@ -49,6 +50,20 @@ def pyro_model(t=T):
 
 def pyro_guide(t=T):
     pyro.sample("b", pd.Bernoulli(logits=pyro.param("a", torch.tensor(LOGIT))), infer={"is_auxiliary": False})
+
+
+def test_moments_of_chunks_are_those_of_all_draws():
+    rng = np.random.default_rng(0)
+    parts = rng.normal(size=(11, 3, 2)) + 5.0 * rng.normal(size=(11, 1, 1))  # chunks lie far apart
+    moments = Moments()
+    for chunk in (slice(0, 2), slice(2, 3), slice(3, 11)):
+        moments.add_parts(parts[chunk, 0, 0], {"a": parts[chunk]})
+    whole, away = parts.sum(1), parts - parts.mean(0)
+    np.testing.assert_allclose(moments.mean["a"], whole.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(moments.variance("a"), whole.var(0, ddof=1), rtol=1e-12)
+    np.testing.assert_allclose(moments.part_squares["a"], (away**2).sum((0, 2)), rtol=1e-12)
+    np.testing.assert_allclose(moments.part_products["a"], (away * away.sum(1, keepdims=True)).sum((0, 2)), rtol=1e-12)
+    np.testing.assert_allclose(moments.losses.error, parts[:, 0, 0].std(ddof=1) / 11**0.5, rtol=1e-12)
 
 
 def masked(guide):
