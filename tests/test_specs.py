@@ -481,7 +481,7 @@ def defined(path: Path) -> list[str]:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             found.append(node.name)
         elif isinstance(node, ast.Assign):
-            found += [target.id for target in node.targets if isinstance(target, ast.Name)]
+            found += [n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)]
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,10 +14,9 @@ from numpyro.distributions import constraints
 from numpyro.distributions.kl import kl_divergence
 from numpyro.distributions.transforms import AffineTransform, Transform
 
-from ..core import families, relaxation
-from ..core.errors import site_error
+from ..core import distributions, families
+from ..core.distributions import support_of
 from ..core.site import Plate, Site
-from ..core.verify import elements
 from ..policy import requested
 from .dependencies import differentiable, edges
 from .ops import OPS
@@ -25,54 +24,43 @@ from .ops import OPS
 Array = Any
 
 
-def unwrapped(fn: dist.Distribution) -> dist.Distribution:
-    """Without to_event, expand and mask."""
-    while isinstance(fn, (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):
-        fn = fn.base_dist
-    return fn
+class _Distributions(distributions.Distributions):
+    ops, independent, expanded, masked = OPS, dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution
+
+    def classes(self, name: str) -> tuple[type, ...]:
+        found = [getattr(dist, name + end, None) for end in ("", "Probs", "Logits")]
+        return tuple(c for c in found if isinstance(c, type))  # Bernoulli itself is a function
+
+    def family(self, fn: dist.Distribution) -> str:
+        base = self.unwrapped(fn)
+        if isinstance(base, (dist.MultinomialLogits, dist.MultinomialProbs)) and _draws_one(base):
+            return families.ONEHOT  # NumPyro's one-hot categorical
+        return super().family(base)
+
+    def mask(self, fn: Any) -> Array:
+        return jnp.asarray(fn._mask)
+
+    def slopes(self, fn: dist.Distribution, value: Array) -> Sequence[Array] | None:
+        base, found = unwrapped(fn), parameters(fn)
+        batch = (*fn.batch_shape, *fn.event_shape)
+        counts = {  # of trials: whole numbers are no parameters to learn
+            key: jnp.broadcast_to(getattr(base, key), batch)
+            for key, constraint in type(base).arg_constraints.items()
+            if key in vars(base) and (key not in found or constraint.is_discrete)
+        }
+        found = {k: x for k, x in found.items() if k not in counts}
+        if not found or type(base).arg_constraints.keys() != found.keys() | counts.keys():
+            return None
+
+        def total(p: dict[str, Array]) -> Array:
+            return jnp.sum(type(base)(**p, **counts, validate_args=False).log_prob(value))
+
+        return list(jax.grad(total)(jax.lax.stop_gradient(found)).values())
 
 
-def unmasked(fn: dist.Distribution) -> dist.Distribution:
-    """The same distribution with no mask anywhere: a masked latent still has a score."""
-    if isinstance(fn, dist.MaskedDistribution):
-        return unmasked(fn.base_dist)
-    if isinstance(fn, dist.ExpandedDistribution):
-        return unmasked(fn.base_dist).expand(fn.batch_shape)
-    if isinstance(fn, dist.Independent):
-        return unmasked(fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
-    return fn
-
-
-def family(fn: dist.Distribution) -> str:
-    base = unwrapped(fn)
-    if isinstance(base, (dist.BernoulliLogits, dist.BernoulliProbs)):
-        return families.BERNOULLI
-    if isinstance(base, (dist.CategoricalLogits, dist.CategoricalProbs)):
-        return families.CATEGORICAL
-    if isinstance(base, (dist.MultinomialLogits, dist.MultinomialProbs)) and _draws_one(base):
-        return families.ONEHOT  # NumPyro's one-hot categorical
-    for kind, known in _CONTINUOUS.items():
-        if isinstance(base, known) and type(base).arg_constraints.keys() == set(families.CONTINUOUS[kind]):
-            return kind
-    return next((kind for kind, known in _COUNTS.items() if isinstance(base, known)), families.OTHER)
-
-
-_CONTINUOUS = {
-    families.NORMAL: dist.Normal,
-    families.LAPLACE: dist.Laplace,
-    families.LOGISTIC: dist.Logistic,
-    families.GUMBEL: dist.Gumbel,
-    families.CAUCHY: dist.Cauchy,
-    families.EXPONENTIAL: dist.Exponential,
-    families.GAMMA: dist.Gamma,
-    families.BETA: dist.Beta,
-    families.DIRICHLET: dist.Dirichlet,
-}
-_COUNTS: dict[str, Any] = {
-    families.POISSON: dist.Poisson,
-    families.GEOMETRIC: (dist.GeometricProbs, dist.GeometricLogits),
-    families.BINOMIAL: (dist.BinomialProbs, dist.BinomialLogits),
-}
+_KNOWN = _Distributions()
+unwrapped, unmasked, family = _KNOWN.unwrapped, _KNOWN.unmasked, _KNOWN.family
+natural_parameters, relaxed_log_prob, score_norm = _KNOWN.natural_parameters, _KNOWN.relaxed_log_prob, _KNOWN.score_norm
 
 
 def _draws_one(fn: Any) -> bool:
@@ -107,8 +95,6 @@ def describe(
     """The site's facts and arrays, without lead axes."""
     base, kind = unwrapped(fn), family(fn)
     logits = natural_parameters(fn, kind)
-    if logits is not None:
-        logits = families.finite(OPS, logits)
     return Site(
         name=name,
         distribution=type(base).__name__.removesuffix("Logits").removesuffix("Probs"),
@@ -168,13 +154,13 @@ def ends(fn: dist.Distribution) -> list[Array]:
     base = unwrapped(fn)
     if Law(fn).discrete:
         return []
-    found = jax.tree.leaves(_support(base))
+    found = jax.tree.leaves(support_of(base))
     if _foreign(base):  # which may say less than there is
         with contextlib.suppress(Exception):  # whatever its log_prob raises is said where it is wanted
             found += edges(base.log_prob, jax.eval_shape(base.sample, jax.random.key(0)))
     if isinstance(base, dist.TransformedDistribution):  # NumPyro takes the image of an interval for the real line
         found += ends(base.base_dist)
-        shape = _shape_of(_support(base.base_dist))
+        shape = _shape_of(support_of(base.base_dist))
         for transform in base.transforms:
             if not isinstance(transform, AffineTransform):
                 shape = _shape_of(transform.codomain) if shape == "line" else "bounded"
@@ -189,23 +175,6 @@ def _shape_of(support: Any) -> str:
     if support in (constraints.real, constraints.real_vector):
         return "line"
     return "half-line" if support in (constraints.positive, constraints.nonnegative) else "bounded"
-
-
-def _support(fn: dist.Distribution) -> Any:
-    """None where a class does not say."""
-    try:
-        return fn.support
-    except NotImplementedError:
-        return None
-
-
-def natural_parameters(fn: dist.Distribution, kind: str) -> Array | None:
-    """The logits of a family that has some, in the shape of the site."""
-    if kind not in families.DISCRETE:
-        return None
-    logits = unwrapped(fn).logits
-    trailing = logits.shape[-1:] if kind == families.CATEGORICAL else ()
-    return jnp.broadcast_to(logits, (*fn.batch_shape, *fn.event_shape, *trailing))
 
 
 def named(fn: dist.Distribution) -> dict[str, Array]:
@@ -239,26 +208,12 @@ def parameters(fn: dist.Distribution) -> dict[str, Array]:
     return found
 
 
-class Law:
-    """The distribution of one element (no to_event, expand or mask), as the core may ask it."""
+class Law(distributions.Law):
+    """The distribution of one element, as the core may ask it."""
 
-    def __init__(self, fn: dist.Distribution):
-        self.fn = unwrapped(fn)
-        self.event_shape = tuple(self.fn.event_shape)
-
-    @property
-    def discrete(self) -> bool:
-        support = _support(self.fn)
-        return support is not None and bool(support.is_discrete)
-
-    def cdf(self, z: Array) -> Array:
-        return self.fn.cdf(z)
-
-    def log_prob(self, z: Array) -> Array:
-        return self.fn.log_prob(z)
+    known = _KNOWN
 
     def slope(self, z: Array) -> None:
-        """Differentiate the cdf in every parameter; raises what the library raises where it cannot."""
         leaves, tree = jax.tree.flatten(self.fn)
         _differentiate_cdf(tree, jax.tree.map(_shape, leaves), _shape(z))
 
@@ -299,7 +254,7 @@ def _differentiate_cdf(tree: Any, leaves: list[Any], z: Any) -> None:
 def cost_log_prob(fn: dist.Distribution, value: Array, intermediates: Any = None) -> Array:
     """log p(value) ``[*batch]``, masked. Bernoulli sites use our formula, right at logits of exactly 0."""
     if family(fn) == families.BERNOULLI:
-        return _named_log_prob(fn, value, masked=True)
+        return _KNOWN.log_prob(fn, value, masked=True)
     if intermediates:
         return fn.log_prob(value, intermediates)
     return fn.log_prob(value)
@@ -315,39 +270,9 @@ def log_p_of_all(fn: dist.Distribution, values: Array, dim: int, *, masked: bool
     missing = max(0, -dim - len(fn.batch_shape))
     log_p = jnp.broadcast_to(log_p, (*(1,) * missing, *fn.batch_shape, log_p.shape[-1]))
     log_p = jnp.swapaxes(log_p, dim - 1, -1)[..., 0]
-    for mask in _masks(fn, 0) if masked else ():
+    for mask in _KNOWN.masks(fn, 0) if masked else ():
         log_p = jnp.where(mask, log_p, 0.0)
     return log_p
-
-
-def relaxed_log_prob(name: str, side: str, fn: dist.Distribution, value: Array) -> Array:
-    """log p at a relaxed value, masked."""
-    if family(fn) not in families.RELAXABLE:
-        raise relaxation.unknown(name, side, type(fn).__name__)
-    return _named_log_prob(fn, value, masked=True)
-
-
-def _named_log_prob(fn: dist.Distribution, value: Array, *, masked: bool) -> Array:
-    """log p of a family with logits, ``[*batch]``."""
-    kind = family(fn)
-    log_p = families.log_prob(OPS, kind, natural_parameters(fn, kind), value)
-    events = len(fn.event_shape) - (kind == families.ONEHOT)
-    for mask in _masks(fn, events) if masked else ():
-        log_p = jnp.where(mask, log_p, 0.0)
-    return jnp.sum(log_p, axis=tuple(range(-events, 0))) if events else log_p
-
-
-def _masks(fn: dist.Distribution, events: int) -> list[Array]:
-    """Every mask inside ``fn``, broadcastable to one number per element."""
-    masks, reinterpreted = [], 0
-    while isinstance(fn, (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)):
-        if isinstance(fn, dist.Independent):
-            reinterpreted += fn.reinterpreted_batch_ndims
-        elif isinstance(fn, dist.MaskedDistribution):
-            mask = jnp.asarray(fn._mask)
-            masks.append(mask.reshape(*mask.shape, *(1,) * (events - reinterpreted)) if mask.ndim else mask)
-        fn = fn.base_dist
-    return masks
 
 
 def divergence(q: dist.Distribution, p: dist.Distribution) -> Array:
@@ -355,9 +280,9 @@ def divergence(q: dist.Distribution, p: dist.Distribution) -> Array:
     kind = family(q)
     if kind != family(p) or kind not in families.DISCRETE:  # for those NumPyro has none
         return jnp.broadcast_to(kl_divergence(q, p), q.batch_shape)
-    found = families.divergence(OPS, kind, natural_parameters(q, kind), natural_parameters(p, kind))
+    found = families.divergence(OPS, kind, _KNOWN.logits(q, kind), _KNOWN.logits(p, kind))
     events = len(q.event_shape) - (kind == families.ONEHOT)
-    ours, theirs = _masks(q, events), _masks(p, events)
+    ours, theirs = _KNOWN.masks(q, events), _KNOWN.masks(p, events)
     if bool(ours) != bool(theirs):
         raise NotImplementedError
     for mask in (*ours, *theirs):
@@ -367,59 +292,14 @@ def divergence(q: dist.Distribution, p: dist.Distribution) -> Array:
 
 def another(fn: dist.Distribution, value: Array, key: Array, pattern: int) -> Array:
     """A value of the support that differs from ``value``, in the elements of a pattern where the support is known."""
-    kind = family(fn)
-    if kind not in families.DISCRETE:
-        return fn.sample(key)
-    shape = value.shape[: value.ndim - (kind == families.ONEHOT)]
-    moves = np.zeros(math.prod(shape), bool)
-    moves[elements(pattern, moves.size)] = True
-    moves = moves.reshape(shape)
-    if kind == families.BERNOULLI:
-        return jnp.where(moves, 1 - value, value)
-    if kind == families.CATEGORICAL:
-        return jnp.where(moves, (value + 1) % unwrapped(fn).logits.shape[-1], value)
-    return jnp.where(moves[..., None], jnp.roll(value, 1, -1), value)
+    return _KNOWN.moved_on(fn, value, pattern) if family(fn) in families.DISCRETE else fn.sample(key)
 
 
 def log_q(fn: dist.Distribution, value: Array) -> Array:
     """The score's log q(value) ``[*batch]``: neither masked nor scaled."""
     if family(fn) in families.DISCRETE:
-        return _named_log_prob(fn, value, masked=False)
+        return _KNOWN.log_prob(fn, value, masked=False)
     return unmasked(fn).log_prob(value)
-
-
-def score_norm(site: Site, fn: dist.Distribution, value: Array) -> Array:
-    """Squared norm of d log q / d parameters, per plate element, ``[*plates]``."""
-    if site.family in families.DISCRETE:
-        s = families.score(OPS, site.family, site.logits, value) ** 2
-        if site.family != families.BERNOULLI:
-            s = jnp.sum(s, axis=-1)
-        return site.sum_lanes(OPS, s)
-    base, found = unwrapped(fn), parameters(fn)
-    batch = (*fn.batch_shape, *fn.event_shape)
-    counts = {  # of trials: whole numbers are no parameters to learn
-        key: jnp.broadcast_to(getattr(base, key), batch)
-        for key, constraint in type(base).arg_constraints.items()
-        if key in vars(base) and (key not in found or constraint.is_discrete)
-    }
-    found = {k: x for k, x in found.items() if k not in counts}
-    if not found or type(base).arg_constraints.keys() != found.keys() | counts.keys():
-        raise site_error(
-            site.name,
-            f"OptimalConstant needs the score in the distribution's own parameters, and {site.distribution} does not "
-            "show them",
-            "Use LeaveOneOut() or MovingAverage().",
-        )
-
-    def total(p: dict[str, Array]) -> Array:
-        return jnp.sum(type(base)(**p, **counts, validate_args=False).log_prob(value))
-
-    norms = []
-    for x in jax.grad(total)(jax.lax.stop_gradient(found)).values():
-        axes = tuple(range(len(site.batch_shape), x.ndim))
-        norms.append(jnp.sum(x**2, axis=axes).reshape(site.batch_shape))
-    undeclared = tuple(i for i in site.lane_axes if i < len(site.batch_shape))
-    return jnp.sum(sum(norms), axis=undeclared, keepdims=True) if undeclared else sum(norms)
 
 
 def sampled_dtype(fn: dist.Distribution) -> Any:

@@ -3,85 +3,51 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 import torch.distributions as td
-from pyro.distributions import Delta, Distribution, Logistic, MaskedDistribution, TorchDistribution
+from pyro.distributions import Delta, Distribution, MaskedDistribution, TorchDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch.distributions import constraints
 
-from ..core import families, relaxation
-from ..core.errors import site_error
+from ..core import distributions, families
+from ..core.distributions import support_of
 from ..core.plan import requested
 from ..core.site import Plate, Site
-from ..core.verify import elements
 from .dependencies import reachable, tensors
 from .ops import OPS
 
 Array = torch.Tensor
-_WRAPPERS = (td.Independent, ExpandedDistribution, MaskedDistribution)
 
 
-def unwrapped(fn: TorchDistribution) -> Any:
-    """Without to_event, expand and mask."""
-    while _wraps(type(fn)):
-        fn = fn.base_dist
-    return fn
+class _Distributions(distributions.Distributions):
+    ops, independent, expanded, masked = OPS, td.Independent, ExpandedDistribution, MaskedDistribution
+
+    def classes(self, name: str) -> Any:
+        return getattr(td, name, None) or getattr(dist, name)
+
+    def mask(self, fn: Any) -> Array:
+        return torch.as_tensor(fn._mask)
+
+    def slopes(self, fn: TorchDistribution, value: Array) -> Sequence[Array] | None:
+        base, found = unwrapped(fn), {k: v.detach().requires_grad_() for k, v in parameters(fn).items()}
+        known = type(base).arg_constraints
+        if {"probs", "logits"} <= known.keys():  # one law, whichever was given, and whatever was looked at since
+            found.pop("probs", None)
+            found["logits"] = base.logits.detach().expand((*fn.batch_shape, *fn.event_shape)).clone().requires_grad_()
+        if not found or not found.keys() <= known.keys():
+            return None
+        with torch.enable_grad():
+            total = type(base)(**found, validate_args=False).log_prob(value.detach()).sum()
+            return torch.autograd.grad(total, [x for k, x in found.items() if not known[k].is_discrete])
 
 
-_wraps: Callable[[type], bool] = lru_cache(maxsize=1024)(lambda kind: issubclass(kind, _WRAPPERS))
-
-
-def unmasked(fn: TorchDistribution) -> Any:
-    """The same distribution with no mask anywhere: a masked latent still has a score."""
-    if isinstance(fn, MaskedDistribution):
-        return unmasked(fn.base_dist)
-    if isinstance(fn, ExpandedDistribution):
-        return unmasked(fn.base_dist).expand(fn.batch_shape)
-    if isinstance(fn, td.Independent):
-        return unmasked(fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
-    return fn
-
-
-def family(fn: TorchDistribution) -> str:
-    return _family(type(unwrapped(fn)))
-
-
-def _family_of(base: Any) -> str:
-    if issubclass(base, td.Bernoulli):
-        return families.BERNOULLI
-    if issubclass(base, td.OneHotCategorical):
-        return families.ONEHOT
-    if issubclass(base, td.Categorical):
-        return families.CATEGORICAL
-    for kind, known in _CONTINUOUS.items():
-        if issubclass(base, known) and base.arg_constraints.keys() == set(families.CONTINUOUS[kind]):
-            return kind
-    return next((kind for kind, known in _COUNTS.items() if issubclass(base, known)), families.OTHER)
-
-
-_family: Callable[[type], str] = lru_cache(maxsize=1024)(_family_of)
-
-_CONTINUOUS = {
-    families.NORMAL: td.Normal,
-    families.LAPLACE: td.Laplace,
-    families.LOGISTIC: Logistic,
-    families.GUMBEL: td.Gumbel,
-    families.CAUCHY: td.Cauchy,
-    families.EXPONENTIAL: td.Exponential,
-    families.GAMMA: td.Gamma,
-    families.BETA: td.Beta,
-    families.DIRICHLET: td.Dirichlet,
-}
-_COUNTS: dict[str, Any] = {
-    families.POISSON: td.Poisson,
-    families.GEOMETRIC: td.Geometric,
-    families.BINOMIAL: td.Binomial,
-}
+_KNOWN = _Distributions()
+unwrapped, unmasked, is_masked, family = _KNOWN.unwrapped, _KNOWN.unmasked, _KNOWN.is_masked, _KNOWN.family
+natural_parameters, relaxed_log_prob, score_norm = _KNOWN.natural_parameters, _KNOWN.relaxed_log_prob, _KNOWN.score_norm
 
 
 def describe(
@@ -213,17 +179,6 @@ def _ends(base: Any) -> list[Array]:
     return [torch.as_tensor(vars(support)[k]) for k in ("lower_bound", "upper_bound") if k in vars(support)]
 
 
-def natural_parameters(fn: TorchDistribution, kind: str) -> Array | None:
-    """The logits of a family that has some, finite and in the shape of the site."""
-    if kind not in families.DISCRETE:
-        return None
-    logits = families.finite(OPS, unwrapped(fn).logits)
-    shape = fn.batch_shape + fn.event_shape
-    if kind == families.CATEGORICAL:
-        shape = shape + logits.shape[-1:]
-    return logits if logits.shape == shape else logits.expand(shape)
-
-
 def named(fn: TorchDistribution) -> dict[str, Array]:
     """The parameters that the core knows the family by, else those of the distribution itself."""
     base, kind = unwrapped(fn), family(fn)
@@ -252,35 +207,12 @@ def parameters(fn: TorchDistribution) -> dict[str, Array]:
     return found
 
 
-class Law:
-    """The distribution of one element (no to_event, expand or mask), as the core may ask it."""
+class Law(distributions.Law):
+    """The distribution of one element, as the core may ask it."""
 
-    def __init__(self, fn: TorchDistribution):
-        self.given = fn
-
-    @cached_property
-    def fn(self) -> Any:
-        return unwrapped(self.given)
-
-    @property
-    def event_shape(self) -> tuple[int, ...]:
-        return tuple(self.fn.event_shape)
-
-    @property
-    def discrete(self) -> bool:
-        try:
-            return bool(self.fn.support.is_discrete)
-        except NotImplementedError:  # a class of the user's that declares no support
-            return False
-
-    def cdf(self, z: Array) -> Array:
-        return self.fn.cdf(z)
-
-    def log_prob(self, z: Array) -> Array:
-        return self.fn.log_prob(z)
+    known = _KNOWN
 
     def slope(self, z: Array) -> None:
-        """Differentiate the cdf in every parameter; raises what the library raises where it cannot."""
         with torch.enable_grad():
             fn, leaves = _leaves(self.fn)
             f = fn.cdf(z)
@@ -314,47 +246,9 @@ def _on_other_parameters(fn: Any, change: Callable[[Array], Array]) -> Any:
     return fn
 
 
-def relaxed_log_prob(name: str, side: str, fn: TorchDistribution, value: Array) -> Array:
-    """log p at a relaxed value, masked."""
-    if family(fn) not in families.RELAXABLE:
-        raise relaxation.unknown(name, side, type(fn).__name__)
-    return _named_log_prob(fn, value, masked=True)
-
-
-def _named_log_prob(fn: TorchDistribution, value: Array, *, masked: bool) -> Array:
-    """log p of a family with logits, ``[*batch]``."""
-    kind = family(fn)
-    log_p = families.log_prob(OPS, kind, unwrapped(fn).logits, value)
-    events = len(fn.event_shape) - (kind == families.ONEHOT)
-    for mask in _masks(fn, events) if masked else ():
-        log_p = torch.where(mask, log_p, torch.zeros_like(log_p))
-    return log_p.sum(tuple(range(-events, 0))) if events else log_p
-
-
-def _masks(fn: Any, events: int) -> list[Array]:
-    """Every mask inside ``fn``, broadcastable to one number per element."""
-    masks, reinterpreted = [], 0
-    while isinstance(fn, _WRAPPERS):
-        if isinstance(fn, td.Independent):
-            reinterpreted += fn.reinterpreted_batch_ndims
-        elif isinstance(fn, MaskedDistribution):
-            mask = torch.as_tensor(fn._mask)
-            masks.append(mask.reshape(*mask.shape, *(1,) * (events - reinterpreted)) if mask.ndim else mask)
-        fn = fn.base_dist
-    return masks
-
-
 def is_point(fn: Any) -> bool:
     """Is there nothing to draw?"""
     return isinstance(unwrapped(fn), Delta)
-
-
-def is_masked(fn: Any) -> bool:
-    while isinstance(fn, _WRAPPERS):
-        if isinstance(fn, MaskedDistribution):
-            return True
-        fn = fn.base_dist
-    return False
 
 
 def divergence(q: TorchDistribution, p: TorchDistribution) -> Array:
@@ -365,56 +259,20 @@ def divergence(q: TorchDistribution, p: TorchDistribution) -> Array:
 def another(fn: TorchDistribution, value: Array, pattern: int) -> Array:
     """A value of the support that differs from ``value``, in the elements of a pattern where the support is known; on
     the real line one that lies further away from pattern to pattern."""
-    kind = family(fn)
-    if kind not in families.DISCRETE:
-        for _ in range(4 + pattern):
-            other = fn.sample()
-            if not (pattern or torch.equal(other, value)):
-                break
-        with suppress(NotImplementedError):  # a class of the user's that declares no support
-            if pattern and unwrapped(fn).support in (constraints.real, constraints.real_vector):
-                return value + (1 + pattern) * (other - value)
-        return other
-    shape = value.shape[: value.ndim - (kind == families.ONEHOT)]
-    moves = torch.zeros(shape.numel(), dtype=torch.bool)
-    moves[elements(pattern, shape.numel())] = True
-    moves = moves.reshape(shape).to(value.device)
-    if kind == families.BERNOULLI:
-        return torch.where(moves, 1 - value, value)
-    if kind == families.CATEGORICAL:
-        return torch.where(moves, (value + 1) % unwrapped(fn).logits.shape[-1], value)
-    return torch.where(moves[..., None], value.roll(1, -1), value)
+    if family(fn) in families.DISCRETE:
+        return _KNOWN.moved_on(fn, value, pattern)
+    for _ in range(4 + pattern):
+        other = fn.sample()
+        if not (pattern or torch.equal(other, value)):
+            break
+    if pattern and support_of(unwrapped(fn)) in (constraints.real, constraints.real_vector):
+        return value + (1 + pattern) * (other - value)
+    return other
 
 
 def log_q(fn: TorchDistribution, value: Array) -> Array:
     """The score's log q(value) ``[*batch]``: neither masked nor scaled."""
     if family(fn) in families.DISCRETE:
-        return _named_log_prob(fn, value, masked=False)
+        return _KNOWN.log_prob(fn, value, masked=False)
     # A new tensor, so that no transform answers from its cache: the inverse must depend on the parameters.
     return unmasked(fn).log_prob(value.clone())
-
-
-def score_norm(site: Site, fn: TorchDistribution, value: Array) -> Array:
-    """Squared norm of d log q / d parameters, per plate element, ``[*plates]``."""
-    if site.family in families.DISCRETE:
-        s = families.score(OPS, site.family, site.logits.detach(), value) ** 2
-        return site.sum_lanes(OPS, s if site.family == families.BERNOULLI else s.sum(-1))
-    base, found = unwrapped(fn), {k: v.detach().requires_grad_() for k, v in parameters(fn).items()}
-    known = type(base).arg_constraints
-    if {"probs", "logits"} <= known.keys():  # one law, whichever was given, and whatever was looked at since
-        found.pop("probs", None)
-        found["logits"] = base.logits.detach().expand((*fn.batch_shape, *fn.event_shape)).clone().requires_grad_()
-    if not found or not found.keys() <= known.keys():
-        raise site_error(
-            site.name,
-            f"OptimalConstant needs the score in the distribution's own parameters, and {site.distribution} does not "
-            "show them",
-            "Use LeaveOneOut() or MovingAverage().",
-        )
-    with torch.enable_grad():
-        total = type(base)(**found, validate_args=False).log_prob(value.detach()).sum()
-        slopes = torch.autograd.grad(total, [x for k, x in found.items() if not known[k].is_discrete])
-    n = len(site.batch_shape)
-    squares: Array = sum((s**2).sum(tuple(range(n, s.ndim))) if s.ndim > n else s**2 for s in slopes)  # type: ignore[assignment]
-    undeclared = tuple(i for i in site.lane_axes if i < n)
-    return squares.sum(undeclared, keepdim=True) if undeclared else squares

@@ -31,6 +31,9 @@ class TorchOps:
         setattr(self, name, operation)  # and is not asked here again
         return operation
 
+    def broadcast_to(self, x: Array, shape: tuple[int, ...]) -> Array:
+        return x if x.shape == shape else x.expand(shape)
+
     def stop_gradient(self, x: Array) -> Array:
         return x.detach() if x.requires_grad else x
 
