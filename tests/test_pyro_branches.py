@@ -338,3 +338,36 @@ def test_pathwise_sites_are_followed_until_their_structure_is_known(monkeypatch,
     assert learned(elbo) == [particles, 0, 0]
     parts["chance"] = 0.4  # now and then, in the first particle or from the second on
     assert min(learned(elbo, range(12))) < particles
+
+
+@pytest.mark.parametrize("estimator", [Enumerate(), Reinforce(LeaveOneOut())], ids=repr)
+def test_a_site_is_summed_out_though_the_first_run_did_not_meet_it(estimator):
+    """Another value of b leads to it, or a later particle."""
+
+    def model():
+        k = torch.tensor(0.0)
+        if pyro.sample("b", dist.Bernoulli(0.5)):
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.3, 0.7])), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(2.0 * k, 1.0), obs=torch.tensor(1.1))
+
+    def guide():
+        pyro.sample("b", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.3))))
+
+    log_p = lambda k: dist.Normal(2.0 * k, 1.0).log_prob(torch.tensor(1.1))  # noqa: E731
+    mixed = torch.log(0.3 * log_p(0.0).exp() + 0.7 * log_p(1.0).exp())
+    q = dist.Bernoulli(logits=torch.tensor(0.3))
+    losses = [float(q.log_prob(b) - dist.Bernoulli(0.5).log_prob(b) - f)
+              for b, f in ((torch.tensor(0.0), log_p(0.0)), (torch.tensor(1.0), mixed))]  # fmt: skip
+    slope = float(q.probs * (1 - q.probs)) * (losses[1] - losses[0])
+    drawn = set()
+    for seed in range(6):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(seed)
+        elbo = EstimatorELBO({"b": estimator}, num_particles=2, max_plate_nesting=0)
+        loss = elbo.loss_and_grads(model, guide)
+        ones = round(2 * (loss - losses[0]) / (losses[1] - losses[0]))
+        assert loss == pytest.approx(losses[0] + ones * (losses[1] - losses[0]) / 2)
+        drawn.add(ones)
+        exact = slope if estimator == Enumerate() else (losses[1] - losses[0]) / 2 * (ones == 1)
+        assert pyro.param("l").grad.item() == pytest.approx(exact)
+    assert drawn == {0, 1, 2}

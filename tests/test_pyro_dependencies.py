@@ -390,6 +390,30 @@ def test_equal_steps_have_equal_dependencies() -> None:
     assert all(f == found[0] for f in found)
 
 
+def test_tensors_that_are_swapped() -> None:
+    """Torch refuses to swap tensors that somebody refers to weakly: the program's parameters are none of these."""
+    net = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
+
+    def swapped(new: torch.Tensor) -> None:
+        torch.utils.swap_tensors(net.weight, torch.nn.Parameter(new.reshape(1, 1), requires_grad=False))
+
+    def model(inside: bool) -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.4))
+        if inside:
+            swapped(z)
+        pyro.sample("x", dist.Normal(net(torch.ones(1)) * (1.0 if inside else z), 1.0), obs=torch.ones(1))
+
+    def guide(inside: bool) -> None:
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("a", torch.tensor(0.3))))
+
+    for inside in (False, True):
+        elbo = EstimatorELBO()
+        for _ in range(3):
+            elbo.loss_and_grads(model, guide, inside)
+            assert elbo.memory.last is not None and "z" in elbo.memory.last.depends_on["model", "x"]
+            swapped(torch.ones(1))
+
+
 # ---- what cannot be followed: depends on all that was drawn before ---------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import gc
 import itertools
 import math
 import pickle
+import threading
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -461,6 +462,74 @@ def test_another_program_of_the_same_plan_is_verified_too():
     elbo.loss_and_grads(without, guide)
     with pytest.warns(EstimatorWarning, match="site 'z': log p of 'f' moves"):
         elbo.loss_and_grads(lost, guide)
+
+
+@pytest.mark.parametrize("pool", [None, ThreadPoolExecutor], ids=["a thread a step", "a pool that stays"])
+def test_a_program_that_begins_to_use_threads_is_verified_anew(pool):
+    """Nothing else about it is new. What the user has done with `threading.setprofile` goes on."""
+    switch, pools, profiled = {"on": False}, [], []
+
+    def mean(z):
+        if not switch["on"]:
+            return torch.tensor(0.0)
+        if pool is None:
+            return unseen(z)
+        if not pools:
+            pools.append(pool(1))
+        return torch.tensor(pools[0].submit(z.item).result())
+
+    def model():
+        pyro.sample("k", dist.Bernoulli(0.5))
+        pyro.factor("f", mean(pyro.sample("z", dist.Bernoulli(0.4))))
+
+    def guide():
+        pyro.sample("k", dist.Bernoulli(0.5))
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.3))))
+
+    def profile(frame, event, arg):
+        profiled.append(event)
+
+    threading.setprofile(profile)
+    try:
+        elbo = EstimatorELBO(Reinforce(MovingAverage()))
+        for _ in range(2):
+            elbo.loss_and_grads(model, guide)
+        assert elbo.memory.last.depends_on["model", "f"] == set()
+        switch["on"] = True
+        with pytest.warns(EstimatorWarning, match="site 'z': log p of 'f' moves"):
+            elbo.loss_and_grads(model, guide)
+        assert threading.getprofile() is profile and profiled
+    finally:
+        threading.setprofile(None)
+        for opened in pools:
+            opened.shutdown()
+    assert elbo.memory.last.depends_on["model", "f"] == {"k", "z"}
+
+
+def test_a_dependency_that_a_later_particle_loses():
+    """It takes a branch that the first has not taken: planned by the same rule, before its gradient is used."""
+
+    def model():
+        taken = pyro.sample("b", dist.Bernoulli(0.5))
+        z = pyro.sample("z", dist.Bernoulli(0.4))
+        if taken:
+            pyro.factor("f", unseen(z))
+
+    def guide():
+        pyro.sample("b", dist.Bernoulli(0.5))
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("l", torch.tensor(0.3))))
+
+    later = 0
+    for seed in range(8):
+        pyro.set_rng_seed(seed)
+        elbo = EstimatorELBO(Reinforce(LeaveOneOut()), num_particles=2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EstimatorWarning)
+            runs = elbo.step(model, guide, (), {}).loss()[2].arrays["runs"]
+        behind = [run.plan.depends_on.get(("model", "f")) for run in runs]
+        assert all(sites in (None, {"b", "z"}) for sites in behind)
+        later += behind == [None, {"b", "z"}]
+    assert later
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")

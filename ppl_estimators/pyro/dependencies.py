@@ -10,13 +10,15 @@ integer. What it cannot follow is assumed, never denied:
 - turning a tensor into a Python value (`if z:`, `.item()`, `.numpy()`, `.data_ptr()`) makes everything after depend on
   it.
 
-Not seen: Python numbers that another thread reads out of a tensor and hands back.
+Not seen: Python numbers that another thread reads out of a tensor and hands back. A program that starts threads is
+verified anew (`Threads`), as one that uses those there are is at its first step.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
+import threading
 import types
 import weakref
 from collections import deque
@@ -90,6 +92,21 @@ class _Known(weakref.ref[torch.Tensor]):
     version: int
 
 
+class _Kept:
+    """The same of a tensor from before the run, or a parameter: no weak reference, with which `torch.utils.swap_tensors`
+    refuses a tensor. One that was swapped is another."""
+
+    __slots__ = ("content", "deps", "version", "x")
+    deps: Sites
+    version: int
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x, self.content = x, x._cdata
+
+    def __call__(self) -> torch.Tensor | None:
+        return self.x if self.x._cdata == self.content else None
+
+
 class _Written(NamedTuple):
     """Memory that observed operations wrote to. Holding it keeps its address from being used again."""
 
@@ -107,13 +124,13 @@ class Provenance(TorchFunctionMode):
         self.order: list[str] = []
         self._names: dict[Sites, frozenset[str]] = {}
         self.control: Sites = 0  # behind Python control flow
-        self._of: dict[int, _Known] = {}  # by id, which lives as long as its tensor
+        self._of: dict[int, _Known | _Kept] = {}  # by id, which lives as long as its tensor
         self._written: dict[int, _Written] = {}
         self._marked = False  # something that depends on a site was written
         self._program: tuple[Any, ...] = ()
         self._arguments: tuple[Any, ...] = ()
         self.unknown = False  # did a tensor turn up whose origin is not known?
-        self._left: dict[int, _Known] = {}  # the same, of the guide
+        self._left: dict[int, _Known | _Kept] = {}  # the same, of the guide
         self._handed = False  # is the guide over?
         self.carried: Sites = 0  # behind what the model reads of the guide's otherwise than as a site's value
         self.stored: set[str] = set()  # names in the parameter store when the first site was drawn
@@ -221,13 +238,13 @@ class Provenance(TorchFunctionMode):
         if entry is None or entry() is not x:
             deps = self.drawn  # nothing, before the first draw
             self.unknown |= deps != 0
-            self._record(x, deps)
+            self._record(x, deps, _Kept if isinstance(x, torch.nn.Parameter) else _Known)
         else:
             deps = entry.deps
             if entry.version != version:
                 deps |= self._changed(x)
             if entry.version != version or not known:
-                self._record(x, deps)
+                self._record(x, deps, type(entry))
         if self._marked:
             written = self._written.get(_memory(x)[1])
             if written is not None:
@@ -236,8 +253,8 @@ class Provenance(TorchFunctionMode):
             self.carried |= deps
         return deps
 
-    def _record(self, x: torch.Tensor, deps: Sites) -> None:
-        entry = _Known(x)
+    def _record(self, x: torch.Tensor, deps: Sites, kind: type[_Known | _Kept] = _Known) -> None:
+        entry = kind(x)
         entry.deps = deps
         try:
             entry.version = x._version
@@ -380,7 +397,7 @@ class Provenance(TorchFunctionMode):
             stored = dict(pyro.get_param_store().named_parameters())
             self.stored = set(stored)
             for x in (*stored.values(), *reachable(*self._arguments), *self._holdings.of(*self._program)):
-                self._record(x, 0)
+                self._record(x, 0, _Kept)
 
     def stale(self) -> bool:
         """Did a tensor turn up that may have existed before, and nobody looked?"""
@@ -546,12 +563,38 @@ def _module(thing: Any) -> str:
 # ---- what a program holds from before ------------------------------------------------------------------------------
 
 
+def _reference(x: torch.Tensor) -> Callable[[], torch.Tensor | None]:
+    return _Kept(x) if isinstance(x, torch.nn.Parameter) else weakref.ref(x)
+
+
+class Threads:
+    """Were threads started while a program ran? What a thread reads out of a tensor as numbers nobody follows."""
+
+    started = False
+
+    def __enter__(self) -> Threads:
+        self.started, self._profile = False, threading.getprofile()
+        threading.setprofile(self._note)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        threading.setprofile(self._profile)
+
+    def _note(self, frame: types.FrameType, event: Any, arg: Any) -> None:
+        """In the new thread, at the first function that it calls."""
+        self.started = True
+        sys.setprofile(self._profile)
+        if self._profile is not None:
+            self._profile(frame, event, arg)
+
+
 class Holdings:
     """The tensors that a program holds from before a run. To find them takes a walk through all that it can lead to, at
-    each run: until two walks have found the same, if no tensor turned up that they had not found."""
+    each run: until two walks have found the same, if no tensor turned up that they had not found. Parameters are held,
+    others only referred to: see `_Kept`."""
 
     def __init__(self) -> None:
-        self._known: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._known: dict[int, Callable[[], torch.Tensor | None]] = {}
         self._settled = self._restless = False
 
     def of(self, *program: Any) -> list[torch.Tensor]:
@@ -560,14 +603,14 @@ class Holdings:
             return [x for ref in self._known.values() if (x := ref()) is not None]
         found = reachable(*program)
         if not self._restless:
-            now = {id(x): weakref.ref(x) for x in found}
-            self._settled = now == self._known
+            now = {id(x): _reference(x) for x in found}
+            self._settled = now.keys() == self._known.keys() and all(x() is self._known[i]() for i, x in now.items())
             self._known = now
         return found
 
     def unsettled(self) -> bool:
         """A tensor turned up that is not known: from now on each run is preceded by a walk. Was this one not?"""
-        missed, self._settled, self._restless = self._settled, False, True
+        missed, self._settled, self._restless, self._known = self._settled, False, True, {}
         return missed
 
 

@@ -33,7 +33,7 @@ from ..core.verify import BUDGET, Found, Key, cost_of, cut, equal, look, not_the
 from ..policy import requested
 from .baseline import from_baseline
 from .buffers import Buffers, Held
-from .dependencies import Provenance, StopParameters, as_written, led, reachable
+from .dependencies import Provenance, StopParameters, Threads, as_written, led, reachable
 from .distributions import Law, another, divergence, is_point, log_q, named, natural_parameters, score_norm
 from .enumeration import Layout
 from .keep import Keeper, read_state
@@ -102,9 +102,9 @@ class PyroLibrary:
         self._follow: Any = None  # the `Provenance` of the last first run; None if it was not followed
         self._pinned = False  # no run is thrown away any more
         self._new = self._unchecked = False  # is the structure new; and are its shapes not checked yet?
-        self._attempting = False  # is this a run that may be given up?
         self._stands = False  # need a guide that does the same not be run again?
         self._recorded = False  # is the stream of the last first run known?
+        self._threads = Threads()
 
     # ---- structure: which sites there are, who depends on whom ------------------------------------------------------
 
@@ -219,26 +219,27 @@ class PyroLibrary:
         memory.generators.look(*program, everything=not known)
         before = memory.generators.state(everything=not known)
         with nullcontext(memory.buffers.held()) if known else memory.buffers.watched(*program) as held:
-            self._attempting = True
             try:
                 result = one(Stream(memory.generators, held))
             except _Unplanned:
                 pass
             except Unplaced:
-                if self.program in memory.enumerating:
-                    raise
-                memory.enumerating.add(self.program)
-                if math.isinf(self.max_plate_nesting):
-                    self.max_plate_nesting = self.guess()
+                self._place()
                 placed = False
-            finally:
-                self._attempting = False
         if not known:
             memory.generators.learn(before, memory.generators.state(everything=True))
         if result is None:
             memory.generators.restore(before)
             Buffers.restore(held)
         return result if placed else self._attempt(one)
+
+    def _place(self) -> None:
+        """In the handler of `Unplaced`: from now on the program's enumerated values are laid out."""
+        if self.program in self.memory.enumerating:
+            raise
+        self.memory.enumerating.add(self.program)
+        if math.isinf(self.max_plate_nesting):
+            self.max_plate_nesting = self.guess()
 
     # ---- one run ------------------------------------------------------------------------------------------------
 
@@ -261,6 +262,7 @@ class PyroLibrary:
             if first:
                 self._follow = Provenance(self.memory.holdings_of(self.program)) if follows else None
                 stack.enter_context(self._follow or nullcontext())
+                stack.enter_context(self._threads)
             else:
                 stack.enter_context(self._once_more(source))
                 if constants and torch.is_grad_enabled():
@@ -610,12 +612,16 @@ class PyroLibrary:
         """``one(source)`` for every particle, of which there are ``count`` or as many as the plan wants."""
         found = [self._first(one)]
         self._pinned = True
-        if not self.vectorized:
-            while len(found) < (self.plan().particles if count is None else count):
+        try:
+            while not self.vectorized and len(found) < (self.plan().particles if count is None else count):
                 shadow = len(found) >= self.settings.particles  # no particle of the user's: leaves no trace
                 held = self.memory.buffers.held() if shadow else Held()
                 with Buffers.lent(held):
                     found.append(self._further(one))
+        except Unplaced:  # in a branch that no particle took before: all of them once more
+            self._place()
+            self._rewind(found[0][1].source)
+            return self.particles(one, count)
         arrays, runs = zip(*found, strict=True)
         total = self.settings.particles if self.vectorized else len(found)
         sites: dict[str, Site] = {}
@@ -649,20 +655,25 @@ class PyroLibrary:
 
     def _further(self, one: Callable[[Any], tuple[dict[str, Any], Run]]) -> tuple[dict[str, Any], Run]:
         """Another particle."""
-        self._used, source = {}, Stream(self.memory.generators, self.memory.buffers.held())
-        try:
-            return one(source)
-        except _Unplanned:  # a structure that was not met before, in a run that was not followed
-            self._used, self._credits = {}, True
-            self.memory.generators.restore(source.start)
-            Buffers.restore(source.buffers)
-            return one(source)
+        source = Stream(self.memory.generators, self.memory.buffers.held())
+        while True:
+            self._used = {}
+            try:
+                return one(source)
+            except _Unplanned:  # a structure that was not met before, if the run was not followed or a dependency lost
+                self._credits = True
+                self._rewind(source)
+
+    def _rewind(self, source: Stream) -> None:
+        """To before the first run of a particle."""
+        self.memory.generators.restore(source.start)
+        Buffers.restore(source.buffers)
 
     def check(self, run: Run) -> None:
         """Is the program what its first run says of it? Asked once for each structure, before any other run of it, see
         `core.verify`. If a dependency was lost, everything counts as depending on all that was drawn before it from
-        now on, and the first particle is drawn anew."""
-        if self._new and not self._verified(run) and self._attempting:
+        now on, and the particle is drawn anew."""
+        if (self._new or self._threads.started) and not self._verified(run):
             raise _Unplanned
         if self.memory.undifferentiated and torch.is_grad_enabled():
             left = [sites for sites in self.memory.undifferentiated if sites is not run.plan.sites]
@@ -673,7 +684,7 @@ class PyroLibrary:
     def _verified(self, run: Run) -> bool:
         self._new = False
         plan = run.plan
-        structure: Any = self._structure(plan)
+        structure: Any = (*self._structure(plan), self._threads.started)
         known: Any = self.memory.verified
         program = structure[0]
         if not self.verify or structure in known or len(known) == known.size:
