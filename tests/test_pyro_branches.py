@@ -371,3 +371,46 @@ def test_a_site_is_summed_out_though_the_first_run_did_not_meet_it(estimator):
         exact = slope if estimator == Enumerate() else (losses[1] - losses[0]) / 2 * (ones == 1)
         assert pyro.param("l").grad.item() == pytest.approx(exact)
     assert drawn == {0, 1, 2}
+
+
+def test_sums_are_followed_until_their_structure_is_known(monkeypatch):
+    """So are sums, of the model and of the guide, where no site needs credit."""
+    followed, parts = [], {"bits": False}
+
+    class Counted(Provenance):
+        def __enter__(self):
+            followed.append(1)
+            return super().__enter__()
+
+    monkeypatch.setattr("ppl_estimators.pyro.library.Provenance", Counted)
+
+    def model():
+        w, k = pyro.sample("w", dist.Normal(0.0, 1.0)), pyro.sample("k", dist.Bernoulli(0.4))
+        b = pyro.sample("b", dist.Bernoulli(0.4)) if parts["bits"] else 0.5
+        z = 0
+        for t in pyro.markov(range(3)):
+            z = pyro.sample(f"z{t}", dist.Bernoulli(0.2 + 0.5 * z), infer={"enumerate": "parallel"})
+            pyro.sample(f"x{t}", dist.Normal(w + 2 * z + k + b, 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        pyro.sample("w", dist.Normal(pyro.param("m", torch.tensor(0.2)), 0.8))
+        q = torch.sigmoid(pyro.param("p", torch.tensor(0.4)))
+        pyro.sample("k", dist.Bernoulli(q), infer={"enumerate": "parallel"})
+        if parts["bits"]:
+            pyro.sample("b", dist.Bernoulli(q))
+
+    def step(elbo, seed):
+        pyro.set_rng_seed(seed)
+        pyro.get_param_store().clear()
+        loss = elbo.loss_and_grads(model, guide)
+        return [loss, *(float(v.grad) for _, v in pyro.get_param_store().named_parameters())]
+
+    elbo = EstimatorELBO(max_plate_nesting=0)
+    for bits, expected in ((False, [0, 0]), (True, [1, 1]), (False, [0, 0])):
+        parts["bits"], counts = bits, []
+        for seed in range(3):
+            followed.clear()
+            found = step(elbo, seed)
+            counts.append(len(followed))
+            assert found == step(EstimatorELBO(max_plate_nesting=0), seed)
+        assert [min(1, n) for n in counts[1:]] == expected, counts

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import NamedTuple
 
 from .ops import Array, Ops
@@ -213,4 +213,9 @@ def _products(ops: Ops, arrays: list[Array], counts: tuple[frozenset[int], ...],
     matrix = ops.memberships(counts, n, stacked)
     product = ops.matmul(matrix, ops.reshape(stacked, (len(arrays), -1)))
     product = ops.reshape(product, (n, *stacked.shape[1:]))
-    return [(i, product[i]) for i in sorted(frozenset().union(*counts))]
+    return [(i, product[i]) for i in _members(counts)]
+
+
+@lru_cache(maxsize=64)  # of a long chain there are many, and large ones
+def _members(sets: tuple[frozenset[int], ...]) -> list[int]:
+    return sorted(frozenset().union(*sets))

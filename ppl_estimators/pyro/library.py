@@ -135,7 +135,7 @@ class PyroLibrary:
                 raise _Unplanned
             plan = self._made(traces, follow)
             self.memory.plans.store(signature, plan)
-            if plan.saturated and traces.values is None:  # then the next runs are not followed
+            if plan.saturated:  # then the next runs are not followed
                 self.memory.plans.store((facts, None), plan)
             self._unchecked = True
         self._new |= plan is not self.memory.expected.recall(self.call)  # another program may have the same plan
@@ -256,7 +256,7 @@ class PyroLibrary:
         if first:  # further runs will want to know what this one drew, if there are any
             expected = self._plan
             self._recorded = expected is None or expected.reruns or bool(expected.branches) or self._pinned
-            follows = self._credits or layout is not None
+            follows = self._credits
         with ExitStack() as stack:
             stack.enter_context(as_written())
             if first:

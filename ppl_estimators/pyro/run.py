@@ -47,8 +47,9 @@ class Traces:
         return {n: m for n, m in self.guide.items() if not m["is_observed"] and not is_enumerated(m)}
 
     def own_terms(self) -> list[tuple[str, str]]:
-        """Side and site of every cost term, where no value is enumerated."""
-        return [*(("model", n) for n in self.model), *(("guide", n) for n in self.guide)]
+        """Side and name of every cost term."""
+        model = self.model if self.values is None else dict.fromkeys(self.values.term("model", n) for n in self.model)
+        return [*(("model", n) for n in model), *(("guide", n) for n in self.guide)]
 
     def plates(self, side: str, term: str) -> frozenset[Plate]:
         """Of a cost term."""
