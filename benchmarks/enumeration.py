@@ -221,8 +221,8 @@ def main() -> None:
     title = f"A chain of {STATES} states: 1,000 steps against 10 times 100"
     report.table(title, ("", "ms, 1,000 steps", "ms, 10 times 100", "ratio", ""), rows)
     report.remark(
-        "Equal work on both sides: a full pass of Python's garbage collector, which comes once for so many objects that "
-        "live for a while, meets every step of a thousand and one in some of a hundred."
+        "Equal work on both sides: a full pass of Python's garbage collector comes once for so many objects that live "
+        "for a while; it meets every step of a thousand, and one in some of a hundred."
     )
     report.write()
 
