@@ -148,6 +148,7 @@ class Provenance(TorchFunctionMode):
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
         COERCIONS.remove(self._construct)
+        self._of, self._left, self._written = {}, {}, {}  # of tensors nothing is asked any more
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._aside:
