@@ -298,6 +298,24 @@ def test_a_minibatch_of_a_part_of_every_weight(lib):
     assert lib.loss(lib.ELBO(**options), lambda: model(outside=False), lambda: guide(outside=False)) > 0
 
 
+def test_a_minibatch_of_a_loop_over_a_plate():
+    def guide(part=2):
+        for i in pyro.plate("data", 4, subsample_size=part):
+            pyro.sample(f"z_{i}", tdist.Normal(torch.tensor(0.0), 1.0))
+
+    def model(part=2):
+        for i in pyro.plate("data", 4, subsample_size=part):
+            z = pyro.sample(f"z_{i}", tdist.Normal(torch.tensor(0.2), 1.0))
+            pyro.sample(f"x_{i}", tdist.Normal(z, 1.0), obs=torch.tensor(0.5))
+
+    bound = ours_torch.EstimatorELBO(objective=ImportanceWeighted(), num_particles=2)
+    for refused in (bound.loss, ours_torch.EstimatorELBO().evaluate):
+        with pytest.raises(EstimatorError, match=r"plate 'data': .* a loop over its elements has one weight for all"):
+            refused(model, guide)
+    assert bound.loss(lambda: model(None), lambda: guide(None)) > 0
+    assert ours_torch.EstimatorELBO().loss_and_grads(model, guide) > 0
+
+
 def test_dreams_that_cannot_be(lib):
     """What the guide cannot be told, what no draw of the model has, and what the model has no value for."""
 

@@ -38,6 +38,7 @@ from ppl_estimators import (
     StickingTheLanding,
 )
 from ppl_estimators.pyro import EstimatorELBO, with_estimators
+from ppl_estimators.testing import exact_gradient
 
 DATA = torch.tensor([-0.9, 2.3, 0.4, 1.8, -0.2, 2.9])
 NVIL = Reinforce(MovingAverage() + Learned(hidden=4))
@@ -812,3 +813,28 @@ def test_an_elbo_can_be_copied_and_pickled_as_stock_ones_can(compile: bool) -> N
         losses.append(one.loss(model, guide, DATA))
     assert losses == losses[:1] * 3
     assert all(one.memory is not elbo.memory and one.settings == elbo.settings for one in twins)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_plate_nesting": 1}])
+def test_the_number_of_particles_may_change_between_steps(options: Any) -> None:
+    """Enumerated, the gradient has no noise. As many particles as data, too: an axis in a wrong place would fit."""
+
+    def bits(data: Any) -> None:
+        with pyro.plate("data", len(data)):
+            z = pyro.sample("z", dist.Bernoulli(0.4))
+            pyro.sample("x", dist.Normal(2.0 * z, 1.0), obs=data)
+
+    def drawn(data: Any) -> None:
+        a = pyro.param("a", torch.tensor(0.4))
+        with pyro.plate("data", len(data)):
+            pyro.sample("z", dist.Bernoulli(logits=a * data))
+
+    pyro.clear_param_store()
+    data = DATA[:2]
+    elbo = EstimatorELBO({"z": Enumerate()}, vectorize_particles=True, **options)
+    wanted = exact_gradient(bits, drawn, data).gradient["a"]
+    for elbo.num_particles in (1, 2, 1, 3):
+        pyro.param("a", torch.tensor(0.4)).grad = None
+        elbo.loss_and_grads(bits, drawn, data)
+        np.testing.assert_allclose(pyro.param("a").grad, wanted, rtol=1e-4)
+        assert elbo.max_plate_nesting == 1 + (elbo.num_particles > 1)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 from .errors import EstimatorError, site_error
 from .estimator import Control, Estimator, Value
@@ -60,17 +60,21 @@ class MultiSample(Objective):
         return _summed(ops, terms, common, max((-p.dim for p in common), default=0)) / self.scale(terms)
 
     def scale(self, terms: Sequence[Term]) -> float:
-        common = _common(terms)
-        for plate in frozenset().union(*(t.plates for t in _moving(terms))) - common:
+        common, moving = _common(terms), _moving(terms)
+        for plate in frozenset().union(*(t.plates for t in moving)) - common:
             if plate.scale != 1:
-                outside = next(t for t in _moving(terms) if plate not in t.plates)
-                raise EstimatorError(
-                    f"plate '{plate.name}': a step sees a minibatch of it, and '{outside.site}' outside of it is part "
-                    f"of the weight of every element. {type(self).__name__} then is a function of the weights of all "
-                    "data, of which a minibatch gives no unbiased estimate. Pass all of the data, without "
-                    "subsample_size; or leave out objective=, for the ELBO."
-                )
+                outside = next(t for t in moving if plate not in t.plates)
+                self._refuse(plate.name, f"'{outside.site}' outside of it is part of the weight of every element")
+        for name in {t.one_by_one for t in moving if t.one_by_one}:
+            self._refuse(name, "a loop over its elements has one weight for all of them, which `with` a plate has not")
         return math.prod(p.scale for p in common)
+
+    def _refuse(self, plate: str, fact: str) -> NoReturn:
+        raise EstimatorError(
+            f"plate '{plate}': a step sees a minibatch of it, and {fact}. {type(self).__name__} then is a function of "
+            "the weights of all data, of which a minibatch gives no unbiased estimate. Pass all of the data, without "
+            "subsample_size; or leave out objective=, for the ELBO."
+        )
 
     def drawn(self, ops: Ops, terms: Sequence[Term], sites: Sequence[Site], credited: Credited) -> Mapping[str, Array]:
         """log w, ``[*plates]`` in the rank of each site."""

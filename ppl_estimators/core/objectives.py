@@ -213,7 +213,11 @@ class KLAnnealed(Additive):
         self, ops: Ops, terms: Sequence[Term], latent: Container[str], past: Mapping[str, Array]
     ) -> Sequence[Term]:
         beta = self.weight(past["steps"]) if callable(self.weight) else self.weight
-        return [replace(t, value=beta * t.value) if t.site in latent else t for t in terms]
+
+        def is_latent(t: Term) -> bool:
+            return t.site in latent or any(p.values and p.name == t.site for p in t.plates)  # drawn, or enumerated
+
+        return [replace(t, value=beta * t.value) if is_latent(t) else t for t in terms]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -66,6 +66,8 @@ class Term:
     #: along values that the guide enumerates: the cost itself, and their probability, whose product is ``value``
     cost: Array = None
     weight: Array = None
+    #: a plate of which a step sees a part, one element after another
+    one_by_one: str | None = None
 
     def fixed(self, ops: Ops) -> Term:
         """Its own gradient dropped; that of the probabilities of enumerated values stays."""

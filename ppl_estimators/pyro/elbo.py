@@ -87,6 +87,7 @@ class EstimatorELBO(Configured, ELBO):
         **kwargs: Any,
     ):
         super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles, **kwargs)
+        self._several = vectorize_particles and num_particles > 1  # does max_plate_nesting count an axis of particles?
         self._configure(estimators, default, objective, max_parallel, average_model)
         self.randomness = Randomness()
         self.keeper = Keeper()
@@ -145,8 +146,6 @@ class EstimatorELBO(Configured, ELBO):
         """
         sizes, plain = chunks(num_particles, chunk), copy(self)
         plain.memory = Memory()
-        if self.vectorize_particles and self.num_particles == 1:  # the constructor counts the particle axis only then
-            plain.max_plate_nesting += 1
 
         def each() -> Iterator[tuple[Any, float]]:
             for given in arguments(args, batches):
@@ -203,6 +202,9 @@ class EstimatorELBO(Configured, ELBO):
 
     def step(self, model: Any, guide: Any, args: Any, kwargs: Any, *, standalone: bool = False) -> Step:
         """One evaluation of the loss, before it is evaluated."""
+        several = self.vectorize_particles and self.num_particles > 1
+        self.max_plate_nesting += several - self._several  # there may be more particles than at the last step, or one
+        self._several = several
         if self.vectorize_particles and self.max_plate_nesting == math.inf:
             self._guess_max_plate_nesting(model, guide, args, kwargs)
 
@@ -210,7 +212,7 @@ class EstimatorELBO(Configured, ELBO):
             self._guess_max_plate_nesting(model, guide, args, kwargs)
             return int(self.max_plate_nesting)
 
-        settings, several = self.settings, self.vectorize_particles and self.num_particles > 1
+        settings = self.settings
         library = PyroLibrary(
             settings, self.randomness, self.memory, self.keeper, model, guide, args, kwargs,
             max_plate_nesting=self.max_plate_nesting, side_by_side=self.vectorize_particles,

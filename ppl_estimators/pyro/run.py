@@ -371,8 +371,13 @@ def terms_of(
                 error.add_note(f"{what}.\n{shapes(record)}")
                 raise
             found = Term(side, term, log_p if side == "model" else -log_p, traces.plates(side, term), deps)
+            found.one_by_one = next((f.name for f in msg["cond_indep_stack"] if _in_part(f)), None)
             terms.append(found if values is None else values.weighted(OPS, found, partial(_log_q, traces.guide)))
     return terms
+
+
+def _in_part(frame: Any) -> bool:
+    return frame.dim is None and frame.full_size is not None and frame.full_size != frame.size
 
 
 def tables_of(traces: Traces) -> Tables:
