@@ -23,13 +23,11 @@ def branching(ppl, init):
     return model, guide
 
 
+@finite(branching, "L10 B16", {"a": 0.7})
 def branching_states(p):
     for z in (0, 1):
         log_q = bernoulli(z, p["a"])
         yield log_q, bernoulli(z, -0.4) + normal(0.8, 1.7 if z else -1.9) - log_q
-
-
-finite("branching", "L10 B16", branching, {"a": 0.7}, branching_states)
 
 
 SWITCH = [1.7, -0.6, 0.4]
@@ -49,13 +47,11 @@ def switching(ppl, init):
     return model, guide
 
 
+@finite(switching, "L10 B16", {"a": [0.6, -0.4, 0.1]})
 def switching_states(p):
     log_q, log_p = categorical(p["a"]), categorical(np.array([0.2, -0.3, 0.4]))
     for k in range(3):
         yield log_q[k], log_p[k] + normal(0.8, SWITCH[k], 0.7) - log_q[k]
-
-
-finite("switching", "L10 B16", switching, {"a": [0.6, -0.4, 0.1]}, switching_states)
 
 
 def branching_guide(ppl, init):
@@ -74,20 +70,12 @@ def branching_guide(ppl, init):
     return model, guide
 
 
+@finite(branching_guide, "L10 B16", {"a": 0.7, "b": [-1.1, 1.2]})
 def branching_guide_states(p):
     for z1, z2 in bits(2):
         log_q = bernoulli(z1, p["a"]) + bernoulli(z2, p["b"][z1])
         log_p = bernoulli(z1, -0.4) + bernoulli(z2, 0.3)
         yield log_q, log_p + normal(1.9, 2.5 * z1 - 0.6 * z2, 0.7) - log_q
-
-
-finite(
-    "branching_guide",
-    "L10 B16",
-    branching_guide,
-    {"a": 0.7, "b": [-1.1, 1.2]},
-    branching_guide_states,
-)
 
 
 # A site that is there in one branch only. Pyro alone can say this.
@@ -110,6 +98,7 @@ def dynamic(ppl, init):
     return model, guide
 
 
+@finite(dynamic, "L10 B16", {"a": 0.7, "b": -1.1})
 def dynamic_states(p):
     log_q = bernoulli(0, p["a"])
     yield log_q, bernoulli(0, -0.4) + normal(1.2, -0.9, 0.8) - log_q
@@ -117,9 +106,6 @@ def dynamic_states(p):
         log_q = bernoulli(1, p["a"]) + bernoulli(z2, p["b"])
         log_p = bernoulli(1, -0.4) + bernoulli(z2, 0.3)
         yield log_q, log_p + normal(1.2, 2.1 - 0.8 * z2, 0.8) - log_q
-
-
-finite("dynamic", "L10 B16", dynamic, {"a": 0.7, "b": -1.1}, dynamic_states)
 
 
 # Time: a Markov guide, as `scan` in NumPyro and as a loop in Pyro.
@@ -147,6 +133,7 @@ def over_time(ppl, init):
     return model, guide
 
 
+@finite(over_time, "L3 B2", {"a": [0.7, -0.6, 0.9], "c": 1.6})
 def over_time_states(p):
     for state in bits(3):
         log_q = log_p = before = 0.0
@@ -155,6 +142,3 @@ def over_time_states(p):
             log_p = log_p + bernoulli(z, 0.9 * before - 0.3) + normal(TIME_X[t], 1.8 * z - 0.4, 0.8)
             before = z
         yield log_q, log_p - log_q
-
-
-finite("over_time", "L3 B2", over_time, {"a": [0.7, -0.6, 0.9], "c": 1.6}, over_time_states)

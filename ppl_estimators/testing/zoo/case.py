@@ -10,6 +10,8 @@ from .languages import language
 from .oracle import Array, Params, expectation, gradient, value
 
 Program = Callable[[Any, Params], tuple[Callable[[], None], Callable[[], None]]]
+#: decorates the sum over states, or the ELBO, that a program is held against
+Oracle = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -50,34 +52,44 @@ class Case:
 CASES: dict[str, Case] = {}
 
 
-def finite(
-    name: str,
-    rows: str,
-    program: Program,
-    params: Mapping[str, Any],
-    states: Callable[[Params], list[tuple[Array, Array]]],
-    **options: Any,
-) -> Case:
-    """A case with finitely many states, given as a list of (log q, f)."""
-
-    def table(theta: Params) -> tuple[Array, Array]:
-        log_q, f = zip(*states(theta), strict=True)
-        return np.array(log_q), np.array(f)
-
-    return case(name, rows, program, params, lambda t: expectation(*table(t)), table=table, **options)
-
-
-def case(
-    name: str,
-    rows: str,
-    program: Program,
-    params: Mapping[str, Any],
-    elbo: Callable[[Params], Array],
-    **options: Any,
-) -> Case:
+def case(program: Program, rows: str, params: Mapping[str, Any], *, name: str = "", **options: Any) -> Oracle:
+    """Decorates the ELBO of ``program``, and enters both into `CASES`; ``name`` is the program's own by default."""
+    called = name or program.__name__
     values = {k: np.asarray(v, dtype=float) for k, v in params.items()}
-    CASES[name] = Case(name, tuple(rows.split()), program, values, elbo, **options)
-    return CASES[name]
+
+    def entered(elbo: Callable[[Params], Array]) -> Callable[[Params], Array]:
+        CASES[called] = Case(called, tuple(rows.split()), program, values, elbo, **options)
+        return elbo
+
+    return entered
+
+
+def finite(program: Program, rows: str, params: Mapping[str, Any], **options: Any) -> Oracle:
+    """The same of a program with finitely many states: decorates what yields (log q, f) of each."""
+
+    def entered(states: Callable[[Params], Any]) -> Callable[[Params], Any]:
+        def table(theta: Params) -> tuple[Array, Array]:
+            log_q, f = zip(*states(theta), strict=True)
+            return np.array(log_q), np.array(f)
+
+        case(program, rows, params, table=table, **options)(lambda theta: expectation(*table(theta)))
+        return states
+
+    return entered
+
+
+def apart(program: Program, rows: str, params: Mapping[str, Any], parts: int, **options: Any) -> Oracle:
+    """The same of so many independent parts, such as data: decorates what yields (log q, f) of the states of one, given
+    the parameters and its number."""
+
+    def entered(states: Callable[[Params, int], Any]) -> Callable[[Params, int], Any]:
+        def elbo(theta: Params) -> Array:
+            return np.sum([expectation(log_q, f) for i in range(parts) for log_q, f in states(theta, i)])
+
+        case(program, rows, params, **options)(elbo)
+        return states
+
+    return entered
 
 
 # The importance-weighted and Rényi bounds.

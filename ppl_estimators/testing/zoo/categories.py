@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 
-from .case import case
+from .case import apart, finite
 from .oracle import categorical, normal
 
 # Integer and one-hot categoricals, one under the other, in a plate.
@@ -30,25 +30,20 @@ def categories(ppl, init):
     return model, guide
 
 
-def categories_elbo(p):
-    prior = categorical(np.array([0.2, -0.3, 0.4]))
-    rows = categorical(np.array([[0.5, -0.2, 0.1], [-0.4, 0.6, 0.0], [0.3, 0.3, -0.9]]))
-    loc_k, loc_z = np.array([-1.0, 0.5, 2.0]), np.array([1.2, -0.7, 0.4])
-    total = 0.0
-    for e in range(2):
-        for k in range(3):
-            for z in range(3):
-                log_q = categorical(p["a"][e])[k] + categorical(p["b"][k])[z]
-                log_p = prior[k] + rows[k, z] + normal(CATEGORY_X[e], loc_k[k] + loc_z[z])
-                total = total + np.exp(log_q) * (log_p - log_q)
-    return total
-
-
 CATEGORIES = {
     "a": [[0.6, -0.4, 0.2], [-0.7, 0.5, 0.9]],
     "b": [[0.8, -0.6, 0.3], [-0.2, 0.9, -0.5], [0.4, 0.1, -1.0]],
 }
-case("categories", "L3 L4", categories, CATEGORIES, categories_elbo)
+
+
+@apart(categories, "L3 L4", CATEGORIES, 2)
+def categories_states(p, e):
+    prior = categorical(np.array([0.2, -0.3, 0.4]))
+    rows = categorical(np.array([[0.5, -0.2, 0.1], [-0.4, 0.6, 0.0], [0.3, 0.3, -0.9]]))
+    loc_k, loc_z = np.array([-1.0, 0.5, 2.0]), np.array([1.2, -0.7, 0.4])
+    for k, z in product(range(3), repeat=2):
+        log_q = categorical(p["a"][e])[k] + categorical(p["b"][k])[z]
+        yield log_q, prior[k] + rows[k, z] + normal(CATEGORY_X[e], loc_k[k] + loc_z[z]) - log_q
 
 
 # Categoricals in a plate whose elements one later cost sees together.
@@ -64,27 +59,17 @@ def coupled_categories(ppl, init):
         )
         ppl.sample("y", ppl.dist.Normal(total, 1.0), obs=ppl.array([0.9]))
 
-    def guide():
-        a, b = ppl.param("a", init), ppl.param("b", init)
-        with ppl.plate("plate", 2):
-            k = ppl.sample("k", ppl.dist.Categorical(logits=a))
-            ppl.sample("z", ppl.one_hot(b[k]))
-
-    return model, guide
+    return model, categories(ppl, init)[1]
 
 
-def coupled_categories_elbo(p):
+@finite(coupled_categories, "L3 L4", CATEGORIES)
+def coupled_categories_states(p):
     prior = categorical(np.array([0.2, -0.3, 0.4]))
     rows = categorical(np.array([[0.5, -0.2, 0.1], [-0.4, 0.6, 0.0], [0.3, 0.3, -0.9]]))
     loc_k, loc_z = np.array([-1.0, 0.5, 2.0]), np.array([1.2, -0.7, 0.4])
-    total = 0.0
     for k0, z0, k1, z1 in product(range(3), repeat=4):
         log_q = categorical(p["a"][0])[k0] + categorical(p["b"][k0])[z0]
         log_q = log_q + categorical(p["a"][1])[k1] + categorical(p["b"][k1])[z1]
         log_p = prior[k0] + rows[k0, z0] + prior[k1] + rows[k1, z1]
         log_p = log_p + normal(0.9, 1.5 * loc_k[k0] * loc_z[z0] - 1.0 * loc_k[k1] * loc_z[z1])
-        total = total + np.exp(log_q) * (log_p - log_q)
-    return total
-
-
-case("coupled_categories", "L3 L4", coupled_categories, CATEGORIES, coupled_categories_elbo)
+        yield log_q, log_p - log_q

@@ -21,6 +21,7 @@ def mixture(ppl, init):
     return model, guide
 
 
+@case(mixture, "B14", {"a": [0.4, -0.3], "m": [-0.9, 1.3], "s": [-0.4, -0.7]})
 def mixture_elbo(p):
     log_a, scale = categorical(p["a"]), np.exp(p["s"])
     total = 0.0
@@ -30,10 +31,6 @@ def mixture_elbo(p):
         f = normal(w, 0.5, 1.2) + normal(1.4, 0.5 * w**2) - np.log(density)
         total = total + np.exp(log_a[j]) * (weight * f).sum()
     return total
-
-
-MIXTURE = {"a": [0.4, -0.3], "m": [-0.9, 1.3], "s": [-0.4, -0.7]}
-case("mixture", "B14", mixture, MIXTURE, mixture_elbo)
 
 
 # Score functions through expand, to_event, mask and a transformed distribution.
@@ -56,6 +53,7 @@ def wrapped(ppl, init):
     return model, guide
 
 
+@case(wrapped, "B10 L2", {"m": -0.3, "n": 0.8, "r": -0.7})
 def wrapped_elbo(p):
     """All moments are in closed form: the log-likelihood is quadratic, u is LogNormal."""
     m, n, r = p["m"], p["n"], p["r"]
@@ -66,6 +64,3 @@ def wrapped_elbo(p):
     variance = u2 * (0.64 + n**2) - (u1 * n) ** 2 + 0.64 + 0.36
     residual = (0.9 - mean) ** 2 + variance
     return -0.5 * residual / 4 - np.log(2.0) - 0.5 * np.log(2 * np.pi) - kl_u - kl_v
-
-
-case("wrapped", "B10 L2", wrapped, {"m": -0.3, "n": 0.8, "r": -0.7}, wrapped_elbo)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .case import case, finite
+from .case import apart, finite
 from .oracle import bernoulli, bits, normal
 
 # Masks: the log-probabilities of masked latents are gone, their influence on others is not.
@@ -45,17 +45,17 @@ def masked_by_distribution(ppl, init):
     return masked(ppl, init, under(MASK), under(SEEN))
 
 
+MASKED = {"a": [0.7, -0.9, 1.4], "t": -0.4}
+
+
+@finite(masked_by_handler, "L2 B4", MASKED)
+@finite(masked_by_distribution, "L2 B4", MASKED)
 def masked_states(p):
     for state in bits(3):
         z = np.array(state)
         log_q = bernoulli(z, p["a"])
         prior = (bernoulli(z, p["t"]) - log_q)[MASK].sum()
         yield log_q.sum(), prior + normal(MASKED_X, 2 * z - 0.3)[SEEN].sum()
-
-
-MASKED = {"a": [0.7, -0.9, 1.4], "t": -0.4}
-finite("masked_by_handler", "L2 B4", masked_by_handler, MASKED, masked_states)
-finite("masked_by_distribution", "L2 B4", masked_by_distribution, MASKED, masked_states)
 
 
 # Three bits that no plate declares independent, each acting on everything.
@@ -93,17 +93,17 @@ def event(ppl, init):
     return model, guide
 
 
+JOINT = {"a": [0.7, -0.9, 1.4]}
+
+
+@finite(undeclared, "L3 B15", JOINT, nesting=1, strict=False)
+@finite(event, "L3", JOINT)
 def joint_states(p):
     for state in bits(3):
         z = np.array(state)
         log_q = bernoulli(z, p["a"]).sum()
         log_p = bernoulli(z, np.array([0.4, -0.5, 0.3])).sum()
         yield log_q, log_p + normal(JOINT_X, JOINT_MATRIX @ z).sum() - log_q
-
-
-JOINT = {"a": [0.7, -0.9, 1.4]}
-finite("undeclared", "L3 B15", undeclared, JOINT, joint_states, nesting=1, strict=False)
-finite("event", "L3", event, JOINT, joint_states)
 
 
 # Two plates that cross.
@@ -132,16 +132,13 @@ def crossed(ppl, init):
     return model, guide
 
 
+@finite(crossed, "L3", {"a": [0.7, -0.9], "b": [[0.5], [-1.2], [0.9]]})
 def crossed_states(p):
     for state in bits(5):
         z, k = np.array(state[:2]), np.array(state[2:])[:, None]
         log_q = bernoulli(z, p["a"]).sum() + bernoulli(k, p["b"]).sum()
         log_p = bernoulli(z, -0.4).sum() + bernoulli(k, 0.3).sum()
         yield log_q, log_p + normal(CROSSED_X, 1.5 * z * k + 0.7 * z - k).sum() - log_q
-
-
-CROSSED = {"a": [0.7, -0.9], "b": [[0.5], [-1.2], [0.9]]}
-finite("crossed", "L3", crossed, CROSSED, crossed_states)
 
 
 # Nested plates, with a cost of the outer plate that sees all of the inner one.
@@ -170,21 +167,14 @@ def nested(ppl, init):
     return model, guide
 
 
-def nested_elbo(p):
-    total = 0.0
-    for o in range(2):
-        for state in bits(4):
-            z, k = state[0], np.array(state[1:])
-            log_q = bernoulli(z, p["a"][o, 0]) + bernoulli(k, p["b"][o] + p["c"] * z).sum()
-            log_p = bernoulli(z, -0.4) + bernoulli(k, 0.5 - 0.9 * z).sum()
-            log_p = log_p + normal(NESTED_X[o], k - 1.2 * z * k).sum()
-            log_p = log_p + normal(NESTED_Y[o, 0], 0.8 * k.sum() - z)
-            total = total + np.exp(log_q) * (log_p - log_q)
-    return total
-
-
-NESTED = {"a": [[0.7], [-0.9]], "b": [[0.5, -1.2, 0.9], [-0.6, 0.8, 1.3]], "c": 0.7}
-case("nested", "L3", nested, NESTED, nested_elbo)
+@apart(nested, "L3", {"a": [[0.7], [-0.9]], "b": [[0.5, -1.2, 0.9], [-0.6, 0.8, 1.3]], "c": 0.7}, 2)
+def nested_states(p, o):
+    for state in bits(4):
+        z, k = state[0], np.array(state[1:])
+        log_q = bernoulli(z, p["a"][o, 0]) + bernoulli(k, p["b"][o] + p["c"] * z).sum()
+        log_p = bernoulli(z, -0.4) + bernoulli(k, 0.5 - 0.9 * z).sum()
+        log_p = log_p + normal(NESTED_X[o], k - 1.2 * z * k).sum()
+        yield log_q, log_p + normal(NESTED_Y[o, 0], 0.8 * k.sum() - z) - log_q
 
 
 # Out of a plate and in again: z_e reaches x_e' through w.
@@ -225,6 +215,11 @@ def reentered_same_plate(ppl, init):
     return reentered(ppl, init, same_plate=True)
 
 
+REENTERED = {"a": [0.7, -0.9, 1.1], "b": 0.4, "c": [-0.6, 1.3, 0.8]}
+
+
+@finite(reentered, "L3", REENTERED)
+@finite(reentered_same_plate, "L3", REENTERED)
 def reentered_states(p):
     c = p["c"]
     for state in bits(7):
@@ -235,11 +230,6 @@ def reentered_states(p):
         log_p = bernoulli(z, -0.3).sum() + bernoulli(w, 0.4 * z.sum())
         log_p = log_p + bernoulli(k, 0.5 * w - 0.2).sum()
         yield log_q, log_p + normal(REENTERED_X, 2 * w * k - k + w, 0.7).sum() - log_q
-
-
-REENTERED = {"a": [0.7, -0.9, 1.1], "b": 0.4, "c": [-0.6, 1.3, 0.8]}
-finite("reentered", "L3", reentered, REENTERED, reentered_states)
-finite("reentered_same_plate", "L3", reentered_same_plate, REENTERED, reentered_states)
 
 
 # The same influence without a site on the way: the total is taken by plain arithmetic.
@@ -261,6 +251,7 @@ def summed(ppl, init):
     return model, guide
 
 
+@finite(summed, "L3", {"a": [0.7, -0.9, 1.1]})
 def summed_states(p):
     for state in bits(3):
         z = np.array(state)
@@ -268,9 +259,6 @@ def summed_states(p):
         log_p = bernoulli(z, -0.3).sum()
         total = (np.array([1.5, -2.0, 1.0]) * z).sum()
         yield log_q, log_p + normal(REENTERED_X, total - z, 0.7).sum() - log_q
-
-
-finite("summed", "L3", summed, {"a": [0.7, -0.9, 1.1]}, summed_states)
 
 
 # Independent elements in a plate: Rao-Blackwellisation leaves each its own cost.
@@ -296,13 +284,11 @@ def local_costs(z, a):
     return bernoulli(z, -0.4) + normal(LOCAL_X, 2 * z - 0.3) - bernoulli(z, a)
 
 
+@finite(local, "L3 B11", {"a": [0.7, -0.9, 1.4]})
 def local_states(p):
     for state in bits(3):
         z = np.array(state)
         yield bernoulli(z, p["a"]).sum(), local_costs(z, p["a"]).sum()
-
-
-finite("local", "L3 B11", local, {"a": [0.7, -0.9, 1.4]}, local_states)
 
 
 # Forty sites that have nothing to do with each other.
@@ -322,13 +308,8 @@ def many_local(ppl, init):
     return model, guide
 
 
-def many_local_elbo(p):
-    total = 0.0
+@apart(many_local, "B11", {"a": np.full(40, 0.7)}, 40)
+def many_local_states(p, i):
     for z in (0, 1):
-        log_q = bernoulli(z, p["a"])
-        f = bernoulli(z, -0.4) + normal(0.9, 2 * z - 0.3) - log_q
-        total = total + (np.exp(log_q) * f).sum()
-    return total
-
-
-case("many_local", "B11", many_local, {"a": np.full(40, 0.7)}, many_local_elbo)
+        log_q = bernoulli(z, p["a"][i])
+        yield log_q, bernoulli(z, -0.4) + normal(0.9, 2 * z - 0.3) - log_q

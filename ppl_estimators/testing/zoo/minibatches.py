@@ -1,16 +1,17 @@
 """Subsampled plates."""
 
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 
-from .case import case
+from .case import apart, case
 from .oracle import bernoulli, bits, categorical, hermite, normal, sigmoid, softplus
 
 # Subsampling: a global bit, and a local bit for each of four data points, two at a time.
 
 DATA = np.array([-1.2, 0.3, 2.1, 1.7])
 COVARIATE = np.array([0.5, -1.0, 1.5, -0.7])
+HALVES = ((0, 3), (1, 2))
 
 
 def subsample(ppl, init):
@@ -32,6 +33,7 @@ def subsample(ppl, init):
     return model, guide
 
 
+@case(subsample, "L2 L9 B1 B3", {"a": 0.7, "t": -0.4, "b": -0.8, "c": 1.1, "d": 0.9, "u": 0.3}, minibatches=HALVES)
 def subsample_elbo(p):
     total = 0.0
     for s in (0, 1):
@@ -45,17 +47,6 @@ def subsample_elbo(p):
                 f = f + np.exp(local) * cost
         total = total + np.exp(log_q) * f
     return total
-
-
-SUBSAMPLE = {"a": 0.7, "t": -0.4, "b": -0.8, "c": 1.1, "d": 0.9, "u": 0.3}
-case(
-    "subsample",
-    "L2 L9 B1 B3",
-    subsample,
-    SUBSAMPLE,
-    subsample_elbo,
-    minibatches=((0, 3), (1, 2)),
-)
 
 
 # A guide that looks at its data point: only the minibatch that it saw tells whether it is right.
@@ -79,17 +70,12 @@ def amortised(ppl, init, infer=None):
     return model, guide
 
 
-def amortised_elbo(p):
-    total = 0.0
-    for x in AMORTISED_X:
-        for z in (0, 1):
-            log_q = bernoulli(z, p["c"] * x)
-            f = bernoulli(z, 0.3) + normal(x, 2 * z - 1.0, 0.7) - log_q
-            total = total + np.exp(log_q) * f
-    return total
-
-
-case("amortised", "L9 B3", amortised, {"c": 0.8}, amortised_elbo, minibatches=((0, 3), (1, 2)))
+@apart(amortised, "L9 B3", {"c": 0.8}, 4, minibatches=HALVES)
+def amortised_states(p, i):
+    x = AMORTISED_X[i]
+    for z in (0, 1):
+        log_q = bernoulli(z, p["c"] * x)
+        yield log_q, bernoulli(z, 0.3) + normal(x, 2 * z - 1.0, 0.7) - log_q
 
 
 # Chains inside a subsampled plate: two bits; an integer categorical and a one-hot one.
@@ -113,20 +99,13 @@ def subsampled_bits(ppl, init):
     return model, guide
 
 
-def subsampled_bits_elbo(p):
-    total = 0.0
-    for x, covariate in zip(DATA, COVARIATE, strict=True):
-        for z, k in bits(2):
-            log_q = bernoulli(z, p["a"] + 0.8 * covariate) + bernoulli(k, p["b"] + p["c"] * z - 0.5 * covariate)
-            log_p = bernoulli(z, -0.4) + bernoulli(k, p["t"] - 1.5 * z) + normal(x, 1.2 * z - k + 2.0 * z * k)
-            total = total + np.exp(log_q) * (log_p - log_q)
-    return total
+@apart(subsampled_bits, "L2 L4 L9", {"a": 0.9, "b": -0.7, "c": 1.6, "t": 0.5}, 4, minibatches=HALVES)
+def subsampled_bits_states(p, i):
+    for z, k in bits(2):
+        log_q = bernoulli(z, p["a"] + 0.8 * COVARIATE[i]) + bernoulli(k, p["b"] + p["c"] * z - 0.5 * COVARIATE[i])
+        log_p = bernoulli(z, -0.4) + bernoulli(k, p["t"] - 1.5 * z) + normal(DATA[i], 1.2 * z - k + 2.0 * z * k)
+        yield log_q, log_p - log_q
 
-
-SUBSAMPLED_BITS = {"a": 0.9, "b": -0.7, "c": 1.6, "t": 0.5}
-case(
-    "subsampled_bits", "L2 L4 L9", subsampled_bits, SUBSAMPLED_BITS, subsampled_bits_elbo, minibatches=((0, 3), (1, 2))
-)
 
 # A bit, and a Normal whose mean it moves.
 
@@ -147,25 +126,14 @@ def subsampled_mix(ppl, init):
     return model, guide
 
 
-def subsampled_mix_elbo(p):
-    total = 0.0
-    for x, covariate in zip(DATA, COVARIATE, strict=True):
-        for z in (0, 1):
-            log_q = bernoulli(z, p["a"] + 0.8 * covariate)
-            w, weight = hermite(p["m"] + p["c"] * z, 0.7)
-            log_p = bernoulli(z, p["t"]) + normal(w, 0.8 * z) + normal(x, w + 0.5 * z * w)
-            total = total + np.exp(log_q) * (weight * (log_p - log_q - normal(w, p["m"] + p["c"] * z, 0.7))).sum()
-    return total
+@apart(subsampled_mix, "L2 L4 L9", {"a": 0.9, "m": -1.1, "c": 1.6, "t": -0.7}, 4, minibatches=HALVES)
+def subsampled_mix_states(p, i):
+    for z in (0, 1):
+        log_q, loc = bernoulli(z, p["a"] + 0.8 * COVARIATE[i]), p["m"] + p["c"] * z
+        w, weight = hermite(loc, 0.7)
+        log_p = bernoulli(z, p["t"]) + normal(w, 0.8 * z) + normal(DATA[i], w + 0.5 * z * w)
+        yield log_q, (weight * (log_p - log_q - normal(w, loc, 0.7))).sum()
 
-
-case(
-    "subsampled_mix",
-    "L2 L4 L9",
-    subsampled_mix,
-    {"a": 0.9, "m": -1.1, "c": 1.6, "t": -0.7},
-    subsampled_mix_elbo,
-    minibatches=((0, 3), (1, 2)),
-)
 
 # Two dependent counts; the sum over the Poisson stops where nothing is left.
 
@@ -187,7 +155,8 @@ def subsampled_counts(ppl, init):
     return model, guide
 
 
-def subsampled_counts_elbo(p):
+@apart(subsampled_counts, "L2 L4 L9", {"a": 0.9, "b": 0.6, "c": -0.4, "t": 0.8}, 4, minibatches=HALVES)
+def subsampled_counts_states(p, i):
     z, k = np.arange(40.0)[:, None], np.arange(4.0)
     factorials = np.cumsum(np.log(np.maximum(np.arange(40.0), 1)))[:, None]
     choices = np.log(np.array([1.0, 3.0, 3.0, 1.0]))
@@ -195,22 +164,10 @@ def subsampled_counts_elbo(p):
     def log_law(log_rate, logits):
         return z * log_rate - np.exp(log_rate) - factorials + choices + k * logits - 3 * softplus(logits)
 
-    total = 0.0
-    for x, covariate in zip(DATA, COVARIATE, strict=True):
-        log_q = log_law(p["a"] + 0.4 * covariate, p["b"] + p["c"] * z)
-        log_p = log_law(np.log(1.4), p["t"] - 0.5 * z) + normal(x, 0.9 * z - k)
-        total = total + (np.exp(log_q) * (log_p - log_q)).sum()
-    return total
+    log_q = log_law(p["a"] + 0.4 * COVARIATE[i], p["b"] + p["c"] * z)
+    log_p = log_law(np.log(1.4), p["t"] - 0.5 * z) + normal(DATA[i], 0.9 * z - k)
+    yield log_q, log_p - log_q
 
-
-case(
-    "subsampled_counts",
-    "L2 L4 L9",
-    subsampled_counts,
-    {"a": 0.9, "b": 0.6, "c": -0.4, "t": 0.8},
-    subsampled_counts_elbo,
-    minibatches=((0, 3), (1, 2)),
-)
 
 PRIOR_K = [0.2, -0.3, 0.4, 0.0]
 PRIOR_Z = [[0.5, -0.2, 0.1, 0.4], [-0.4, 0.6, 0.0, 0.3], [0.3, 0.3, -0.9, 0.0], [0.1, -0.5, 0.7, 0.2]]
@@ -234,30 +191,18 @@ def subsampled_categories(ppl, init):
     return model, guide
 
 
-def subsampled_categories_elbo(p):
-    prior, rows = categorical(np.array(PRIOR_K)), categorical(np.array(PRIOR_Z))
-    total = 0.0
-    for x, covariate in zip(DATA, COVARIATE, strict=True):
-        for k in range(4):
-            for z in range(4):
-                log_q = categorical(p["a"] * (1 + 0.3 * covariate))[k] + categorical(p["b"][k])[z]
-                log_p = prior[k] + rows[k, z] + normal(x, LOC_K[k] * LOC_Z[z])
-                total = total + np.exp(log_q) * (log_p - log_q)
-    return total
-
-
 SUBSAMPLED_CATEGORIES = {
     "a": [0.6, -0.9, 0.2, 1.1],
     "b": [[0.8, -0.6, 0.3, 0.0], [-0.2, 0.9, -0.5, 0.4], [0.4, 0.1, -1.0, 0.7], [-0.3, 0.2, 1.2, -0.8]],
 }
-case(
-    "subsampled_categories",
-    "L2 L4 L9",
-    subsampled_categories,
-    SUBSAMPLED_CATEGORIES,
-    subsampled_categories_elbo,
-    minibatches=((0, 3), (1, 2)),
-)
+
+
+@apart(subsampled_categories, "L2 L4 L9", SUBSAMPLED_CATEGORIES, 4, minibatches=HALVES)
+def subsampled_categories_states(p, i):
+    prior, rows = categorical(np.array(PRIOR_K)), categorical(np.array(PRIOR_Z))
+    for k, z in product(range(4), repeat=2):
+        log_q = categorical(p["a"] * (1 + 0.3 * COVARIATE[i]))[k] + categorical(p["b"][k])[z]
+        yield log_q, prior[k] + rows[k, z] + normal(DATA[i], LOC_K[k] * LOC_Z[z]) - log_q
 
 
 # Minibatches told apart by what they cost: no two pairs of BATCH_X have the same sum.
@@ -297,18 +242,15 @@ def minibatch_global(ppl, init, slope=1.0):
     return model, guide
 
 
-def minibatch_elbo(p):
-    z_terms = 0.0
+# At a = BATCH_LOGIT the six priors and entropies of the local one cancel one by one, as the single one does.
+
+
+@apart(minibatch_global, "L9", {"a": BATCH_LOGIT}, 1)
+@apart(minibatch_local, "L9", {"a": BATCH_LOGIT}, 1)
+def minibatch_states(p, _):
     for z in (0, 1):
         log_q = bernoulli(z, p["a"])
-        f = bernoulli(z, BATCH_LOGIT) - log_q + normal(BATCH_X, z).sum()
-        z_terms = z_terms + np.exp(log_q) * f
-    return z_terms
-
-
-case("minibatch_global", "L9", minibatch_global, {"a": BATCH_LOGIT}, minibatch_elbo)
-# at a = BATCH_LOGIT the six priors and entropies cancel one by one, as the single one does
-case("minibatch_local", "L9", minibatch_local, {"a": BATCH_LOGIT}, minibatch_elbo)
+        yield log_q, bernoulli(z, BATCH_LOGIT) - log_q + normal(BATCH_X, z).sum()
 
 
 def minibatch_sums(of):

@@ -20,11 +20,9 @@ def spoiled(ppl, init):
     return model, guide
 
 
+@finite(spoiled, "L11", {"a": 0.7})
 def spoiled_states(p):
     yield from single_states({**p, "t": -0.4})
-
-
-finite("spoiled", "L11", spoiled, {"a": 0.7}, spoiled_states)
 
 
 # A latent of the model that the guide forgets.
@@ -42,15 +40,13 @@ def forgotten(ppl, init, infer=None):
     return model, guide
 
 
+@finite(forgotten, "L12 B17", {"a": 0.7})
 def forgotten_states(p):
     """With the forgotten site summed out."""
     for z in (0, 1):
         log_q = bernoulli(z, p["a"])
         likelihood = sum(np.exp(bernoulli(k, 0.6 - z) + normal(0.8, 1.5 * z - k)) for k in (0, 1))
         yield log_q, bernoulli(z, -0.4) + np.log(likelihood) - log_q
-
-
-finite("forgotten", "L12 B17", forgotten, {"a": 0.7}, forgotten_states)
 
 
 # A guide site that asks to be enumerated, above one that is sampled.
@@ -70,11 +66,9 @@ def enumerated(ppl, init):
     return model, guide
 
 
+@finite(enumerated, "L12", {"a": 0.7, "b": [-1.1, 2.3]})
 def enumerated_states(p):
     for z1, z2 in bits(2):
         log_q = bernoulli(z1, p["a"]) + bernoulli(z2, p["b"][0] + p["b"][1] * z1)
         log_p = bernoulli(z1, -0.4) + bernoulli(z2, 0.3)
         yield log_q, log_p + normal(0.8, 1.5 * z1 - z2) - log_q
-
-
-finite("enumerated", "L12", enumerated, {"a": 0.7, "b": [-1.1, 2.3]}, enumerated_states)

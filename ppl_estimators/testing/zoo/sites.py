@@ -19,15 +19,13 @@ def single(ppl, init):
     return model, guide
 
 
+@finite(single, "L1 L6 L8", {"a": 0.7, "t": -0.4})
+@finite(single, "B5", {"a": 0.0, "t": -0.4}, name="single_zero")
+@finite(single, "B5", {"a": 0.7, "t": 0.0}, name="single_zero_model")
 def single_states(p):
     for z in (0, 1):
         log_q = bernoulli(z, p["a"])
         yield log_q, bernoulli(z, p["t"]) + normal(0.8, 1.5 * z - 0.5) - log_q
-
-
-finite("single", "L1 L6 L8", single, {"a": 0.7, "t": -0.4}, single_states)
-finite("single_zero", "B5", single, {"a": 0.0, "t": -0.4}, single_states)
-finite("single_zero_model", "B5", single, {"a": 0.7, "t": 0.0}, single_states)
 
 
 # Two dependent Bernoulli sites: a counterfactual z1 must draw z2 afresh.
@@ -48,15 +46,15 @@ def chain(ppl, init):
     return model, guide
 
 
+CHAIN = {"a": 0.7, "b": 0.6, "c": -1.9, "t": -0.4, "u": 0.3, "v": -0.8}
+
+
+@finite(chain, "L1 L4 L5 L8", CHAIN)
 def chain_states(p):
     for z1, z2 in bits(2):
         log_q = bernoulli(z1, p["a"]) + bernoulli(z2, p["b"] + p["c"] * z1)
         log_p = bernoulli(z1, p["t"]) + bernoulli(z2, p["u"] + p["v"] * z1)
         yield log_q, log_p + normal(2.6, 1.5 * z1 - z2 + 2 * z1 * z2) - log_q
-
-
-CHAIN = {"a": 0.7, "b": 0.6, "c": -1.9, "t": -0.4, "u": 0.3, "v": -0.8}
-finite("chain", "L1 L4 L5 L8", chain, CHAIN, chain_states)
 
 
 # The same under handlers.scale: the cost is scaled, the score is not.
@@ -76,12 +74,10 @@ def scaled(ppl, init):
     return scaled_model, scaled_guide
 
 
+@finite(scaled, "L2 B1", CHAIN)
 def scaled_states(p):
     for log_q, f in chain_states(p):
         yield log_q, 0.1 * f
-
-
-finite("scaled", "L2 B1", scaled, CHAIN, scaled_states)
 
 
 # Three dependent Bernoulli sites.
@@ -105,6 +101,7 @@ def chain3(ppl, init):
     return model, guide
 
 
+@finite(chain3, "L4 L5", {"a": 0.7, "b": [-1.1, 2.3], "c": [0.6, -1.4, 1.9]})
 def chain3_states(p):
     for z1, z2, z3 in bits(3):
 
@@ -114,10 +111,6 @@ def chain3_states(p):
         log_q = log_density(p["a"], p["b"], p["c"])
         log_p = log_density(-0.4, [0.3, -0.8], [0.2, 0.5, 0.0])
         yield log_q, log_p + normal(1.3, z1 - 1.5 * z2 + 2 * z3 - 0.5 * z1 * z3, 0.8) - log_q
-
-
-CHAIN3 = {"a": 0.7, "b": [-1.1, 2.3], "c": [0.6, -1.4, 1.9]}
-finite("chain3", "L4 L5", chain3, CHAIN3, chain3_states)
 
 
 # Discrete, continuous, discrete: λ of the last site depends on a pathwise sample.
@@ -153,12 +146,9 @@ def mixed_grid(p):
     return np.concatenate(weights), np.concatenate(values)
 
 
+@case(mixed, "L4 L8", {"a": 0.7, "m": 0.4, "n": -0.9, "s": -0.5, "b": -0.6, "c": 1.2, "t": -0.4})
 def mixed_elbo(p):
     return expectation(*mixed_grid(p))
-
-
-MIXED = {"a": 0.7, "m": 0.4, "n": -0.9, "s": -0.5, "b": -0.6, "c": 1.2, "t": -0.4}
-case("mixed", "L4 L8", mixed, MIXED, mixed_elbo)
 
 
 # A point estimate of a continuous site above a discrete one.
@@ -178,15 +168,13 @@ def delta(ppl, init):
     return model, guide
 
 
+@finite(delta, "L8", {"m": 0.8, "b": -0.6, "c": 1.2})
 def delta_states(p):
     w = p["m"]
     for z in (0, 1):
         log_q = bernoulli(z, p["b"] + p["c"] * w)
         log_p = normal(w, 0.5) + bernoulli(z, 0.3 * w - 0.2) + normal(1.1, w * (1 + z))
         yield log_q, log_p - log_q
-
-
-finite("delta", "L8", delta, {"m": 0.8, "b": -0.6, "c": 1.2}, delta_states)
 
 
 # A guide-only site.
@@ -206,10 +194,8 @@ def auxiliary(ppl, init):
     return model, guide
 
 
+@finite(auxiliary, "L12 B7", {"a": 0.9, "b": -1.1, "c": 2.3})
 def auxiliary_states(p):
     for aux, z in bits(2):
         log_q = bernoulli(aux, p["a"]) + bernoulli(z, p["b"] + p["c"] * aux)
         yield log_q, bernoulli(z, -0.4) + normal(0.8, 1.5 * z - 0.5) - log_q
-
-
-finite("auxiliary", "L12 B7", auxiliary, {"a": 0.9, "b": -1.1, "c": 2.3}, auxiliary_states)
