@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from ppl_estimators.demo import figure, results
+from ppl_estimators.demo.experiment import read
 
 DOCS = Path(__file__).parent
 BENCHMARKS = DOCS.parent / "benchmarks"
@@ -24,7 +24,7 @@ def main(folder: Path = DOCS / "figures") -> None:
     for study in STUDIES:
         shown = json.loads((BENCHMARKS / "results" / f"{study}.json").read_text(encoding="utf-8"))
         importlib.import_module(study).draw(shown, folder / f"{study}.png")
-    figure.draw(results.read(BENCHMARKS / "results" / "demo.json"), folder / "demo.png")
+    read(BENCHMARKS / "results" / "demo.json").plot().savefig(folder / "demo.png")
 
 
 if __name__ == "__main__":

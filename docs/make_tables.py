@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ppl_estimators.demo import results
+from ppl_estimators.demo.experiment import read
 
 DOCS = Path(__file__).parent
 PAGES = tuple(DOCS / f"{name}.md" for name in ("performance", "growth", "default", "objectives"))
@@ -37,7 +37,7 @@ def tables(path: Path) -> str:
 
 def readme() -> str:
     """The README with the NumPyro rows of the demo as they are now."""
-    experiment = results.read(DEMO)
+    experiment = read(DEMO)
     text = f"One run, {experiment.settings.steps['numpyro']:,} steps of NumPyro's unmodified `SVI`"
     rows = []
     for result in (r for r in experiment.results if r.backend == "numpyro"):

@@ -38,15 +38,16 @@ class Picture(Figure):
         return image.getvalue()
 
 
+def blank(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    return Picture(figsize=(width, height), dpi=130, layout=layout, facecolor="none")
+
+
 def panels(columns: int, width: float = 4.5, height: float = 4.6, rows: int = 1) -> tuple[Figure, ndarray]:
     """A figure and its axes, row by row; ``width`` and ``height`` of one in inches. Nine inches, which is the page's
     width, keep letters of 8.5 points readable there."""
-    figure = Picture(
-        figsize=(width * columns, height * rows),
-        dpi=130,
-        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1),
-        facecolor="none",
-    )
+    figure = blank(width * columns, height * rows)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         quiet(axis)

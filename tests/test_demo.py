@@ -11,9 +11,8 @@ import torch
 from numpyro.infer.util import log_density
 
 from ppl_estimators import cli
-from ppl_estimators.demo import numpyro_program, pyro_program, results
-from ppl_estimators.demo.experiment import ROWS
-from ppl_estimators.demo.network import DOTS, LOW, PIXELS, STYLE, TOP, initial_parameters, load
+from ppl_estimators.demo.experiment import ROWS, read
+from ppl_estimators.demo.network import DOTS, LOW, PIXELS, STYLE, TOP, initial_parameters, load, program
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,7 @@ def test_the_programs_are_twins(digits):
     pyro.clear_param_store()
     in_torch = {name: torch.tensor(value) for name, value in latents.items()}
     in_jax = {name: jnp.asarray(value) for name, value in latents.items()}
-    programs = zip(pyro_program.program(initial), numpyro_program.program(initial), strict=True)
+    programs = zip(program("pyro", initial), program("numpyro", initial), strict=True)
     for pyro_side, numpyro_side in programs:
         conditioned = pyro.condition(pyro_side, in_torch)
         expected = pyro.poutine.trace(conditioned).get_trace(torch.tensor(images)).log_prob_sum().item()
@@ -76,9 +75,8 @@ def test_smoke_run_writes_what_it_promises(capsys, tmp_path):
         assert row["curve"][-1]["held_out_elbo"] > row["curve"][0]["held_out_elbo"]
         assert row["gradient_variance"] > 0
         assert row["milliseconds_per_step"] > 0
-    again = results.read(tmp_path / "with a space" / "results.json")
-    results.write(again, tmp_path / "again.json")
-    assert json.loads((tmp_path / "again.json").read_text(encoding="utf-8")) == document
+    again = read(tmp_path / "with a space" / "results.json")
+    assert json.loads(again.to_json()) == document
     assert again.originals.shape == (10, PIXELS)
     assert again.results[0].curve[-1][1] == document["results"][0]["held_out_elbo"]
     figure = (tmp_path / "with a space" / "figure.png").read_bytes()

@@ -215,7 +215,7 @@ ARROWS = {
     "figures.py": set(),
     "testing": {"testing", "backends", "measure", "core"},
     "diagnostics": {"diagnostics", "testing", "backends", "measure", "figures", "catalogue", "estimators", "", "core"},
-    "demo": {"demo", "pyro", "numpyro", "figures", "", "core"},
+    "demo": {"demo", "diagnostics", "pyro", "numpyro", "figures", "", "core"},
     "commands": {"commands", "demo", "diagnostics", "testing", "backends", "catalogue", "", "core"},
     "cli.py": {"commands"},
 }

@@ -6,7 +6,7 @@ import typer
 
 from ppl_estimators.commands import demo, measure
 from ppl_estimators.commands import list as list_command
-from ppl_estimators.commands.errors import CommandError
+from ppl_estimators.commands.output import CommandError
 
 __all__ = ["CommandError", "app"]
 

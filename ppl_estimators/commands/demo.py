@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ppl_estimators.commands.errors import CommandError
+from ppl_estimators.commands.output import CommandError, folder, show
 
 
 class Backend(StrEnum):
@@ -61,28 +61,21 @@ def demo(
     """
     chosen = list(DISTRIBUTIONS) if backend is Backend.both else [str(backend)]
     _require(chosen)
-    _make_folder(out)
+    folder(out)
 
-    from rich.console import Console
+    from ppl_estimators.demo import experiment
+    from ppl_estimators.diagnostics.library import bar
 
-    from ppl_estimators.demo import display, experiment, figure, results
-    from ppl_estimators.demo.experiment import ROWS, Settings
-
-    settings = Settings(seed=seed)
+    settings = experiment.Settings(seed=seed)
     if smoke:
         settings = settings.smoke()
     if steps is not None:
         settings = settings.with_steps(steps)
-
-    console = Console()
     order = [name for name in experiment.BACKENDS if name in chosen]
-    with display.Bars(console, rows=sum(len(ROWS[name]) for name in order)) as bars:
-        outcome = experiment.run(order, settings, bars)
-    console.print()
-    console.print(display.table(outcome))
-    results.write(outcome, out / "results.json")
-    figure.draw(outcome, out / "figure.png")
-    console.print(f"\nWrote results.json and figure.png to {out}", highlight=False, soft_wrap=True)
+    with bar("demo", experiment.evaluations(order, settings), None) as advance:
+        outcome = experiment.run(order, settings, advance)
+    show(outcome, out, "results", "figure")
+    typer.echo(f"Wrote results.json and figure.png to {out}")
 
 
 def _require(backends: list[str]) -> None:
@@ -92,13 +85,3 @@ def _require(backends: list[str]) -> None:
     for module, package in DEMO_MODULES.items():
         if find_spec(module) is None:
             raise CommandError(f"the demo needs {package}: pip install {package}")
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise CommandError(f"cannot write to --out {out}: {error.strerror}") from None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ppl_estimators.commands.errors import CommandError
+from ppl_estimators.commands.output import CommandError
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -11,7 +11,7 @@ import typer
 
 from ppl_estimators.backends import Library
 from ppl_estimators.commands import programs
-from ppl_estimators.commands.errors import CommandError
+from ppl_estimators.commands.output import CommandError, folder, show
 
 PROGRAM = f"{', '.join(programs.BUILT_IN)}, or module:function of your own, which returns (model, guide) or with args."
 
@@ -64,7 +64,7 @@ def report(
         chosen = candidates.resolve(name, None, backend, guide, plan, particles)
         return diagnostics.gradient_report(chosen.elbo, model, chosen.guide, *args, num_draws=draws, seed=seed)
 
-    _show(_attempt(run), json, out, "report")
+    _shown(run, json, out, "report")
 
 
 def compare(
@@ -101,7 +101,7 @@ def compare(
             model, guide, args, names, num_draws=draws, num_particles=particles, seed=seed, backend=backend
         )
 
-    _show(_attempt(run), json, out, "comparison")
+    _shown(run, json, out, "comparison")
 
 
 def recommend(
@@ -138,31 +138,18 @@ def recommend(
             model, guide, args, budget=draws, num_particles=particles, seed=seed, backend=backend
         )
 
-    _show(_attempt(run), json, out, "recommendation")
+    _shown(run, json, out, "recommendation")
 
 
-def _attempt(run: Callable[[], Any]) -> Any:
+def _shown(run: Callable[[], Any], json: bool, out: Path | None, stem: str) -> None:
     from ppl_estimators import EstimatorError, EstimatorWarning
 
+    if out is not None:
+        folder(out)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EstimatorWarning)
         try:
-            return run()
+            result = run()
         except EstimatorError as error:
             raise CommandError(str(error)) from None
-
-
-def _show(result: Any, json: bool, out: Path | None, stem: str) -> None:
-    from rich.console import Console
-
-    if json:
-        typer.echo(result.to_json())
-    else:
-        Console().print(result)
-    if out is not None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            result.to_json(out / f"{stem}.json")
-            result.plot().savefig(out / f"{stem}.png", dpi=150)
-        except OSError as error:
-            raise CommandError(f"cannot write to --out {out}: {error.strerror}") from None
+    show(result, out, stem, stem, json=json)

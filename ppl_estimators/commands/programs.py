@@ -11,7 +11,7 @@ from typing import Any
 
 from ppl_estimators.backends import Library
 from ppl_estimators.commands.demo import DISTRIBUTIONS
-from ppl_estimators.commands.errors import CommandError
+from ppl_estimators.commands.output import CommandError
 
 #: built-in programs, and what is worth seeing in each
 BUILT_IN = {

@@ -1,12 +1,17 @@
-"""What is compared, and how long: trains every row in every backend and measures it; prints nothing."""
+"""What is compared, and how long; trains every row in every backend and measures it. The result shows itself."""
 
 from __future__ import annotations
 
 import importlib
+import json
+import platform
 import statistics
+import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import distributions
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +27,12 @@ from ppl_estimators import (
     RELAXWithModel,
 )
 from ppl_estimators.demo.network import Digits, initial_parameters, load
+from ppl_estimators.diagnostics.library import Advance
+from ppl_estimators.diagnostics.show import CHOSEN, Showable, Shown, number
 
 #: In the order of running: the first one's reference parameters serve the others too.
 BACKENDS = {"numpyro": "NumPyro", "pyro": "Pyro"}
+PACKAGES = ("ppl-estimators", "pyro-ppl", "torch", "numpyro", "jax", "jaxlib", "numpy")
 
 
 @dataclass(frozen=True)
@@ -113,56 +121,136 @@ class Result:
         return self.gradient_variance * self.milliseconds_per_step / 1e3
 
 
-@dataclass
-class Experiment:
+@dataclass(repr=False)
+class Experiment(Showable):
     """All of a run: `reconstructions` by backend and `originals` are shares of ink, `[10, PIXELS]`."""
 
     settings: Settings
     results: list[Result] = field(default_factory=list)
-    originals: Any = None
+    originals: Any = ()
     reconstructions: dict[str, np.ndarray] = field(default_factory=dict)
 
+    @property
+    def by_backend(self) -> dict[str, list[Result]]:
+        backends = dict.fromkeys(result.backend for result in self.results)
+        return {backend: [r for r in self.results if r.backend == backend] for backend in backends}
 
-def run(backends: list[str], settings: Settings, watcher: Any) -> Experiment:
-    """Every row of every backend; the results come in the order of the table. ``watcher`` is told how it goes
-    (`display.Bars`)."""
+    def tables(self) -> list[Shown]:
+        (first, _), *_ = self.by_backend.items()
+        caption = (
+            f"Held-out ELBO in nats per image. Gradient variance: total over the guide's parameters, at the point that "
+            f"{REFERENCE.label} reached in {BACKENDS[first]}, on one minibatch of {self.settings.batch_size}, over "
+            f"{self.settings.gradient_draws} draws. Variance × time (a step's seconds): the noise that a fixed budget "
+            f"of time leaves; the row with the least is marked {CHOSEN.strip()}."
+        )
+        headings = ("estimator", "held-out\nELBO", "gradient\nvariance", "ms per\nstep", "variance\n× time")
+        shown = []
+        for backend, rows in self.by_backend.items():
+            best = min(rows, key=lambda row: row.variance_times_seconds)
+            cells = tuple(
+                (
+                    CHOSEN * (row is best) + row.label, f"{row.held_out_elbo:.2f}", number(row.gradient_variance),
+                    f"{row.milliseconds_per_step:.2f}", number(row.variance_times_seconds),
+                )
+                for row in rows
+            )  # fmt: skip
+            shown.append(Shown(f"{BACKENDS[backend]}, {rows[0].steps:,} steps", headings, cells))
+        return [*shown[:-1], replace(shown[-1], caption=caption)]
+
+    def records(self) -> list[dict[str, Any]]:
+        return [
+            {
+                **asdict(row),
+                "curve": [{"step": step, "held_out_elbo": elbo} for step, elbo in row.curve],
+                "held_out_elbo": row.held_out_elbo,
+                "variance_times_seconds": row.variance_times_seconds,
+            }
+            for row in self.results
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """Units are in the names; ELBOs are in nats per held-out image."""
+        return {
+            "settings": asdict(self.settings),
+            "variance_measured_at": REFERENCE.label,
+            "python": platform.python_version(),
+            "versions": {d.name: d.version for d in distributions() if d.name in PACKAGES},
+            "results": self.records(),
+            "originals": _lines(self.originals),
+            "reconstructions": {backend: _lines(images) for backend, images in self.reconstructions.items()},
+        }
+
+    def plot(self) -> Any:
+        """Learning curves, noise against cost, original and reconstructed digits, as a matplotlib figure."""
+        from ppl_estimators.demo.figure import draw
+
+        return draw(self)
+
+
+def _lines(images: np.ndarray) -> list[str]:
+    """Shares of ink to three digits, one line an image; JSON would give every pixel a line."""
+    return [" ".join(f"{share:.3g}" for share in image) for image in images]
+
+
+def _images(lines: Sequence[str]) -> np.ndarray:
+    return np.array([line.split() for line in lines], dtype=float)
+
+
+def read(path: Path) -> Experiment:
+    """What `Experiment.to_json` wrote."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    results = [Result(**{f.name: row[f.name] for f in fields(Result)}) for row in document["results"]]
+    for result, row in zip(results, document["results"], strict=True):
+        result.curve = [(point["step"], point["held_out_elbo"]) for point in row["curve"]]
+    reconstructions = {backend: _images(lines) for backend, lines in document["reconstructions"].items()}
+    return Experiment(Settings(**document["settings"]), results, _images(document["originals"]), reconstructions)
+
+
+def evaluations(backends: Sequence[str], settings: Settings) -> int:
+    """How often `run` advances."""
+    return sum(len(ROWS[b]) * (1 + min(settings.checkpoints, settings.steps[b])) for b in backends)
+
+
+def run(backends: Sequence[str], settings: Settings, advance: Advance) -> Experiment:
+    """Every row of every backend; the results come in the order of the table."""
     digits = load(settings.seed)
     initial = initial_parameters(digits.train, settings.seed)
     experiment = Experiment(settings, originals=digits.one_of_each() / digits.train.max())
+    settling = np.arange(settings.burn_in * settings.batch_size) % len(digits.train)
     reference: dict[str, np.ndarray] | None = None
     for backend in backends:
         trainer_of = importlib.import_module(f"ppl_estimators.demo.{backend}_trainer").Trainer
-        rows = ROWS[backend]
         results = {}
-        for row in sorted(rows, key=lambda row: row != REFERENCE):  # the reference comes first
-            result = Result(backend, row.label, row.num_particles, settings.steps[backend])
+        for row in sorted(ROWS[backend], key=lambda row: row != REFERENCE):  # the reference comes first
+            result = results[row.label] = Result(backend, row.label, row.num_particles, settings.steps[backend])
             with warnings.catch_warnings():
                 # Plain Reinforce() warns that it is a poor choice: here that is what it is shown for.
                 warnings.simplefilter("ignore", EstimatorWarning)
                 trainer = trainer_of(row, digits, initial, settings)
-                watcher.start(result)
-                _train(trainer, result, digits, settings, watcher)
+                _train(trainer, result, digits, settings, advance)
                 if row == REFERENCE:
                     reference = reference or trainer.parameters()
                     experiment.reconstructions[backend] = trainer.reconstruct(digits.one_of_each())
-                watcher.measure(result)
-                result.gradient_variance = _variance(trainer.gradients(reference), settings)
-            watcher.finish(result)
-            results[row.label] = result
-        experiment.results += [results[row.label] for row in rows]
+                gradients = trainer.gradients(reference, settling.reshape(settings.burn_in, -1))
+                result.gradient_variance = _variance(gradients, settings)
+            advance(1, f"{BACKENDS[backend]}, {row.label}")
+        experiment.results += [results[row.label] for row in ROWS[backend]]
     return experiment
 
 
-def _train(trainer, result: Result, digits: Digits, settings: Settings, watcher: Any) -> None:
+def _train(trainer: Any, result: Result, digits: Digits, settings: Settings, advance: Advance) -> None:
+    """On every minibatch; the first chunk's time includes the compilation."""
     minibatches = digits.minibatches(result.steps, settings.batch_size, settings.seed)
-    chunks = min(settings.checkpoints, result.steps)
-    seconds = []
-    for done, seconds_per_step in trainer.steps(minibatches, chunks):
-        seconds.append(seconds_per_step)
+    seconds, done = [], 0
+    for chunk in np.array_split(minibatches, min(settings.checkpoints, result.steps)):
+        start = time.perf_counter()
+        trainer.train(chunk)
+        seconds.append((time.perf_counter() - start) / len(chunk))
+        done += len(chunk)
         result.curve.append((done, trainer.held_out_elbo()))
-        result.milliseconds_per_step = 1e3 * statistics.median(seconds[1:] or seconds)
-        watcher.advance(result)
-    steady = result.milliseconds_per_step / 1e3
+        advance(1, f"{BACKENDS[result.backend]}, {result.label}")
+    steady = statistics.median(seconds[1:] or seconds)
+    result.milliseconds_per_step = 1e3 * steady
     result.compile_seconds = max(0.0, (seconds[0] - steady) * result.curve[0][0])
 
 

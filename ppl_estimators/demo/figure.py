@@ -2,88 +2,63 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ppl_estimators.demo.experiment import BACKENDS, REFERENCE, Experiment, Result
 from ppl_estimators.demo.network import SIDE
-from ppl_estimators.figures import BLUE, BROWN, FAINT, GREEN, INK, ORANGE, PINK, SKY, VERMILLION, heading, quiet
+from ppl_estimators.figures import BLUE, BROWN, FAINT, GREEN, INK, ORANGE, PINK, SKY, VERMILLION, blank, heading, quiet
 
 STOCK_COLOURS = {"Trace_ELBO (stock)": BROWN, "TraceGraph_ELBO (stock)": INK}
 COLOURS = (VERMILLION, ORANGE, PINK, SKY, BLUE, GREEN)
 MARKERS = {"numpyro": "o", "pyro": "s"}
 
 
-def draw(experiment: Experiment, path: Path) -> None:
-    """Write the figure to `path`; the format is the one of its suffix."""
-    backends = list(dict.fromkeys(result.backend for result in experiment.results))
-    colours = _colours(experiment.results)
-    strips = 1 + len(experiment.reconstructions)
-    heights = [3.6, 3.8, 0.75 * strips]
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
-    figure = Figure(figsize=(9, sum(heights)), dpi=130, layout=layout, facecolor="none")
-    parts: Any = figure.subfigures(3, 1, height_ratios=heights)
-    top, middle, bottom = parts
-    for part in (top, middle, bottom):
-        part.set_facecolor("none")
-    for axis, backend in zip(top.subplots(1, len(backends), squeeze=False)[0], backends, strict=True):
-        _learning_curves(axis, backend, experiment.results, colours)
-    noise, beside = middle.subplots(1, 2, width_ratios=(5.2, 3.8))
-    _noise_against_cost(noise, experiment.results, colours)
-    _legend(beside, colours, backends)
-    _digits(bottom, experiment)
-    figure.savefig(path)
-
-
-def _colours(results: list[Result]) -> dict[str, str]:
-    labels = dict.fromkeys(sorted((result.label for result in results), key=lambda x: x not in STOCK_COLOURS))
+def draw(experiment: Experiment) -> Figure:
+    """A page's width; the first row has an axis for each backend."""
+    rows, backends = experiment.by_backend, list(experiment.by_backend)
     ours = iter(COLOURS)
-    return {label: STOCK_COLOURS.get(label) or next(ours) for label in labels}
+    labels = sorted(dict.fromkeys(r.label for r in experiment.results), key=lambda label: label not in STOCK_COLOURS)
+    colours = {label: STOCK_COLOURS.get(label) or next(ours) for label in labels}
+    heights = [3.6, 3.8, 0.75 * (1 + len(experiment.reconstructions))]
+    figure = blank(9, sum(heights))
+    mosaic = [[backends[0], backends[-1]], ["noise", "legend"], ["digits", "digits"]]
+    axes: dict[str, Axes] = figure.subplot_mosaic(mosaic, height_ratios=heights)
+    for backend in backends:
+        _learning_curves(axes[backend], backend, rows[backend], colours)
+    _noise_against_cost(axes["noise"], experiment.results, colours)
+    _legend(axes["legend"], colours, backends)
+    _digits(axes["digits"], experiment)
+    return figure
 
 
-def _elbo_limits(results: list[Result]) -> tuple[float, float]:
-    """From where the slowest row stands a quarter of the way, so that the ends can be told apart."""
-    best = max(elbo for result in results for _, elbo in result.curve)
-    early = min(result.curve[len(result.curve) // 4][1] for result in results)
-    return early, best + 0.05 * (best - early)
+def _dashes(label: str) -> str:
+    return "--" if label in STOCK_COLOURS else "-"
 
 
-def _learning_curves(axis: Axes, backend: str, results: list[Result], colours: dict[str, str]) -> None:
-    rows = [result for result in results if result.backend == backend]
+def _learning_curves(axis: Axes, backend: str, rows: list[Result], colours: Mapping[str, str]) -> None:
     for row in rows:
-        dashes = (0, (4, 2)) if row.label in STOCK_COLOURS else "-"
-        steps, elbos = np.transpose(row.curve)
-        axis.plot(steps, elbos, color=colours[row.label], linestyle=dashes, linewidth=1.8)
-    axis.set_ylim(_elbo_limits(rows))
-    heading(axis, f"{BACKENDS[backend]}: learning")
-    axis.set_xlabel("step")
-    axis.set_ylabel("held-out ELBO (nats per image)")
+        axis.plot(*np.transpose(row.curve), color=colours[row.label], linestyle=_dashes(row.label), linewidth=1.8)
+    # from where the slowest row stands a quarter of the way, so that the ends can be told apart
+    early, best = min(row.curve[len(row.curve) // 4][1] for row in rows), max(e for row in rows for _, e in row.curve)
+    axis.set(ylim=(early, best + 0.05 * (best - early)), xlabel="step", ylabel="held-out ELBO (nats per image)")
     axis.set_xlim(left=0)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    heading(axis, f"{BACKENDS[backend]}: learning")
     quiet(axis)
 
 
-def _noise_against_cost(axis: Axes, results: list[Result], colours: dict[str, str]) -> None:
-    for result in results:
-        axis.scatter(
-            result.milliseconds_per_step,
-            result.gradient_variance,
-            marker=MARKERS[result.backend],
-            s=75,
-            color=colours[result.label],
-            zorder=3,
-        )
-    axis.set(xscale="log", yscale="log")
-    heading(axis, "noise against cost")
-    axis.set_xlabel("milliseconds per step")
-    axis.set_ylabel("gradient variance (nats per image)²")
+def _noise_against_cost(axis: Axes, results: list[Result], colours: Mapping[str, str]) -> None:
+    for row in results:
+        marker, colour = MARKERS[row.backend], colours[row.label]
+        axis.scatter(row.milliseconds_per_step, row.gradient_variance, marker=marker, s=75, color=colour, zorder=3)
+    axis.set(xscale="log", yscale="log", xlabel="milliseconds per step", ylabel="gradient variance (nats per image)²")
     axis.margins(0.12)
     (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
     x = np.array([left, right])
@@ -94,47 +69,28 @@ def _noise_against_cost(axis: Axes, results: list[Result], colours: dict[str, st
         ticks.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
         ticks.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
         ticks.set_minor_formatter(NullFormatter())
-    axis.text(
-        0.98,
-        0.97,
-        "slanted lines: equal variance × time",
-        transform=axis.transAxes,
-        ha="right",
-        va="top",
-        fontsize=8.5,
-        color=INK,
-    )
+    said: dict[str, Any] = {"transform": axis.transAxes, "ha": "right", "va": "top", "fontsize": 8.5, "color": INK}
+    axis.text(0.98, 0.97, "slanted lines: equal variance × time", **said)
+    heading(axis, "noise against cost")
     quiet(axis)
 
 
-def _legend(panel: Axes, colours: dict[str, str], backends: list[str]) -> None:
-    handles = [
-        Line2D(
-            [],
-            [],
-            color=colour,
-            linestyle="--" if label in STOCK_COLOURS else "-",
-            linewidth=2.4,
-            label=label,
-        )
-        for label, colour in colours.items()
-    ]
-    handles += [
-        Line2D([], [], color=INK, linestyle="", marker=MARKERS[b], markersize=8, label=BACKENDS[b]) for b in backends
-    ]
+def _legend(panel: Axes, colours: Mapping[str, str], backends: list[str]) -> None:
+    lines = [Line2D([], [], color=c, linestyle=_dashes(n), linewidth=2.4, label=n) for n, c in colours.items()]
+    plain: dict[str, Any] = {"color": INK, "linestyle": "", "markersize": 8}
+    marks = [Line2D([], [], marker=MARKERS[b], label=BACKENDS[b], **plain) for b in backends]
     panel.set_axis_off()
-    panel.legend(handles=handles, loc="center left", frameon=False, fontsize=9.5, labelcolor=INK)
+    panel.legend(handles=[*lines, *marks], loc="center left", frameon=False, fontsize=9.5, labelcolor=INK)
 
 
-def _digits(panel: Figure, experiment: Experiment) -> None:
+def _digits(panel: Axes, experiment: Experiment) -> None:
+    """A strip of ten digits each, a pixel between any two."""
     strips = {"held-out digits": experiment.originals}
-    for backend, images in experiment.reconstructions.items():
-        strips[f"{BACKENDS[backend]}, {REFERENCE.label}"] = images
-    grid = panel.subplots(len(strips), 1, squeeze=False)[:, 0]
-    for axis, (label, images) in zip(grid, strips.items(), strict=True):
-        gap = np.zeros((SIDE, 1))
-        tiles = [tile for image in images for tile in (image.reshape(SIDE, SIDE), gap)]
-        axis.imshow(np.hstack(tiles[:-1]), cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-        axis.set_ylabel(label, rotation=0, ha="right", va="center", color=INK, fontsize=10)
+    strips |= {f"{BACKENDS[b]}, {REFERENCE.label}": images for b, images in experiment.reconstructions.items()}
+    tiles = np.pad(np.reshape(list(strips.values()), (len(strips), -1, SIDE, SIDE)), ((0, 0), (0, 0), (0, 1), (0, 1)))
+    image = tiles.transpose(0, 2, 1, 3).reshape(len(strips) * (SIDE + 1), -1)[:-1, :-1]
+    panel.imshow(image, cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+    panel.set_xticks([])
+    panel.set_yticks([SIDE / 2 - 0.5 + i * (SIDE + 1) for i in range(len(strips))], labels=list(strips))
+    panel.tick_params(length=0, labelcolor=INK, labelsize=10)
+    panel.spines[:].set_visible(False)

@@ -1,4 +1,4 @@
-"""The data, and the shapes and the starting point of the network: the same numbers for both libraries.
+"""The data, the network as a program, and its starting point: the same text and the same numbers for both libraries.
 
 scikit-learn's 1,797 scanned digits have 8 × 8 pixels, each the number of ink dots in a 4 × 4 block of the original
 scan. So the likelihood is a Binomial of 16 trials: images are used as they are, neither thresholded nor dithered.
@@ -13,7 +13,9 @@ The guide runs the hierarchy backwards: `top` hangs on the draw of `low`, and `l
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -86,3 +88,48 @@ def initial_parameters(images: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     parameters["model.pixels.bias"] = np.log(mean) - np.log1p(-mean)
     parameters["guide.style.scale.bias"] -= 1.0
     return {name: value.astype(np.float32) for name, value in parameters.items()}
+
+
+def program(library: str, initial: Mapping[str, Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Model and guide over `images`, `[batch, PIXELS]`, in "pyro" or "numpyro": ordinary ones, with nothing of ours in
+    them. Parameters start at `initial`; the model returns the expected share of ink of each pixel."""
+    array: Any
+    nn: Any
+    if library == "pyro":
+        import pyro as ppl
+        import pyro.distributions as dist
+        import torch.nn.functional as nn
+        from torch import tensor as array
+    else:
+        import jax.nn as nn
+        import numpyro as ppl
+        import numpyro.distributions as dist
+        from jax.numpy import asarray as array
+    start = {name: array(value) for name, value in initial.items()}
+
+    def affine(name: str, **inputs: Any) -> Any:
+        terms = [value @ ppl.param(f"{name}.{source}", start[f"{name}.{source}"]) for source, value in inputs.items()]
+        return sum(terms, start=ppl.param(f"{name}.bias", start[f"{name}.bias"]))
+
+    def bits(name: str, logits: Any) -> Any:
+        return ppl.sample(name, dist.Bernoulli(logits=logits).to_event(1))
+
+    def model(images: Any) -> Any:
+        with ppl.plate("images", images.shape[0]):
+            top = bits("top", affine("model.top"))
+            low = bits("low", affine("model.low", top=top))
+            style = ppl.sample("style", dist.Normal(array([0.0] * STYLE), 1.0).to_event(1))
+            logits = affine("model.pixels", hidden=nn.tanh(affine("model.hidden", low=low, style=style)))
+            ppl.sample("pixels", dist.Binomial(total_count=DOTS, logits=logits).to_event(1), obs=images)
+        return nn.sigmoid(logits)
+
+    def guide(images: Any) -> None:
+        with ppl.plate("images", images.shape[0]):
+            hidden = nn.tanh(affine("guide.hidden", pixels=images / DOTS - 0.3))
+            scale = nn.softplus(affine("guide.style.scale", hidden=hidden))
+            law = dist.Normal(affine("guide.style.loc", hidden=hidden), scale)
+            style = ppl.sample("style", law.to_event(1))
+            low = bits("low", affine("guide.low", hidden=hidden, style=style))
+            bits("top", affine("guide.top", low=low))
+
+    return model, guide

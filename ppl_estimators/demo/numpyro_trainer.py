@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +15,7 @@ from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.svi import SVIState
 
 from ppl_estimators.demo.experiment import Row, Settings
-from ppl_estimators.demo.network import Digits
-from ppl_estimators.demo.numpyro_program import program
+from ppl_estimators.demo.network import Digits, program
 from ppl_estimators.numpyro import EstimatorELBO, with_estimators
 from ppl_estimators.numpyro.gradients import Gradients
 
@@ -39,37 +36,24 @@ class Trainer:
     """`row`'s ELBO on the digits network, from the starting point `initial`."""
 
     def __init__(self, row: Row, digits: Digits, initial: Mapping[str, np.ndarray], settings: Settings) -> None:
-        self.settings = settings
-        self.train = jnp.asarray(digits.train)
-        self.held_out = jnp.asarray(digits.held_out)
-        self.names = frozenset(initial)
-        self.model, self.guide = program(initial)
+        self.settings, self.names = settings, frozenset(initial)
+        self.data, self.held_out = jnp.asarray(digits.train), jnp.asarray(digits.held_out)
+        self.model, self.guide = program("numpyro", initial)
         if row.stock is None:
             self.elbo = EstimatorELBO(num_particles=row.num_particles)
             self.guide = with_estimators(self.guide, row.estimators)
         else:
             self.elbo = vars(infer)[row.stock]()
         self.svi = SVI(self.model, self.guide, optim.Adam(settings.learning_rate), self.elbo)
-        self.state = self.svi.init(random.key(settings.seed), self.train[: settings.batch_size])
+        self.state = self.svi.init(random.key(settings.seed), self.data[: settings.batch_size])
+        self.steps = jax.jit(partial(self._steps, self.svi))
 
-    def steps(self, minibatches: np.ndarray, chunks: int) -> Iterator[tuple[int, float]]:
-        """Train on every minibatch; yields, after each chunk, the steps done and its seconds a step.
+    def _steps(self, svi: SVI, state: SVIState, minibatches: jax.Array) -> SVIState:
+        return lax.scan(lambda at, batch: (svi.update(at, self.data[batch])[0], None), state, minibatches)[0]
 
-        The first chunk's time includes the compilation.
-        """
-
-        scan, done = self._scan(self.svi), 0
-        for chunk in np.array_split(minibatches, chunks):
-            start = time.perf_counter()
-            self.state = jax.block_until_ready(scan(self.state, jnp.asarray(chunk)))
-            done += len(chunk)
-            yield done, (time.perf_counter() - start) / len(chunk)
-
-    def _scan(self, svi: SVI) -> Any:
-        def step(state: SVIState, batch: jax.Array) -> tuple[SVIState, None]:
-            return svi.update(state, self.train[batch])[0], None
-
-        return jax.jit(lambda state, batches: lax.scan(step, state, batches)[0])
+    def train(self, minibatches: np.ndarray) -> None:
+        """One step on each, `[steps, size]` indices of training images; the first call compiles."""
+        self.state = jax.block_until_ready(self.steps(self.state, jnp.asarray(minibatches)))
 
     def parameters(self) -> dict[str, np.ndarray]:
         """The model's and the guide's parameters, without what the estimators keep."""
@@ -80,22 +64,21 @@ class Trainer:
         """Nats per held-out image, by the library's own ELBO whatever trained the parameters."""
         return float(evaluate(self.parameters(), self.held_out, self.settings.held_out_particles))
 
-    def gradients(self, reference: Mapping[str, np.ndarray]) -> Gradients:
-        """At `reference`, on the first minibatch. First what the estimator keeps is trained on, with the network frozen
-        there."""
-        settings, images = self.settings, self.train[: self.settings.batch_size]
-        svi = SVI(self.model, self.guide, FrozenAdam(settings.learning_rate, self.names), self.elbo)
+    def gradients(self, reference: Mapping[str, np.ndarray], settling: np.ndarray) -> Gradients:
+        """At `reference`, on the first minibatch. What the estimator keeps is trained on first, on the minibatches
+        `settling`, with the network frozen there."""
+        images = self.data[: self.settings.batch_size]
+        svi = SVI(self.model, self.guide, FrozenAdam(self.settings.learning_rate, self.names), self.elbo)
         svi.init(random.key(0), images)
         parameters = self.svi.get_params(self.state) | {name: jnp.asarray(x) for name, x in reference.items()}
         state = self.state._replace(optim_state=svi.optim.init(parameters))
-        order = np.arange(settings.burn_in * settings.batch_size) % len(self.train)
-        state = self._scan(svi)(state, order.reshape(settings.burn_in, -1))
+        state = jax.jit(partial(self._steps, svi))(state, jnp.asarray(settling))
         kept = {"params": svi.get_params(state), "mutable_state": state.mutable_state}
         return Gradients(self.elbo, self.model, self.guide, (images,), **kept)
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
         """Expected share of ink of each pixel, after one pass through guide and model."""
-        model, guide = program(self.parameters())
+        model, guide = program("numpyro", self.parameters())
         drawn = trace(seed(guide, random.key(0))).get_trace(images)
         return np.asarray(replay(seed(model, random.key(1)), drawn)(images))
 
@@ -103,5 +86,5 @@ class Trainer:
 @partial(jax.jit, static_argnames="particles")
 def evaluate(parameters: dict[str, jax.Array], images: jax.Array, particles: int) -> jax.Array:
     """Compiled once for all rows: the parameters are the values that the program starts at."""
-    model, guide = program(parameters)  # type: ignore[arg-type]  # traced arrays stand where numbers were
+    model, guide = program("numpyro", parameters)
     return -Trace_ELBO(num_particles=particles).loss(random.key(2), {}, model, guide, images) / len(images)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.poutine import replay, trace
 
 from ppl_estimators.demo.experiment import Row, Settings
-from ppl_estimators.demo.network import Digits
-from ppl_estimators.demo.pyro_program import program
+from ppl_estimators.demo.network import Digits, program
 from ppl_estimators.pyro import EstimatorELBO, with_estimators
 from ppl_estimators.pyro.gradients import Gradients
 
@@ -27,11 +25,9 @@ class Trainer:
         torch.set_num_threads(1)  # the matrices are too small to share: two threads only wait for each other
         pyro.clear_param_store()
         pyro.set_rng_seed(settings.seed)
-        self.settings = settings
-        self.train = torch.tensor(digits.train)
-        self.held_out = torch.tensor(digits.held_out)
-        self.names = frozenset(initial)
-        self.model, self.plain_guide = program(initial)
+        self.settings, self.names = settings, frozenset(initial)
+        self.data, self.held_out = torch.tensor(digits.train), torch.tensor(digits.held_out)
+        self.model, self.plain_guide = program("pyro", initial)
         self.elbo: Any
         self.guide: Any = self.plain_guide
         if row.stock is None:
@@ -42,15 +38,10 @@ class Trainer:
             self.elbo = vars(infer)[row.stock]()
         self.svi = SVI(self.model, self.guide, optim.Adam({"lr": settings.learning_rate}), self.elbo)
 
-    def steps(self, minibatches: np.ndarray, chunks: int) -> Iterator[tuple[int, float]]:
-        """Train on every minibatch; yields, after each chunk, the steps done and its seconds a step."""
-        done = 0
-        for chunk in np.array_split(minibatches, chunks):
-            start = time.perf_counter()
-            for batch in chunk:
-                self.svi.step(self.train[batch])
-            done += len(chunk)
-            yield done, (time.perf_counter() - start) / len(chunk)
+    def train(self, minibatches: np.ndarray) -> None:
+        """One step on each, `[steps, size]` indices of training images."""
+        for batch in minibatches:
+            self.svi.step(self.data[batch])
 
     def parameters(self) -> dict[str, np.ndarray]:
         """The model's and the guide's parameters, without what the estimators keep."""
@@ -58,31 +49,22 @@ class Trainer:
 
     def held_out_elbo(self) -> float:
         """Nats per held-out image, by the library's own ELBO whatever trained the parameters."""
-        random_state = torch.get_rng_state()
-        torch.manual_seed(2)
-        elbo = Trace_ELBO(
-            num_particles=self.settings.held_out_particles,
-            vectorize_particles=True,
-            max_plate_nesting=1,
-        )
-        with torch.no_grad():
-            loss = elbo.loss(self.model, self.plain_guide, self.held_out)
-        torch.set_rng_state(random_state)
-        return -loss / len(self.held_out)
+        particles = self.settings.held_out_particles
+        elbo = Trace_ELBO(num_particles=particles, vectorize_particles=True, max_plate_nesting=1)
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(2)
+            return -elbo.loss(self.model, self.plain_guide, self.held_out) / len(self.held_out)
 
-    def gradients(self, reference: Mapping[str, np.ndarray]) -> Gradients:
-        """At `reference`, on the first minibatch. First what the estimator keeps is trained on, with the network frozen
-        there."""
-        settings = self.settings
+    def gradients(self, reference: Mapping[str, np.ndarray], settling: np.ndarray) -> Gradients:
+        """At `reference`, on the first minibatch. What the estimator keeps is trained on first, on the minibatches
+        `settling`, with the network frozen there."""
         with torch.no_grad():
             for name, value in reference.items():
                 pyro.param(name).copy_(torch.tensor(value))
-        adam = optim.Adam(lambda name: {"lr": 0.0 if name in self.names else settings.learning_rate})
-        svi = SVI(self.model, self.guide, adam, self.elbo)
-        order = np.arange(settings.burn_in * settings.batch_size) % len(self.train)
-        for batch in order.reshape(settings.burn_in, settings.batch_size):
-            svi.step(self.train[batch])
-        return Gradients(self.elbo, self.model, self.guide, (self.train[: settings.batch_size],))
+        rate = self.settings.learning_rate
+        self.svi.optim = optim.Adam(lambda name: {"lr": 0.0 if name in self.names else rate})
+        self.train(settling)
+        return Gradients(self.elbo, self.model, self.guide, (self.data[: self.settings.batch_size],))
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
         """Expected share of ink of each pixel, after one pass through guide and model."""
