@@ -18,7 +18,6 @@ The choice depends on the program alone: plate sizes, batches, seeds and the ord
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -56,9 +55,8 @@ OPTIONS: tuple[tuple[Estimator, tuple[str, ...]], ...] = (
     (PAIR, (BERNOULLI,)),
 )
 
-#: sites that are treated alike: family, categories, dependent elements (`_COUPLED` for a plate of them, or for steps)
-Kind = tuple[str, int, int]
-_COUPLED = -1
+#: sites that are treated alike: family, categories, dependent elements (None for those of a plate, or steps)
+Kind = tuple[str, int, int | None]
 
 
 @dataclass(frozen=True)
@@ -99,16 +97,15 @@ def _spend(sites: Sequence[Site], terms: Sequence[Term], graph: Graph, *, beside
     for s in sites:
         v = views[s.name]
         categories = v.categories if v.family in DISCRETE else 0
-        kinds.setdefault((s.family, categories, v.lanes if s.name in apart else _COUPLED), []).append(s)
+        kinds.setdefault((s.family, categories, v.lanes if s.name in apart else None), []).append(s)
 
-    def price(options: Iterable[Estimator]) -> float:
-        total, shared = 0.0, []
+    def price(options: Iterable[Estimator]) -> int:
+        total, shared = 0, []
         for option, members in zip(options, kinds.values(), strict=True):
             if option.alternatives(views[members[0].name]).own_law:
                 shared += [s.name for s in members]
-            else:  # elements that a cost couples would be moved one by one: too many, always
-                counts = [option.alternatives(views[s.name]).count for s in members]
-                total += sum(counts) if all(s.name in apart for s in members) else math.inf
+            else:
+                total += sum(option.alternatives(views[s.name]).count for s in members)
         return total + len(graph.levels([s.name for s in sites if s.name in shared]))
 
     for options in sorted(product(*map(_options, kinds)), key=_rank):
@@ -121,6 +118,8 @@ def _options(kind: Kind) -> list[Estimator]:
     family, _, elements = kind
     if family in COUNTS and elements != 1:  # moving one count of many is no better than a particle
         return []
+    if elements is None:  # elements that a cost couples would be moved one by one: too many, always
+        return [PAIR] if family == BERNOULLI else []
     return [e for e, families in OPTIONS if family in families]
 
 
