@@ -508,6 +508,7 @@ def torch_twin(name, estimators=None, **options):
     ("name", "estimators"),
     [
         ("chain", {"*": DisARM()}),
+        ("chain3", {"*": Enumerate()}),  # one compiled body for three groups
         ("mixed", None),
         ("subsample", {"*": Enumerate()}),
         ("masked_by_distribution", {"*": Reinforce()}),

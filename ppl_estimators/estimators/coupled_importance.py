@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core import splits
-from ..core.estimator import Array, Costs, Draw, Draws, Estimator, Kept, Local, Noise, Ops, Site
-from ..core.families import CATEGORICAL, ONEHOT, encoded, score
+from ..core.estimator import Costs, Draw, Kept, Local, Ops, Site
+from ..core.families import score
+from .split_draw import SplitDraw
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class CoupledImportance(Estimator):
+class CoupledImportance(SplitDraw):
     """Antithetic stick-breaking draws with importance weights (DisARM-IW).
 
     Approximates  ∇_φ E_{z ~ softmax(φ)}[f(z)]
@@ -34,24 +34,11 @@ class CoupledImportance(Estimator):
     arXiv:2106.08056.
     """
 
-    families: ClassVar[tuple[str, ...] | None] = (CATEGORICAL, ONEHOT)
-
-    def alternatives(self, site: Site) -> Draws:
-        return Draws(1)
-
-    def noise(self, site: Site) -> Mapping[str, Noise]:
-        return {"u": Noise("uniform", (*site.logits.shape[:-1], site.categories - 1))}
-
-    def draw(self, ops: Ops, site: Site, noise: Mapping[str, Array]) -> Draw:
-        sticks = splits.sticks(site.categories)
-        return splits.antithetic(ops, site, sticks, splits.ordering(ops, site.logits, "ascending"), noise["u"])
-
-    def alternative(self, ops: Ops, site: Site, draw: Draw, index: Array) -> Array:
-        return encoded(ops, site.family, draw.extra["z_tilde"], site.logits)
+    order: ClassVar[str] = "ascending"  # type: ignore[misc]
 
     def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
         b, b_tilde = draw.extra["b"], draw.extra["b_tilde"]
-        sticks = splits.sticks(site.categories)
+        sticks = self.divide(site.categories)
         a = splits.split_logits(ops, sticks, ops.take_last(site.logits, draw.extra["order"]))
         m, m_tilde = splits.visited(ops, site, sticks, draw)
         both, zero = m * m_tilde, ops.zeros_like(a)

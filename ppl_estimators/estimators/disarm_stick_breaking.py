@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
-from ..core import splits
-from ..core.estimator import Array, Costs, Draw, Draws, Estimator, Kept, Local, Noise, Ops, Site
-from ..core.families import CATEGORICAL, ONEHOT, encoded
+from .split_draw import SplitDraw
 
 ORDERS = ("descending", "ascending", "given")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DisARMStickBreaking(Estimator):
+class DisARMStickBreaking(SplitDraw):
     """Antithetic stick-breaking draws of a categorical (DisARM-SB).
 
     Approximates  ∇_a E_{z ~ softmax(φ)}[f(z)],   a_i = φ_i − log Σ_{j>i} exp φ_j
@@ -41,25 +37,7 @@ class DisARMStickBreaking(Estimator):
 
     order: str = "descending"
 
-    families: ClassVar[tuple[str, ...] | None] = (CATEGORICAL, ONEHOT)
-
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
             wanted = ", ".join(f'"{o}"' for o in ORDERS)
             raise ValueError(f"DisARMStickBreaking(order) takes one of {wanted}, got {self.order!r}.")
-
-    def alternatives(self, site: Site) -> Draws:
-        return Draws(1)
-
-    def noise(self, site: Site) -> Mapping[str, Noise]:
-        return {"u": Noise("uniform", (*site.logits.shape[:-1], site.categories - 1))}
-
-    def draw(self, ops: Ops, site: Site, noise: Mapping[str, Array]) -> Draw:
-        order = splits.ordering(ops, site.logits, self.order)
-        return splits.antithetic(ops, site, splits.sticks(site.categories), order, noise["u"])
-
-    def alternative(self, ops: Ops, site: Site, draw: Draw, index: Array) -> Array:
-        return encoded(ops, site.family, draw.extra["z_tilde"], site.logits)
-
-    def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
-        return splits.disarm(ops, site, splits.sticks(site.categories), draw, costs)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ..core import splits
-from ..core.estimator import Array, Costs, Draw, Draws, Estimator, Kept, Local, Noise, Ops, Site
-from ..core.families import CATEGORICAL, ONEHOT, encoded
+from .split_draw import SplitDraw
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DisARMTree(Estimator):
+class DisARMTree(SplitDraw):
     """Antithetic draws of a categorical by a balanced tree of coin flips (DisARM-Tree).
 
     Approximates  ∇_a E_{z ~ softmax(φ)}[f(z)],   a_ν = log Σ_{c left of ν} exp φ_c − log Σ_{c right of ν} exp φ_c
@@ -32,20 +30,8 @@ class DisARMTree(Estimator):
     arXiv:2106.08056.
     """
 
-    families: ClassVar[tuple[str, ...] | None] = (CATEGORICAL, ONEHOT)
+    order: ClassVar[str] = "given"  # type: ignore[misc]
 
-    def alternatives(self, site: Site) -> Draws:
-        return Draws(1)
-
-    def noise(self, site: Site) -> Mapping[str, Noise]:
-        return {"u": Noise("uniform", (*site.logits.shape[:-1], site.categories - 1))}
-
-    def draw(self, ops: Ops, site: Site, noise: Mapping[str, Array]) -> Draw:
-        order = splits.ordering(ops, site.logits, "given")
-        return splits.antithetic(ops, site, splits.tree(site.categories), order, noise["u"])
-
-    def alternative(self, ops: Ops, site: Site, draw: Draw, index: Array) -> Array:
-        return encoded(ops, site.family, draw.extra["z_tilde"], site.logits)
-
-    def local(self, ops: Ops, site: Site, draw: Draw, costs: Costs, kept: Kept) -> Local:
-        return splits.disarm(ops, site, splits.tree(site.categories), draw, costs)
+    @staticmethod
+    def divide(categories: int) -> splits.Splits:
+        return splits.tree(categories)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from ..core import relaxation
 from ..core.estimator import Array, Draw, Ops, Site
-from ..core.families import BERNOULLI
-from .relaxed_value import Temperature, Tempered, finite, hard, with_slope
+from ..core.families import BERNOULLI, finite
+from .relaxed_value import Temperature, Tempered, hard, with_slope
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..core.estimator import Array, Draw, Ops, Site
-from ..core.families import BERNOULLI
-from .relaxed_value import Temperature, Tempered, finite, hard, with_slope
+from ..core.families import BERNOULLI, finite
+from .relaxed_value import Temperature, Tempered, hard, with_slope
 
 
 @dataclass(frozen=True, eq=False, repr=False)

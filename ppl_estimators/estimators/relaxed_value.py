@@ -55,11 +55,6 @@ class Tempered(RelaxedValue):
         return Local(ops.zeros_like(costs.value), state={k: n + 1 for k, n in kept.state.items()})
 
 
-def finite(ops: Ops, a: Array) -> Array:
-    """Logits without −inf: a category of probability zero stays one, and 0 · (−inf) is no nan."""
-    return ops.where(a < -1e30, ops.like(-1e30, a), a)
-
-
 def hard(ops: Ops, site: Site, noise: Mapping[str, Array]) -> Array:
     """The discrete draw, 0 or 1, that the noise gives."""
     return ops.stop_gradient(threshold(ops, site.family, site.logits, noise["u"]))

@@ -289,7 +289,8 @@ class _Laws:
             return np.eye(base.event_shape[-1])
         if not base.has_enumerate_support:
             return None
-        return np.asarray(base.enumerate_support(expand=False)).reshape(-1, *base.event_shape)
+        with jax.ensure_compile_time_eval():  # the same in a loop that is traced
+            return np.asarray(base.enumerate_support(expand=False)).reshape(-1, *base.event_shape)
 
     def sampled(self, values: np.ndarray, fn: Any) -> Array:
         return jnp.asarray(values, sampled_dtype(fn))

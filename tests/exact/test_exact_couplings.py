@@ -36,7 +36,7 @@ from ppl_estimators.core import splits
 from ppl_estimators.core.families import BERNOULLI, CATEGORICAL, ONEHOT
 from ppl_estimators.core.keep import Kept
 from ppl_estimators.core.site import Costs, Draw, Local, Site
-from ppl_estimators.core.splits import antithetic, ordering
+from ppl_estimators.core.splits import ordering
 from ppl_estimators.numpyro.ops import OPS as JAX
 from ppl_estimators.pyro.ops import OPS as TORCH
 
@@ -474,9 +474,7 @@ def test_variance_of_coupled_importance_in_closed_form():
 def test_coupled_importance_in_another_order_is_biased():
     @dataclass(frozen=True, eq=False, repr=False)
     class Descending(CoupledImportance):
-        def draw(self, ops, site, noise):
-            sticks = splits.sticks(site.categories)
-            return antithetic(ops, site, sticks, ordering(ops, site.logits, "descending"), noise["u"])
+        order = "descending"
 
     a = np.array([[1.6, -0.6, 0.3, -1.4]])
     p = sigmoid(splits.split_logits(JAX, splits.sticks(4), jnp.sort(a[0])[::-1]))
