@@ -105,6 +105,10 @@ DISTRIBUTIONS = {
     "Categorical": lambda lib: lib.dist.Categorical(logits=lib.array([0.3, -0.2, 0.1])),
     "OneHot": lambda lib: lib.one_hot(lib.array([0.3, -0.2, 0.1])),
     "Poisson": lambda lib: lib.dist.Poisson(lib.array(2.0)),
+    "Mixture": lambda lib: lib.dist.MixtureSameFamily(
+        lib.dist.Categorical(logits=lib.array([0.3, -0.2])), lib.dist.Normal(lib.array([0.0, 2.0]), 1.0)
+    ),
+    "Relaxed": lambda lib: lib.dist.RelaxedBernoulli(lib.array(0.7), logits=lib.array(0.3)),
 }
 
 UNSUITABLE = [
@@ -127,6 +131,8 @@ UNSUITABLE = [
     ("Bernoulli", ControlVariate(abs, abs), 2, r"ControlVariate estimates its coefficient .* got num_particles=2"),
     ("Normal", ControlVariate(abs, abs), 4, r"num_particles=4, and a slope .* no variance\. Pass num_particles=5 or"),
     ("Normal", DeltaMethod(), 4, r"num_particles=4, and a slope .* no variance\. Pass num_particles=5 or more"),
+    ("Mixture", Reinforce(Learned()), 1, r"Learned\(\) sees the parameters .* shows none\. Pass .* Learned\(inputs="),
+    ("Relaxed", Reinforce(OptimalConstant()), 2, r"OptimalConstant needs the score in .* Use LeaveOneOut\(\) or"),
 ]
 
 

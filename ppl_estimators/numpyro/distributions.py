@@ -52,10 +52,15 @@ class _Distributions(distributions.Distributions):
         if not found or type(base).arg_constraints.keys() != found.keys() | counts.keys():
             return None
 
-        def total(p: dict[str, Array]) -> Array:
-            return jnp.sum(type(base)(**p, **counts, validate_args=False).log_prob(value))
+        def again(p: dict[str, Array]) -> dist.Distribution:
+            return type(base)(**p, **counts, validate_args=False)
 
-        return list(jax.grad(total)(jax.lax.stop_gradient(found)).values())
+        try:
+            again(found)
+        except (TypeError, ValueError):  # it takes what its arg_constraints do not name, or not all of that at once
+            return None
+        slopes = jax.grad(lambda p: jnp.sum(again(p).log_prob(value)))
+        return list(slopes(jax.lax.stop_gradient(found)).values())
 
 
 _KNOWN = _Distributions()

@@ -41,7 +41,11 @@ class _Distributions(distributions.Distributions):
         if not found or not found.keys() <= known.keys():
             return None
         with torch.enable_grad():
-            total = type(base)(**found, validate_args=False).log_prob(value.detach()).sum()
+            try:
+                again = type(base)(**found, validate_args=False)
+            except (TypeError, ValueError):  # it takes what its arg_constraints do not name, or not all of that at once
+                return None
+            total = again.log_prob(value.detach()).sum()
             return torch.autograd.grad(total, [x for k, x in found.items() if not known[k].is_discrete])
 
 

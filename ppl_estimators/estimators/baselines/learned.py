@@ -56,6 +56,13 @@ class Learned(Baseline):
             width = math.prod(given["inputs"].shape[site.nesting :])
         else:
             width = sum(site.feature_count(p) for p in site.parameters)
+            if not width:
+                raise site_error(
+                    site.name,
+                    f"Learned() sees the parameters of the distribution, and {site.distribution} shows none",
+                    "Pass what it is to see, Learned(inputs=lambda *args: ...) of the guide's arguments, or use "
+                    "MovingAverage().",
+                )
         return Keeps(networks={"baseline": Network(width, self.hidden, self.network)})
 
     def predict(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Array:
