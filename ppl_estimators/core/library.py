@@ -71,8 +71,8 @@ class Library(Protocol):
         """The program turned round: the model draws all its sites, observed ones too, and the guide is run on that. In
         the traces the model is the guide, and the guide the model."""
 
-    def given(self, msg: Message, estimator: Estimator) -> Values:
-        """The arrays that the spec of a site brings along in this run, ``estimator`` if it is named nowhere."""
+    def given(self, msg: Message, asked: Estimator) -> Values:
+        """The arrays that the spec of a site brings along, as this run of the guide made it."""
 
     def terms(
         self, traces: Any, plan: Plan, relaxed: frozenset[str], *, only: frozenset[str] | None = None,

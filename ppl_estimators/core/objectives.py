@@ -177,6 +177,19 @@ def check_dreams(guide: Callable[..., Any]) -> None:
         )
 
 
+def turned(
+    model: Callable[..., Any], guide: Callable[..., Any], dreaming: Callable[..., Any]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A program whose guide is the model, all its sites drawn, and whose model is the guide, which is called with
+    ``observations`` besides; ``dreaming`` a model notes these."""
+    observations: dict[str, Array] = {}
+
+    def told(*args: Any, **kwargs: Any) -> Any:
+        return guide(*args, **{**kwargs, "observations": observations})
+
+    return told, dreaming(model, observations)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class KLAnnealed(Additive):
     """The ELBO with a weight on its KL part: E_q[log p(x | z) + β (log p(z) − log q(z))].

@@ -135,6 +135,11 @@ class Settings:
         key = match(self.mapping, name)
         return requested if key is None else self.mapping[key]
 
+    def sums(self, name: str) -> bool:
+        """Is a site that only the model has to be summed out, though no mark says so?"""
+        asked = self.asked(name, None)
+        return asked is not None and asked.sums
+
     def alone(self, site: Site) -> Estimator:
         """The estimator of a site that no plan knows."""
         asked = self.asked(site.name, site.requested)

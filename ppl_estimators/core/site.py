@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 from . import families
@@ -127,6 +128,14 @@ class Site:
     def subsampling(self) -> float:
         """N/B: how much more than its own cost an element of the site's minibatch counts for."""
         return math.prod(p.scale for p in self.plates)
+
+    def arrays(self, ops: Ops, scale: Any) -> dict[str, Any]:
+        """What differs between particles; ``scale`` with an axis for each of the batch's, if it is no number."""
+        rank = len(self.batch_shape)
+        if not isinstance(scale, Real) and scale.ndim < rank:
+            scale = ops.reshape(scale, (*(1,) * (rank - scale.ndim), *scale.shape))
+        names = ("logits", "named", "log_q", "score_norm")
+        return {"scale": scale, **{name: getattr(self, name) for name in names}}
 
     # ---- shapes -------------------------------------------------------------------------------------------------
 

@@ -266,7 +266,8 @@ class Step:
                 extra |= estimator.measured(value, msg["fn"])
             if extra:
                 run.draws[name] = Draw(draw.value, {**draw.extra, **extra})
-            found[name] = given = library.given(msg, estimator)
+            asked = self.settings.asked(name, library.requested(msg)) or estimator
+            found[name] = given = library.given(msg, asked)
             like = next(x for x in (site.logits, site.log_q, value) if x is not None)
             run.kept[name] = library.keep(site, estimator, given, like)
         return found

@@ -16,16 +16,15 @@ from numpyro.distributions.util import scale_and_mask
 from numpyro.handlers import substitute
 
 from ..core import averaging
-from ..core.credit import Graph
-from ..core.enumeration import Unplaced, check_objective
+from ..core.enumeration import Unplaced
 from ..core.errors import EstimatorError, site_error
 from ..core.estimator import Estimator, Noise
 from ..core.families import RELAXABLE
 from ..core.keep import Keeps, Kept
 from ..core.library import Joined, Run, Values
-from ..core.objectives import NAME, check_dreams
+from ..core.objectives import NAME, check_dreams, turned
 from ..core.ops import Ops
-from ..core.plan import Group, Plan, Settings, check_keys, make_plan
+from ..core.plan import Group, Plan, Settings
 from ..core.posterior import Tables, Uniform
 from ..core.site import Site, Term
 from ..core.verify import Key, not_the_same, run_again, warn_of_cuts
@@ -37,6 +36,7 @@ from .memory import Memory, kinds_of
 from .ops import OPS
 from .randomness import Randomness
 from .run import (
+    Dreaming,
     Keys,
     Message,
     Program,
@@ -49,7 +49,6 @@ from .run import (
     survey,
     tables_of,
     terms_of,
-    turned,
     view,
 )
 
@@ -101,20 +100,13 @@ class NumPyroLibrary:
             self.shapes = plain_shapes(self.program, Keys(self.key))
             found = survey(self.program, Keys(self.key), self._layout)
         self.dtypes = found.dtypes
-        in_model = found.in_model
-        check_keys(self.settings.mapping, list(found.sites), "EstimatorELBO", in_model)
-        for hooked in {id(h): h for s in found.sites.values() if (h := s.declared) is not None}.values():
-            check_keys(hooked.estimators, list(found.sites), "with_estimators", in_model)
-        sites = found.sites
-        check_objective(self.settings.objective, found.terms, in_model)
-        graph = Graph(found.ancestors, {n: s.plates for n, s in sites.items()}, found.steps)
-        plan = make_plan(
-            list(found.sites.values()),
-            found.terms,
-            graph,
-            self.settings,
-            branches=frozenset() if found.followed else frozenset(sites),
-        )
+        if self.settings.average_model and not found.followed:
+            raise EstimatorError(
+                "EstimatorELBO(average_model=True) under jax.disable_jit(): values are plain numbers there, on which a "
+                "program may decide what it does, so that other values may have other costs. Leave average_model=False "
+                "there, or jax.disable_jit() out."
+            )
+        plan = found.structure.plan(self.settings, self.settings.mapping)
         going_forward = forward(self.program.params)
         for name, operation in found.stuck.items():
             estimator = plan.estimators[name]
@@ -122,19 +114,11 @@ class NumPyroLibrary:
             if moves or estimator.relaxations(plan.sites[name]).count:
                 raise without_derivative(name, type(estimator).__name__, operation)
         if needing := plan.differentiated if self.settings.objective.moves else []:
-            cuts = found.cuts(frozenset(n for n in needing if sites[n].family in RELAXABLE))
+            cuts = found.cuts(frozenset(n for n in needing if plan.sites[n].family in RELAXABLE))
             warn_of_cuts(self.settings, plan, {n: t for n in needing for t, there in cuts.items() if n in there})
         if plan.reruns and not found.again():  # particles share one tracing
             names = run_again(self, plan)
             raise not_the_same(self, plan, names, names)
-        if self.settings.average_model:
-            if not found.followed:
-                raise EstimatorError(
-                    "EstimatorELBO(average_model=True) under jax.disable_jit(): values are plain numbers there, on "
-                    "which a program may decide what it does, so that other values may have other costs. Leave "
-                    "average_model=False there, or jax.disable_jit() out."
-                )
-            averaging.check(plan)
         return plan
 
     # ---- one run ------------------------------------------------------------------------------------------------
@@ -167,7 +151,7 @@ class NumPyroLibrary:
         """Where the values of enumerated sites go in a run, if the program has some."""
         if self.shapes is None:
             return None
-        return Layout(self.shapes, lambda n: (named := self.settings.asked(n, None)) is not None and named.sums)
+        return Layout(self.shapes, self.settings.sums)
 
     def dream(self, source: Keys) -> Traces:
         program = self.program
@@ -177,11 +161,10 @@ class NumPyroLibrary:
             name, key = f"dreamt {msg['name']}", msg["kwargs"]["rng_key"]
             return jax.lax.stop_gradient(self.randomness.value(name, msg["fn"], key, msg.get("step"))[0])
 
-        model, guide = turned(program.model, program.guide)
+        model, guide = turned(program.model, program.guide, Dreaming)
         return execute(program._replace(model=model, guide=guide), Keys(key_of(source.key, "turned")), draw=draw)
 
-    def given(self, msg: Message, estimator: Estimator) -> Values:
-        asked = self.settings.asked(msg["name"], self.requested(msg)) or estimator  # as this run of the guide made it
+    def given(self, msg: Message, asked: Estimator) -> Values:
         inside = "given" in msg and asked is self.requested(msg)  # in each step of a scan
         return msg["given"] if inside else asked.given(self.program.args, self.program.kwargs)
 
@@ -189,8 +172,7 @@ class NumPyroLibrary:
         self, traces: Traces, plan: Plan, relaxed: frozenset[str], *, only: frozenset[str] | None = None,
         first: bool = False,
     ) -> list[Term]:  # fmt: skip
-        terms = terms_of(traces, plan.depends_on, relaxed, plan.hard)
-        return terms if only is None else [t for t in terms if t.depends_on & only]
+        return terms_of(traces, plan.depends_on, relaxed, plan.hard, only)
 
     def tables(self, traces: Traces) -> Tables:
         return tables_of(traces)
@@ -332,14 +314,7 @@ class NumPyroLibrary:
         return score_norm(site, msg["fn"], value)
 
     def arrays(self, site: Site) -> dict[str, Any]:
-        scale = jnp.asarray(site.scale, dtype=float)
-        return {
-            "logits": site.logits,
-            "named": site.named,
-            "log_q": site.log_q,
-            "score_norm": site.score_norm,
-            "scale": jnp.reshape(scale, (*(1,) * (len(site.batch_shape) - scale.ndim), *scale.shape)),
-        }
+        return site.arrays(OPS, jnp.asarray(site.scale, dtype=float))
 
     def zero(self, site: Site | None = None) -> Array:
         return jnp.zeros(site.plate_shape if site is not None else ())

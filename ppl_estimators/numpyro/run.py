@@ -28,6 +28,8 @@ from ..core.enumeration import Enumeration, Unplaced, marked, missing, warn_of_m
 from ..core.errors import EstimatorError, site_error, warn
 from ..core.posterior import Tables
 from ..core.site import Plate, Site, Term, Window
+from ..core.structure import Structure
+from ..core.terms import LogProbs
 from .dependencies import COUNTED, HANDED_OVER, dependencies, mark, same
 from .distributions import (
     cost_log_prob,
@@ -342,7 +344,7 @@ def within(msg: Message, wrapped: Callable[[Any], Any]) -> None:
         msg["args"] = (wrapped(first), *rest)
 
 
-class _Dreaming(Messenger):
+class Dreaming(Messenger):
     """Has observed sites drawn, and takes note of their values."""
 
     def __init__(self, fn: Callable[..., Any], observations: dict[str, Array]):
@@ -351,7 +353,7 @@ class _Dreaming(Messenger):
 
     def process_message(self, msg: Message) -> None:
         if msg["type"] == "control_flow":  # no handler reaches inside
-            within(msg, lambda fn: _Dreaming(fn, {}))
+            within(msg, lambda fn: Dreaming(fn, {}))
         if msg["type"] != "sample":
             return
         msg["infer"] = {**msg["infer"], "enumerate": None}
@@ -361,16 +363,6 @@ class _Dreaming(Messenger):
     def postprocess_message(self, msg: Message) -> None:
         if msg["type"] == "sample" and msg["infer"].get("was_observed"):
             self.observations[msg["name"]] = msg["value"]
-
-
-def turned(model: Callable[..., Any], guide: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """A program whose guide is the model, all its sites drawn, and whose model is the guide, which is called with
-    ``observations`` besides."""
-    observations: dict[str, Array] = {}
-    return (
-        lambda *args, **kwargs: guide(*args, **{**kwargs, "observations": observations}),
-        _Dreaming(model, observations),
-    )
 
 
 def _flow(msg: Message) -> tuple[int, bool] | None:
@@ -510,70 +502,67 @@ def terms_of(
     depends_on: Mapping[tuple[str, str], frozenset[str]] | None = None,
     relaxed: frozenset[str] = frozenset(),
     hard: frozenset[str] = frozenset(),
+    only: frozenset[str] | None = None,
 ) -> list[Term]:
     """Every cost term, scaled and masked: log p of the model's sites, then -log q of the guide's.
 
     ``relaxed`` names the latent sites whose values are relaxed, or carry a gradient that a discrete log probability
-    would drop; ``hard`` those whose -log q is differentiated in the value only.
+    would drop; ``hard`` those whose -log q is differentiated in the value only; ``only`` restricts to terms that
+    depend on one of these sites.
     """
-    terms, everything = [], frozenset(traces.latents())  # of a term that is not in ``depends_on``
-    values = traces.values
-    of_blocks: dict[str, Array] = {}
-    for side, sign, record in (("model", 1, traces.model), ("guide", -1, traces.guide)):
-        for name, msg in record.items():
-            if msg["type"] == "sample":
-                term = name if values is None else values.term(side, name)
-                fn = jax.lax.stop_gradient(msg["fn"]) if side == "guide" and name in hard else msg["fn"]
-                try:
-                    log_p = (
-                        relaxed_log_prob(name, side, fn, msg["value"]) if name in relaxed else _log_p({**msg, "fn": fn})
-                    )
-                    if side == "model" and values is not None and term in values.blocks:
-                        of_blocks[name] = log_p
-                        if name != values.blocks[term].members[-1]:
-                            continue
-                        log_p = values.total(OPS, term, of_blocks)
-                    else:
-                        log_p = scale_and_mask(log_p, msg["scale"])
-                except EstimatorError:
-                    raise
-                except (ValueError, TypeError, ArithmeticError) as error:
-                    raise _no_log_prob(name, side, record, error) from error
-                deps = frozenset() if depends_on is None else depends_on.get((side, term), everything)
-                value = log_p if sign > 0 else -log_p
-                found = Term(side, term, value, traces.plates(side, term), deps)
-                terms.append(found if values is None else values.weighted(OPS, found, partial(_log_q, traces.guide)))
-    return terms
+    otherwise = frozenset() if depends_on is None else frozenset(traces.latents())
+    return _LogProbs(traces, relaxed, hard).terms(depends_on or {}, otherwise, only)
 
 
 def tables_of(traces: Traces) -> Tables:
     """What the posterior of enumerated values is made of."""
-    drawn = {n: (m["value"], m["fn"].event_dim) for n, m in traces.latents().items()}
-    if traces.values is None:
-        return Tables({}, {}, {}, drawn)
-    enumerated = {n: m for n, m in traces.guide.items() if is_enumerated(m)}
-    factors = {n: traces.model[n] for n in traces.values.inside}
-    log_p = {n: _log_p(m) for n, m in factors.items()}
-    both = {**enumerated, **{n: m for n, m in factors.items() if is_summed(m)}}
-    values = {n: support(m["fn"]) for n, m in both.items()}
-    return Tables(log_p, {n: _log_q(traces.guide, n) for n in enumerated}, values, drawn)
+    return _LogProbs(traces).tables()
 
 
-def _log_p(msg: Message) -> Array:
-    """Not scaled, and masked, unless the site is summed out: then its probabilities sum to one."""
-    parts = [
-        log_p_of_all(m["fn"], m["value"], m["enumerated"], masked=not is_summed(m))
-        if is_enumerated(m)
-        else cost_log_prob(m["fn"], m["value"], m["intermediates"])
-        for m in steps_of(msg)
-    ]
-    return in_turn(parts, "time" in msg and msg["time"].reverse)
+@dataclass(frozen=True)
+class _LogProbs(LogProbs):
+    """See `terms_of`."""
 
+    traces: Traces
+    relaxed: frozenset[str] = frozenset()
+    hard: frozenset[str] = frozenset()
 
-def _log_q(guide: Mapping[str, Message], name: str) -> Array:
-    msg = guide[name]
-    parts = [log_p_of_all(m["fn"], m["value"], m["enumerated"]) for m in steps_of(msg)]
-    return in_turn(parts, "time" in msg and msg["time"].reverse)
+    ops = OPS
+
+    def log_prob(self, side: str, name: str, msg: Message) -> Array:
+        fn = jax.lax.stop_gradient(msg["fn"]) if side == "guide" and name in self.hard else msg["fn"]
+        if name in self.relaxed:
+            return relaxed_log_prob(name, side, fn, msg["value"])
+        parts = [
+            log_p_of_all(m["fn"], m["value"], m["enumerated"], masked=not is_summed(m))
+            if is_enumerated(m)
+            else cost_log_prob(m["fn"], m["value"], m["intermediates"])
+            for m in steps_of({**msg, "fn": fn})
+        ]
+        return in_turn(parts, "time" in msg and msg["time"].reverse)
+
+    def factor(self, msg: Message, log_p: Array) -> Array:
+        return log_p  # masked already
+
+    def scaled(self, msg: Message, log_p: Array) -> Array:
+        return scale_and_mask(log_p, msg["scale"])
+
+    def failed(self, side: str, name: str, record: Mapping[str, Message], error: Exception) -> None:
+        if not isinstance(error, (ValueError, TypeError, ArithmeticError)):
+            return
+        said = str(error).strip().split("\n")[0].rstrip(".")
+        raise EstimatorError(
+            f"site '{name}': its log probability in the {side} fails ({type(error).__name__}: {said}). Compare the "
+            f"shapes of its distribution and its value:\n{format_shapes(record, title=f'Shapes of the {side}:')}"
+        ) from error
+
+    def log_q(self, name: str) -> Array:
+        msg = self.traces.guide[name]
+        parts = [log_p_of_all(m["fn"], m["value"], m["enumerated"]) for m in steps_of(msg)]
+        return in_turn(parts, "time" in msg and msg["time"].reverse)
+
+    def support(self, msg: Message) -> Array | None:
+        return support(msg["fn"]) if is_enumerated(msg) else None
 
 
 def _order(term: Term, traces: Traces) -> tuple[str, Scan] | None:
@@ -627,14 +616,6 @@ def _common(scans: Iterable[Scan | None]) -> Scan | None:
     return None if others else first
 
 
-def _no_log_prob(name: str, side: str, record: Mapping[str, Message], error: Exception) -> EstimatorError:
-    said = str(error).strip().split("\n")[0].rstrip(".")
-    return EstimatorError(
-        f"site '{name}': its log probability in the {side} fails ({type(error).__name__}: {said}). Compare the shapes "
-        f"of its distribution and its value:\n{format_shapes(record, title=f'Shapes of the {side}:')}"
-    )
-
-
 def _scaled_plates(msg: Message, traces: Traces) -> frozenset[Plate]:
     plates = set()
     for f in msg["cond_indep_stack"]:
@@ -656,29 +637,24 @@ class Survey:
     """The structure of a program: which latent sites and cost terms there are, and who depends on whom. It holds shapes
     and no arrays, so that nothing of a trace outlives it.
 
-    ``ancestors``: of each latent site, the sites that its value depends on. ``dtypes``: what their samplers return.
-    ``stuck``: see `dependencies.Found`. ``steps``: see `credit.Steps`, by side and site. ``followed``: false where
-    values are concrete and cannot be followed (`jax.disable_jit`); then everything depends on all that was drawn before
-    it. ``again``: whether the program is the same when it is traced again. ``in_model``: the sites of the model.
+    ``dtypes``: what the sites' samplers return. ``stuck``: see `dependencies.Found`. ``followed``: false where values
+    are concrete and cannot be followed (`jax.disable_jit`); then everything depends on all that was drawn before it,
+    and any value may have decided something. ``again``: whether the program is the same when it is traced again.
     ``cuts``: of each cost term, the sites whose value it depends on and has no derivative in, though parameters move
     it, if the sites that are named take relaxed values.
     """
 
-    sites: dict[str, Site]
-    terms: tuple[Term, ...]
-    ancestors: dict[str, frozenset[str]]
+    structure: Structure
     dtypes: dict[str, Any]
     stuck: dict[str, str]
-    steps: dict[tuple[str, str], Steps]
     followed: bool
     again: Callable[[], bool]
-    in_model: Sequence[str]
     cuts: Callable[[frozenset[str]], dict[tuple[str, str], frozenset[str]]]
 
     @property
     def depends_on(self) -> dict[tuple[str, str], frozenset[str]]:
         """Of each cost term, by side and site."""
-        return {(t.side, t.site): t.depends_on for t in self.terms}
+        return {(t.side, t.site): t.depends_on for t in self.structure.terms}
 
 
 def plain_shapes(program: Program, keys: Keys) -> dict[tuple[str, str], tuple[int, ...]]:
@@ -786,18 +762,16 @@ def survey(program: Program, keys: Keys, layout: Callable[[], Layout | None]) ->
         warn(f"site '{name}': {fact}")
     leading = {_PARAMETERS, *(n for n, s in seen["sites"].items() if s.reparameterised)}
     drawn = frozenset(seen["sites"])
-    return Survey(
-        {n: replace(s, support_moves=any(d & leading for d in of_ends[n])) for n, s in seen["sites"].items()},
-        tuple(replace(t, depends_on=deps & drawn) for t, deps in zip(seen["terms"], of_terms, strict=True)),
+    structure = Structure(
+        [replace(s, support_moves=any(d & leading for d in of_ends[n])) for n, s in seen["sites"].items()],
+        [replace(t, depends_on=deps & drawn) for t, deps in zip(seen["terms"], of_terms, strict=True)],
         {n: deps & drawn - {n} for n, deps in of_values.items()},
-        seen["dtypes"],
-        {n: operation for n, operation in stuck.items() if n in drawn},
-        steps,
-        followed,
-        again,
         seen["model"],
-        cuts,
+        frozenset() if followed else drawn,
+        steps,
     )
+    stuck = {n: operation for n, operation in stuck.items() if n in drawn}
+    return Survey(structure, seen["dtypes"], stuck, followed, again, cuts)
 
 
 def _in_order(order: Sequence[str], sites: Mapping[str, Site], terms: Sequence[Term]) -> tuple[Any, Any, Any]:

@@ -93,8 +93,8 @@ class _Known(weakref.ref[torch.Tensor]):
 
 
 class _Kept:
-    """The same of a tensor from before the run, or a parameter: no weak reference, with which `torch.utils.swap_tensors`
-    refuses a tensor. One that was swapped is another."""
+    """The same of a tensor from before the run, or a parameter: no weak reference, with which a tensor is refused by
+    `torch.utils.swap_tensors`. One that was swapped is another."""
 
     __slots__ = ("content", "deps", "version", "x")
     deps: Sites

@@ -19,16 +19,17 @@ from torch.utils._pytree import tree_map
 
 from ..core import averaging
 from ..core.credit import Graph
-from ..core.enumeration import Unplaced, check_objective, warn_of_minibatches
+from ..core.enumeration import Unplaced, warn_of_minibatches
 from ..core.errors import site_error, warn
 from ..core.estimator import Estimator, Noise
 from ..core.keep import Keeps, Kept
 from ..core.library import Joined, Run, Values
-from ..core.objectives import NAME, check_dreams
+from ..core.objectives import NAME, check_dreams, turned
 from ..core.ops import Ops
-from ..core.plan import Group, Plan, Settings, check_keys, make_plan
+from ..core.plan import Group, Plan, Settings
 from ..core.posterior import Tables, Uniform
 from ..core.site import Plate, Site, Term
+from ..core.structure import Structure
 from ..core.verify import BUDGET, Found, Key, cost_of, cut, equal, look, not_the_same, run_again, warn_of_cuts
 from ..policy import requested
 from .baseline import from_baseline
@@ -41,7 +42,7 @@ from .memory import Memory, code_of, kind_of, shape_of
 from .ops import OPS
 from .particles import Particles, moved
 from .randomness import Randomness, SideBySide, Stream
-from .run import Message, Traces, dependencies, execute, plates_of, tables_of, terms_of, traced, turned, view
+from .run import Dreaming, Message, Traces, dependencies, execute, plates_of, tables_of, terms_of, traced, view
 
 Array = torch.Tensor
 _ALTERNATIVES = "_counterfactual_values"
@@ -173,25 +174,21 @@ class PyroLibrary:
         return behind
 
     def _made(self, traces: Traces, follow: Provenance, settings: Settings | None = None) -> Plan:
-        settings, latents = settings or self.settings, traces.latents()
+        latents = traces.latents()
         behind = self._behind(traces)
-        depends_on = {k: follow.names(d) for k, d in behind.items()}
-        sites = [replace(view(m), requested=self.requested(m)) for m in latents.values()]
         self.memory.seen |= latents.keys()
-        others = [*(self.memory.seen - latents.keys()), *traces.model]  # of other structures; observed in this one
-        check_keys(self.settings.mapping, list(latents), "EstimatorELBO", others)
-        for hooked in {id(h): h for s in sites if (h := s.declared) is not None}.values():
-            check_keys(hooked.estimators, list(latents), "with_estimators", others)
-        terms = [Term(side, n, None, traces.plates(side, n), d) for (side, n), d in depends_on.items()]
         bits = {n: 1 << i for i, n in enumerate(follow.order)}
-        ancestors = {n: follow.names(behind["guide", n] & ~bits.get(n, 0)) for n in latents}
-        graph = Graph(ancestors, {s.name: s.plates for s in sites})
-        check_objective(settings.objective, terms, traces.model)
+        found = Structure(
+            [replace(view(m), requested=self.requested(m)) for m in latents.values()],
+            [Term(*k, None, traces.plates(*k), follow.names(d)) for k, d in behind.items()],
+            {n: follow.names(behind["guide", n] & ~bits.get(n, 0)) for n in latents},
+            list(traces.model),
+            follow.names(follow.control),
+        )
         if traces.values is not None:
             warn_of_minibatches(traces.values)
-        plan = make_plan(sites, terms, graph, settings, branches=follow.names(follow.control))
-        if settings.average_model:
-            averaging.check(plan)
+        others = list(self.memory.seen - latents.keys())  # of other structures
+        plan = found.plan(settings or self.settings, self.settings.mapping, others)
         if is_validation_enabled():
             check_model_guide_match(traced(traces.model), traced(traces.guide), self.max_plate_nesting)
         # arrays of this run are not wanted: only facts
@@ -278,7 +275,7 @@ class PyroLibrary:
         if self.program not in self.memory.enumerating:
             return None
         nesting = int(self.max_plate_nesting) if wide is None else -wide.dim
-        return Layout(nesting, lambda name: (named := self.settings.asked(name, None)) is not None and named.sums)
+        return Layout(nesting, self.settings.sums)
 
     @contextmanager
     def _once_more(self, source: Stream) -> Iterator[None]:
@@ -311,12 +308,11 @@ class PyroLibrary:
         def draw(msg: Message) -> Array:
             return self.randomness.value(f"dreamt {msg['name']}", msg["fn"], *msg["args"], **msg["kwargs"]).detach()
 
-        guide, model = turned(self.model, self.guide)
+        guide, model = turned(self.model, self.guide, lambda model, seen: Dreaming(seen)(model))
         with as_written(), Buffers.lent(source.buffers):
             return execute(guide, model, self.args, self.kwargs, draw=draw, subsamples=self.subsamples)
 
-    def given(self, msg: Message, estimator: Estimator) -> Values:
-        asked = self.settings.asked(msg["name"], self.requested(msg)) or estimator  # as this run of the guide made it
+    def given(self, msg: Message, asked: Estimator) -> Values:
         return asked.given(self.args, self.kwargs)
 
     def terms(
@@ -468,16 +464,7 @@ class PyroLibrary:
         return score_norm(site, msg["fn"], value)
 
     def arrays(self, site: Site) -> dict[str, Any]:
-        scale = site.scale
-        if isinstance(scale, torch.Tensor) and scale.ndim < len(site.batch_shape):
-            scale = scale.reshape(*(1,) * (len(site.batch_shape) - scale.ndim), *scale.shape)
-        return {
-            "logits": site.logits,
-            "named": site.named,
-            "log_q": site.log_q,
-            "score_norm": site.score_norm,
-            "scale": scale,
-        }
+        return site.arrays(OPS, site.scale)
 
     def zero(self, site: Site | None = None) -> Array:
         return self._like.new_zeros(site.plate_shape if site is not None else ())
@@ -715,6 +702,15 @@ class PyroLibrary:
         return False
 
     def moved(self, run: Run, sites: Sequence[str], pattern: int) -> dict[tuple[str, str], Array]:
+        with torch.no_grad():
+            return self._elsewhere(run, sites, pattern, run.plan.soft)
+
+    def _elsewhere(
+        self, run: Run, others: Sequence[str], pattern: int, relaxed: frozenset[str],
+        leaves: dict[str, Array] | None = None,
+    ) -> dict[Key, Array]:  # fmt: skip
+        """The cost terms where some sites take other values. ``leaves``: sites whose values there a derivative is to
+        lead to; it is filled with these."""
         latents = run.traces.latents()
 
         def draw(msg: Message) -> Array:
@@ -722,11 +718,14 @@ class PyroLibrary:
             if name not in latents:
                 return msg["fn"].sample()
             value = latents[name]["value"].detach()
-            return another(msg["fn"], value, pattern) if name in sites else value
+            if name in others:
+                value = another(msg["fn"], value, pattern)
+            if leaves is not None and name in leaves:
+                value = leaves[name] = value.clone().requires_grad_()
+            return value
 
-        with torch.no_grad():
-            traces = self.run(draw, run.source)
-            return {(t.side, t.site): t.value for t in self.terms(traces, run.plan, run.plan.soft)}
+        terms = terms_of(self.run(draw, run.source), run.plan.depends_on, relaxed)
+        return {(t.side, t.site): t.value for t in terms}
 
     def cut(self, run: Run) -> dict[str, Key]:
         plan, latents = run.plan, run.traces.latents()
@@ -745,20 +744,8 @@ class PyroLibrary:
             others: Sequence[str] = (), pattern: int = 0
         ) -> tuple[dict[Key, Array], dict[Any, frozenset[str]]]:
             """The terms where some sites take other values, and to which sites' values a derivative leads there."""
-            leaves: dict[str, Array] = {}
-
-            def draw(msg: Message) -> Array:
-                name = msg["name"]
-                if name not in latents:
-                    return msg["fn"].sample()
-                value = latents[name]["value"].detach()
-                if name in others:
-                    value = another(msg["fn"], value, pattern)
-                if name in sites:
-                    value = leaves[name] = value.clone().requires_grad_()
-                return value
-
-            found = {(t.side, t.site): t.value for t in terms_of(self.run(draw, run.source), plan.depends_on, soft)}
+            leaves = {n: latents[n]["value"] for n in sites}
+            found = self._elsewhere(run, others, pattern, soft, leaves)
             return {k: x.detach() for k, x in found.items()}, led(found, leaves)
 
         def moved(group: Sequence[str], pattern: int) -> Mapping[Key, Array]:

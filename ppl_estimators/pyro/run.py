@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from ..core.enumeration import Enumeration, Unplaced, marked, missing
 from ..core.errors import EstimatorError, site_error
 from ..core.posterior import Tables
 from ..core.site import Plate, Site, Term
+from ..core.terms import LogProbs
 from .dependencies import Provenance, Sites
 from .distributions import constant, describe, family, is_masked, log_q, relaxed_log_prob, unmasked, unwrapped
 from .enumeration import Layout, cell, countable, declared, is_enumerated, is_summed, support
@@ -213,7 +213,7 @@ def shapes(record: Mapping[str, Message], parameters: Mapping[str, Message] | No
     return table
 
 
-class _Dreaming(Messenger):
+class Dreaming(Messenger):
     """Has observed sites drawn, and takes note of their values."""
 
     def __init__(self, observations: dict[str, Array]):
@@ -231,16 +231,6 @@ class _Dreaming(Messenger):
     def _pyro_post_sample(self, msg: Message) -> None:
         if msg["infer"].get("was_observed"):
             self.observations[msg["name"]] = msg["value"]
-
-
-def turned(model: Callable[..., Any], guide: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """A program whose guide is the model, all its sites drawn, and whose model is the guide, which is called with
-    ``observations`` besides."""
-    observations: dict[str, Array] = {}
-    return (
-        lambda *args, **kwargs: guide(*args, **{**kwargs, "observations": observations}),
-        _Dreaming(observations)(model),
-    )
 
 
 def execute(
@@ -344,91 +334,69 @@ def terms_of(
     on one of these sites, terms of a branch not taken before included; ``local`` names the score sites, whose values
     no transform may invert from its cache; ``hard`` those whose -log q is differentiated in the value only.
     """
-    terms: list[Term] = []
-    values = traces.values
-    of_blocks: dict[str, Array] = {}
-    for side, record in (("model", traces.model), ("guide", traces.guide)):
-        for name, msg in record.items():
-            term = name if values is None else values.term(side, name)
-            deps = depends_on.get((side, term), only or frozenset())
-            if only is not None and not deps & only:
-                continue
-            try:
-                log_p = _log_prob(side, msg, relaxed, score_only, local, hard)
-                if side == "model" and values is not None and term in values.blocks:
-                    log_p = of_blocks[name] = msg["log_prob"] = scale_and_mask(log_p, mask=_mask(msg))
-                    if name != values.blocks[term].members[-1]:
-                        continue
-                    log_p = values.total(OPS, term, of_blocks)
-                else:
-                    log_p = msg["log_prob"] = scale_and_mask(log_p, msg["scale"], msg["mask"])
-            except EstimatorError:
-                raise
-            except Exception as error:
-                what = f"site '{name}': an error while the {side} computed its log_prob"
-                if type(error) in (ValueError, RuntimeError):
-                    raise ProgramError(f"{what}:\n{error}\n{shapes(record)}") from error
-                error.add_note(f"{what}.\n{shapes(record)}")
-                raise
-            found = Term(side, term, log_p if side == "model" else -log_p, traces.plates(side, term), deps)
-            found.one_by_one = next((f.name for f in msg["cond_indep_stack"] if _in_part(f)), None)
-            terms.append(found if values is None else values.weighted(OPS, found, partial(_log_q, traces.guide)))
-    return terms
-
-
-def _in_part(frame: Any) -> bool:
-    return frame.dim is None and frame.full_size is not None and frame.full_size != frame.size
+    found = _LogProbs(traces, relaxed, score_only, local, hard)
+    return found.terms(depends_on, only or frozenset(), only)
 
 
 def tables_of(traces: Traces) -> Tables:
     """What the posterior of enumerated values is made of."""
-    drawn = {n: (m["value"], m["fn"].event_dim) for n, m in traces.latents().items()}
-    if traces.values is None:
-        return Tables({}, {}, {}, drawn)
-    enumerated = {n: m for n, m in traces.guide.items() if is_enumerated(m)}
-    factors = {n: traces.model[n] for n in traces.values.inside}
-    nobody: frozenset[str] = frozenset()
-    log_p = {}
-    for name, msg in factors.items():
-        log_p[name] = scale_and_mask(_log_prob("model", msg, nobody, nobody, nobody, nobody), mask=_mask(msg))
-    both = {**enumerated, **{n: m for n, m in factors.items() if is_summed(m)}}
-    values = {n: support(m["fn"]) for n, m in both.items()}
-    return Tables(log_p, {n: _log_q(traces.guide, n) for n in enumerated}, values, drawn)
+    return _LogProbs(traces).tables()
 
 
-def _mask(msg: Message) -> Any:
-    """Of a factor of a sum: values that are summed over keep their probabilities, which sum to one."""
-    return None if is_summed(msg) else msg["mask"]
+@dataclass(frozen=True)
+class _LogProbs(LogProbs):
+    """See `terms_of`."""
 
+    traces: Traces
+    relaxed: frozenset[str] = frozenset()
+    score_only: frozenset[str] = frozenset()
+    local: frozenset[str] = frozenset()
+    hard: frozenset[str] = frozenset()
 
-def _log_q(guide: Mapping[str, Message], name: str) -> Array:
-    return log_q(guide[name]["fn"], guide[name]["value"])
+    ops = OPS
 
+    def log_prob(self, side: str, name: str, msg: Message) -> Array:
+        fn, value = msg["fn"], msg["value"]
+        followed = msg.pop("log_p", None)
+        log_p: Array
+        if is_summed(msg):
+            fn, followed = unmasked(fn), None
+        if side == "guide" and name in self.hard:
+            fn, followed = constant(fn), None
+        if name in self.relaxed:
+            return relaxed_log_prob(name, side, fn, value)
+        if side == "guide" and name in self.score_only and family(fn) in families.DISCRETE and not is_masked(fn):
+            log_p = msg["log_q"] = log_q(fn, value)
+            return log_p.detach()
+        if side == "guide" and name in self.local:
+            value, followed = value.clone(), None
+        log_p = fn.log_prob(value, *msg["args"], **msg["kwargs"]) if followed is None else followed
+        return log_p
 
-def _log_prob(
-    side: str,
-    msg: Message,
-    relaxed: frozenset[str],
-    score_only: frozenset[str],
-    local: frozenset[str],
-    hard: frozenset[str],
-) -> Array:
-    name, fn, value = msg["name"], msg["fn"], msg["value"]
-    followed = msg.pop("log_p", None)
-    log_p: Array
-    if is_summed(msg):
-        fn, followed = unmasked(fn), None
-    if side == "guide" and name in hard:
-        fn, followed = constant(fn), None
-    if name in relaxed:
-        return relaxed_log_prob(name, side, fn, value)
-    if side == "guide" and name in score_only and family(fn) in families.DISCRETE and not is_masked(fn):
-        log_p = msg["log_q"] = log_q(fn, value)
-        return log_p.detach()
-    if side == "guide" and name in local:
-        value, followed = value.clone(), None
-    log_p = fn.log_prob(value, *msg["args"], **msg["kwargs"]) if followed is None else followed
-    return log_p
+    def factor(self, msg: Message, log_p: Array) -> Array:
+        msg["log_prob"] = scale_and_mask(log_p, mask=None if is_summed(msg) else msg["mask"])
+        return msg["log_prob"]
+
+    def scaled(self, msg: Message, log_p: Array) -> Array:
+        msg["log_prob"] = scale_and_mask(log_p, msg["scale"], msg["mask"])
+        return msg["log_prob"]
+
+    def failed(self, side: str, name: str, record: Mapping[str, Message], error: Exception) -> None:
+        what = f"site '{name}': an error while the {side} computed its log_prob"
+        if type(error) in (ValueError, RuntimeError):
+            raise ProgramError(f"{what}:\n{error}\n{shapes(record)}") from error
+        error.add_note(f"{what}.\n{shapes(record)}")
+
+    def log_q(self, name: str) -> Array:
+        msg = self.traces.guide[name]
+        return log_q(msg["fn"], msg["value"])
+
+    def one_by_one(self, msg: Message) -> str | None:
+        frames = (f for f in msg["cond_indep_stack"] if f.dim is None)
+        return next((f.name for f in frames if f.full_size not in (None, f.size)), None)
+
+    def support(self, msg: Message) -> Array | None:
+        return support(msg["fn"]) if is_enumerated(msg) else None
 
 
 def dependencies(traces: Traces) -> dict[tuple[str, str], Sites]:

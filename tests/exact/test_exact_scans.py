@@ -108,8 +108,8 @@ def test_the_steps_that_a_step_moves(guide_reversed, model_reversed, remembers, 
     model, guide = program(guide_reversed, model_reversed, remembers, memory)
     params = jax.tree.map(jnp.asarray, START)
     run = Program(model, guide, (), {}, params, jax.random.key(1))
-    found = survey(run, Keys(jax.random.key(0)), lambda: None)
-    graph = Graph(found.ancestors, {n: s.plates for n, s in found.sites.items()}, found.steps)
+    found = survey(run, Keys(jax.random.key(0)), lambda: None).structure
+    graph = Graph(found.ancestors, {s.name: s.plates for s in found.sites}, found.steps)
     windows = {"q" if t.side == "guide" else t.site: graph.window("z", t) for t in found.terms}
     assert {n: w and (w.first, w.last) for n, w in windows.items()} == expected
     flipped = {n for n, w in windows.items() if w is not None and w.flipped}
