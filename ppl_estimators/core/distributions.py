@@ -7,7 +7,7 @@ wraps as ``base_dist``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
@@ -72,6 +72,22 @@ class Distributions:
                 if parameters is None or kind.arg_constraints.keys() == set(parameters):
                     return family
         return families.OTHER
+
+    def described(self, name: str, fn: Any, infer: Mapping[str, Any], **facts: Any) -> Site:
+        """The site's facts and arrays, without lead axes: those that both libraries tell alike, beside ``facts``."""
+        family = self.family(fn)
+        logits = self.natural_parameters(fn, family)
+        return Site(
+            name=name,
+            family=family,
+            batch_shape=tuple(fn.batch_shape),
+            event_shape=tuple(fn.event_shape),
+            logits=logits,
+            named={} if logits is None else {"logits": logits},
+            analytic=infer.get("kl") == "analytic",
+            declared=infer.get("_with_estimators"),
+            **facts,
+        )
 
     def logits(self, fn: Any, family: str) -> Array:
         """Of a family that has some, in the shape of the site."""

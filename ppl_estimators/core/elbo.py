@@ -1,13 +1,28 @@
-"""What the two `EstimatorELBO` have in common: their own arguments."""
+"""What the two `EstimatorELBO` have in common: their own arguments, and what they say of costs that went wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .errors import warn
 from .estimator import Estimator
 from .objectives import EvidenceLowerBound, Objective
 from .plan import Policy, Settings, check_mapping
+from .site import Term
+
+
+def name_of(term: Term) -> str:
+    """As a report calls it."""
+    return f"'{term.site}' ({'log p' if term.side == 'model' else '-log q'})"
+
+
+def warn_of_costs(names: Iterable[str], fix: str) -> None:
+    """Of cost terms that are not finite."""
+    warn(
+        f"site {', '.join(dict.fromkeys(names))}: the cost is not finite at this step. Running averages of the "
+        f"estimators are left as they were; look for a support mismatch, or {fix}."
+    )
 
 
 class Configured:

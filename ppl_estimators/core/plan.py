@@ -12,6 +12,7 @@ from .credit import Graph
 from .errors import EstimatorError, site_error, warn
 from .estimator import Control, Estimator, Value
 from .families import BERNOULLI, CATEGORICAL, ONEHOT, RELAXABLE
+from .keep import Hooked
 from .site import Plate, Site, Term
 from .spec import Spec
 
@@ -36,6 +37,15 @@ def check_mapping(mapping: Any, where: str) -> dict[str, Estimator]:
         if not isinstance(value, Estimator):
             raise TypeError(f"{where}: the entry for '{key}' is not an estimator: {value!r}{_hint(value)}.")
     return dict(mapping)
+
+
+def hooked(
+    estimators: Mapping[str, Estimator], name: str, infer: Mapping[str, Any], keeper: Any = None
+) -> dict[str, Any]:  # fmt: skip
+    """A site's infer, as a guide hook leaves it."""
+    key = match(estimators, name)
+    asked = infer.get("estimator") if key is None else estimators[key]
+    return {**infer, "estimator": asked, "_with_estimators": Hooked(estimators, asked, keeper)}
 
 
 def requested(name: str, infer: Mapping[str, Any]) -> Estimator | None:

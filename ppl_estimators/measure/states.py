@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from ..core.errors import EstimatorError, site_error
 from ..core.objectives import Objective
+from ..core.ops import Array, Ops
 from ..core.site import Term
 
 Minibatches = Mapping[str, Sequence[Sequence[int]]]
@@ -100,13 +101,31 @@ def largest_change(gradient: Mapping[str, np.ndarray], other: Mapping[str, np.nd
     return max((float(np.abs(g - other[n]).max()) for n, g in gradient.items() if g.size), default=0.0)
 
 
-def not_finite(term: Term, total: float, latents: Mapping[str, Any]) -> EstimatorError:
-    return site_error(
-        term.site,
-        f"its {'log p' if term.side == 'model' else '-log q'} in the {term.side} is {total} where the latents are "
-        f"{latents}",
-        "The ELBO is not finite there: widen the support, or look for a NaN in the parameters and data.",
-    )
+def check_latents(latents: Mapping[str, Any], library: str) -> None:
+    if not latents:
+        raise EstimatorError(
+            f"the guide draws no latent site, so there is nothing to estimate. Give the guide a {library}.sample(...) "
+            "statement, or pass model and guide in this order."
+        )
+
+
+def check_finite(ops: Ops, terms: Sequence[Term], latents: Mapping[str, Any]) -> None:
+    """``latents``: their messages."""
+    for term in terms:
+        if not bool(ops.all(ops.isfinite(term.value))):
+            values = {n: m["value"].tolist() for n, m in latents.items()}
+            raise site_error(
+                term.site,
+                f"its {'log p' if term.side == 'model' else '-log q'} in the {term.side} is "
+                f"{float(ops.sum(term.value))} where the latents are {values}",
+                "The ELBO is not finite there: widen the support, or look for a NaN in the parameters and data.",
+            )
+
+
+def collected(ops: Ops, objective: Objective, terms: Sequence[Term], latents: Container[str]) -> Array:
+    """What the objective has of one state, before any step."""
+    past = {k: ops.full(v.shape, v.value) for k, v in objective.keeps().state.items()}
+    return objective.collect(ops, objective.weighed(ops, terms, latents, past))
 
 
 def _power(count: Count) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from ..core.families import DISCRETE
@@ -55,11 +56,19 @@ def through_values(plan: Plan) -> list[str]:
     return [n for n, e in plan.estimators.items() if e.value.moves and plan.sites[n].family not in DISCRETE]
 
 
-#: what both adapters call with a change of a site's value: the terms' values and their derivatives along the change
-Probe = Callable[[Any], Mapping[str, tuple[float, float]]]
+#: what both adapters call with a site and a change of its value: the terms' values and their derivatives along that
+Probe = Callable[[str, Any], Mapping[str, tuple[float, float]]]
 
 
-def jumps(probe: Probe, values: Iterable[Any]) -> list[str]:
+def flat_sites(pathwise: Sequence[str] | None, latents: Mapping[str, Any], probe: Probe) -> dict[str, list[str]]:
+    """Sites whose gradient is taken through their value (those that are ``pathwise``, if this is known), and the cost
+    terms that jump in it: three values of each are tried, all other sites held."""
+    known = [n for n, m in latents.items() if (m["fn"].has_rsample if pathwise is None else n in pathwise)]
+    found = {n: jumps(partial(probe, n), range(3)) for n in known}
+    return {n: terms for n, terms in found.items() if terms}
+
+
+def jumps(probe: Callable[[Any], Mapping[str, tuple[float, float]]], values: Iterable[Any]) -> list[str]:
     """Terms that change with the value although their derivative was exactly 0 at every value."""
     seen = [probe(v) for v in values]
     found = []

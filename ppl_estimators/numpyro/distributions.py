@@ -98,26 +98,20 @@ def describe(
     name: str, fn: dist.Distribution, plates: frozenset[Plate], scale: Any, infer: dict[str, Any], value: Array = None
 ) -> Site:
     """The site's facts and arrays, without lead axes."""
-    base, kind = unwrapped(fn), family(fn)
-    logits = natural_parameters(fn, kind)
-    return Site(
-        name=name,
-        distribution=type(base).__name__.removesuffix("Logits").removesuffix("Probs"),
-        family=kind,
-        batch_shape=tuple(fn.batch_shape),
-        event_shape=tuple(fn.event_shape),
+    site = _KNOWN.described(
+        name,
+        fn,
+        infer,
+        distribution=type(unwrapped(fn)).__name__.removesuffix("Logits").removesuffix("Probs"),
         plates=plates,
         reparameterised=reparameterised(fn),
         time="_scan_current_index" in infer,
         scale=1.0 if scale is None else scale,
-        logits=logits,
-        named=named(fn) if logits is None else {"logits": logits},
         law=Law(fn),
         value=value,
         requested=requested(name, infer),
-        analytic=infer.get("kl") == "analytic",
-        declared=infer.get("_with_estimators"),
     )
+    return site if site.named else site.filled(named=named(fn))
 
 
 def still(site: Site, fn: dist.Distribution) -> Site:

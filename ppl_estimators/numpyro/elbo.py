@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.infer.elbo import Trace_ELBO
 
-from ..core.elbo import Configured
-from ..core.errors import EstimatorError, warn
+from ..core.elbo import Configured, name_of, warn_of_costs
+from ..core.errors import EstimatorError
 from ..core.estimator import Estimator
 from ..core.objectives import Objective
 from ..core.posterior import Posterior
@@ -199,15 +199,11 @@ def _report(terms: Sequence[Term], finite: Array, loss: Array) -> Array:
     runs on a bad step only.
     """
     dtype = loss.dtype  # the callback outlives the trace, and must not hold the loss
-    names = [f"'{t.site}' ({'log p' if t.side == 'model' else '-log q'})" for t in terms]
+    names = [name_of(t) for t in terms]
 
     def say(finite: Any) -> Any:
-        bad = [n for n, ok in zip(names, finite, strict=True) if not ok]
-        if bad:
-            warn(
-                f"site {', '.join(bad)}: the cost is not finite at this step. Running averages of the estimators are "
-                "left as they were; look for a support mismatch, or use stable_update.",
-            )
+        if bad := [n for n, ok in zip(names, finite, strict=True) if not ok]:
+            warn_of_costs(bad, "use stable_update")
         return np.zeros((), dtype)
 
     nothing = jax.ShapeDtypeStruct((), dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import product
 from typing import Any
 
@@ -18,16 +18,17 @@ from ..core import families
 from ..core.enumeration import Unplaced
 from ..core.errors import EstimatorError
 from ..core.ops import Ops
-from ..core.site import Term
 from ..measure.choices import rule_of
 from ..measure.states import (
     Asked,
     Count,
     Exact,
     check_budget,
+    check_finite,
+    check_latents,
+    collected,
     largest_change,
     minibatches_of,
-    not_finite,
 )
 from .distributions import family, log_q, sampled_dtype, unwrapped
 from .enumeration import Layout
@@ -129,7 +130,8 @@ class _Program:
         self.objective, self.joint, self.keys = asked.objective, asked.joint, Keys(jax.random.key(0))
         # what the guide marks is summed over here like all the rest; what only the model has is one term
         guide = _Unmarked(guide)
-        self._look_at_guide(Program(None, guide, args, kwargs, {}, jax.random.key(1)))
+        alone = Program(None, guide, args, kwargs, {}, jax.random.key(1))
+        check_latents(execute(alone, self.keys, draw=_own_draw).latents(), "numpyro")
         self.params, constraint, traces = point(model, guide, args, kwargs, params)
         self.program = Program(model, guide, args, kwargs, self.params, jax.random.key(1))
         self.shapes = plain_shapes(self.program, self.keys) if traces.values is not None else None
@@ -147,13 +149,6 @@ class _Program:
             )
         self.state = {n: v for n, v in (params or {}).items() if n not in self.params}
         self.depends_on = self._dependencies() if self.objective.keeps_score else None
-
-    def _look_at_guide(self, program: Program) -> None:
-        if not execute(program, self.keys, draw=_own_draw).latents():
-            raise EstimatorError(
-                "the guide draws no latent site, so there is nothing to estimate. Give the guide a numpyro.sample(...) "
-                "statement, or pass model and guide in this order."
-            )
 
     def _dependencies(self) -> dict[tuple[str, str], frozenset[str]]:
         program = self.program._replace(params={**self.state, **self.params})
@@ -199,10 +194,6 @@ class _Program:
         """The states of the particles in a joint one, ``each`` the number that one has."""
         return jnp.stack([state // each**i % each for i in range(self.joint)])
 
-    def weighed(self, terms: Sequence[Term], traces: Traces) -> Sequence[Term]:
-        past = {k: jnp.full(v.shape, v.value) for k, v in self.objective.keeps().state.items()}
-        return self.objective.weighed(OPS, terms, traces.latents(), past)
-
     def constrained(self, unconstrained: Mapping[str, Array]) -> dict[str, Array]:
         return {n: jax.tree.map(self.transforms[n], u) for n, u in unconstrained.items()}
 
@@ -226,10 +217,10 @@ class _Program:
                 log_weight, traces = self.run(self.constrained(u), indices, state)
                 terms = terms_of(traces, self.depends_on)
                 scale.append(self.objective.scale(terms))
-                return log_weight, self.objective.collect(OPS, self.weighed(terms, traces))
+                return log_weight, collected(OPS, self.objective, terms, traces.latents())
 
-            log_weights, collected = jax.vmap(particle)(self.particles(state % per_minibatch, each))
-            log_weight, (value, _) = log_weights.sum(), self.objective.combine(OPS, collected, scale[-1])
+            log_weights, found = jax.vmap(particle)(self.particles(state % per_minibatch, each))
+            log_weight, (value, _) = log_weights.sum(), self.objective.combine(OPS, found, scale[-1])
             return -jnp.exp(log_weight) * value / len(rows), log_weight
 
         def one(state: Array) -> Any:
@@ -257,11 +248,9 @@ class _Program:
     def explain(self, state: Array, indices: Mapping[str, Array]) -> None:
         """Raise the error that names the term which is not finite."""
         _, traces = self.run(self.params, {n: jnp.asarray(i) for n, i in indices.items()}, state)
-        values = {n: m["value"].tolist() for n, m in traces.latents().items()}
-        for term in terms_of(traces):
-            if not bool(jnp.isfinite(term.value).all()):
-                raise not_finite(term, float(jnp.sum(term.value)), values)
+        check_finite(OPS, terms_of(traces), traces.latents())
         if self.joint == 1:
+            values = {n: m["value"].tolist() for n, m in traces.latents().items()}
             raise EstimatorError(f"the ELBO is not finite where the latents are {values}.")
 
 

@@ -12,9 +12,9 @@ from numpyro.primitives import Messenger
 from ..core.errors import EstimatorError
 from ..core.estimator import Estimator
 from ..core.families import OTHER
-from ..core.keep import Hooked, Keeps
+from ..core.keep import Keeps
 from ..core.objectives import NAME, EvidenceLowerBound, Objective
-from ..core.plan import check_mapping, match
+from ..core.plan import check_mapping, hooked, match
 from ..core.site import Site
 from .distributions import describe
 from .keep import declare
@@ -97,12 +97,8 @@ class _Requests(Messenger):
         return self
 
     def process_message(self, msg: Any) -> None:
-        if msg["type"] != "sample" or msg["is_observed"]:
-            return
-        key = match(self.estimators, msg["name"])
-        requested = msg["infer"].get("estimator") if key is None else self.estimators[key]
-        hooked = Hooked(self.estimators, requested)
-        msg["infer"] = {**msg["infer"], "estimator": requested, "_with_estimators": hooked}
+        if msg["type"] == "sample" and not msg["is_observed"]:
+            msg["infer"] = hooked(self.estimators, msg["name"], msg["infer"])
 
     def postprocess_message(self, msg: Any) -> None:
         if msg["type"] == "sample" and not msg["is_observed"]:

@@ -22,7 +22,7 @@ from ..core.estimator import Estimator, Noise
 from ..core.families import RELAXABLE
 from ..core.keep import Keeps, Kept
 from ..core.library import Joined, Run, Values
-from ..core.objectives import NAME, check_dreams, turned
+from ..core.objectives import NAME, check_dreams
 from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings
 from ..core.posterior import Tables, Uniform
@@ -36,7 +36,6 @@ from .memory import Memory, kinds_of
 from .ops import OPS
 from .randomness import Randomness
 from .run import (
-    Dreaming,
     Keys,
     Message,
     Program,
@@ -49,6 +48,7 @@ from .run import (
     survey,
     tables_of,
     terms_of,
+    turned,
     view,
 )
 
@@ -161,7 +161,7 @@ class NumPyroLibrary:
             name, key = f"dreamt {msg['name']}", msg["kwargs"]["rng_key"]
             return jax.lax.stop_gradient(self.randomness.value(name, msg["fn"], key, msg.get("step"))[0])
 
-        model, guide = turned(program.model, program.guide, Dreaming)
+        model, guide = turned(program.model, program.guide)
         return execute(program._replace(model=model, guide=guide), Keys(key_of(source.key, "turned")), draw=draw)
 
     def given(self, msg: Message, asked: Estimator) -> Values:

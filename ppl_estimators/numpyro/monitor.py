@@ -19,7 +19,7 @@ from numpyro.primitives import Messenger
 
 from ..core.errors import EstimatorError
 from ..measure.gradients import check_sites, kept_by_estimators
-from ..measure.watch import Moment, Snapshot, Watcher, jumps, place, through_values
+from ..measure.watch import Moment, Snapshot, Watcher, flat_sites, place, through_values
 from .distributions import unwrapped
 from .elbo import EstimatorELBO
 from .gradients import plan_of
@@ -86,7 +86,7 @@ class _Watched:
         params = {**self.get_params(state), **(state.mutable_state or {})}
         if not _traced((params, args, kwargs)):
             state = state._replace(optim_state=self._without_constants(state, args, kwargs))
-            for site, terms in flat_sites(self.loss, self.model, self.guide, params, args, kwargs).items():
+            for site, terms in _flat_sites(self.loss, self.model, self.guide, params, args, kwargs).items():
                 self.monitor.flat(site, terms)
         return state
 
@@ -221,9 +221,8 @@ def _probed(guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return guide(*args, **kwargs)
 
 
-def flat_sites(elbo: Any, model: Any, guide: Any, params: Any, args: Any, kwargs: Any) -> dict[str, list[str]]:
-    """Sites whose gradient is taken through their value, and the cost terms that jump in it: three values of each are
-    tried, all other sites held."""
+def _flat_sites(elbo: Any, model: Any, guide: Any, params: Any, args: Any, kwargs: Any) -> dict[str, list[str]]:
+    """See `watch.flat_sites`."""
     pathwise = None
     if isinstance(elbo, EstimatorELBO):
         pathwise = through_values(plan_of(elbo, params, model, guide, args, kwargs))
@@ -241,21 +240,17 @@ def flat_sites(elbo: Any, model: Any, guide: Any, params: Any, args: Any, kwargs
         return {}
     latents = {n: m for n, m in traces.latents().items() if not isinstance(unwrapped(m["fn"]), Delta)}
     drawn = {n: m["value"] for n, m in latents.items()}
-    found = {}
-    for name in [n for n, m in latents.items() if m["fn"].has_rsample] if pathwise is None else pathwise:
 
-        def heights(value: Array, name: str = name) -> dict[str, Array]:
+    def probe(name: str, i: int) -> dict[str, tuple[float, float]]:
+        def heights(value: Array) -> dict[str, Array]:
             return {place(t): jnp.sum(t.value) for t in terms_of(run({**drawn, name: value}))}
 
-        def probe(i: int, name: str = name, heights: Any = heights) -> dict[str, tuple[float, float]]:
-            keys = jax.random.split(jax.random.fold_in(key, i))
-            value = latents[name]["fn"].sample(keys[0])
-            height, slope = jax.jvp(heights, (value,), (jax.random.normal(keys[1], value.shape, value.dtype),))
-            return {t: (float(height[t]), float(slope[t])) for t in height}
+        keys = jax.random.split(jax.random.fold_in(key, i))
+        value = latents[name]["fn"].sample(keys[0])
+        height, slope = jax.jvp(heights, (value,), (jax.random.normal(keys[1], value.shape, value.dtype),))
+        return {t: (float(height[t]), float(slope[t])) for t in height}
 
-        if terms := jumps(probe, range(3)):
-            found[name] = terms
-    return found
+    return flat_sites(pathwise, latents, probe)
 
 
 def _plain(msg: Any) -> Any:

@@ -23,6 +23,7 @@ from numpyro.ops.pytree import PytreeTrace
 from numpyro.primitives import Messenger
 from numpyro.util import format_shapes
 
+from ..core import objectives
 from ..core.credit import Steps
 from ..core.enumeration import Enumeration, Unplaced, marked, missing, warn_of_minibatches
 from ..core.errors import EstimatorError, site_error, warn
@@ -344,7 +345,7 @@ def within(msg: Message, wrapped: Callable[[Any], Any]) -> None:
         msg["args"] = (wrapped(first), *rest)
 
 
-class Dreaming(Messenger):
+class _Dreaming(Messenger):
     """Has observed sites drawn, and takes note of their values."""
 
     def __init__(self, fn: Callable[..., Any], observations: dict[str, Array]):
@@ -353,7 +354,7 @@ class Dreaming(Messenger):
 
     def process_message(self, msg: Message) -> None:
         if msg["type"] == "control_flow":  # no handler reaches inside
-            within(msg, lambda fn: Dreaming(fn, {}))
+            within(msg, lambda fn: _Dreaming(fn, {}))
         if msg["type"] != "sample":
             return
         msg["infer"] = {**msg["infer"], "enumerate": None}
@@ -363,6 +364,11 @@ class Dreaming(Messenger):
     def postprocess_message(self, msg: Message) -> None:
         if msg["type"] == "sample" and msg["infer"].get("was_observed"):
             self.observations[msg["name"]] = msg["value"]
+
+
+def turned(model: Callable[..., Any], guide: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """See `objectives.turned`."""
+    return objectives.turned(model, guide, _Dreaming)
 
 
 def _flow(msg: Message) -> tuple[int, bool] | None:

@@ -58,25 +58,18 @@ def describe(
     name: str, fn: TorchDistribution, plates: frozenset[Plate], scale: Any, infer: dict[str, Any], value: Any = None
 ) -> Site:
     """The site's facts and arrays, without lead axes."""
-    base, kind = unwrapped(fn), family(fn)
-    logits = natural_parameters(fn, kind)
-    return Site(
-        name=name,
-        distribution=type(base).__name__,
-        family=kind,
-        batch_shape=tuple(fn.batch_shape),
-        event_shape=tuple(fn.event_shape),
+    return _KNOWN.described(
+        name,
+        fn,
+        infer,
+        distribution=type(unwrapped(fn)).__name__,
         plates=plates,
         reparameterised=reparameterised(fn, value),
         support_moves=support_moves(fn, value),
         scale=scale,
-        logits=logits,
-        named={} if logits is None else {"logits": logits},
         law=Law(fn),
         value=value,
         requested=requested(name, infer),
-        analytic=infer.get("kl") == "analytic",
-        declared=infer.get("_with_estimators"),
     )
 
 

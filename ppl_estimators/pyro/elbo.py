@@ -12,8 +12,7 @@ import torch
 from pyro.infer import ELBO
 from pyro.poutine.trace_struct import Trace
 
-from ..core.elbo import Configured
-from ..core.errors import warn
+from ..core.elbo import Configured, name_of, warn_of_costs
 from ..core.estimator import Estimator
 from ..core.objectives import Objective
 from ..core.posterior import Posterior
@@ -229,13 +228,5 @@ def JitEstimatorELBO(*args: Any, compile: bool | str = True, **kwargs: Any) -> E
 
 def _report(runs: Sequence[Sequence[Term]]) -> None:
     """Warn, by name, of costs that are not finite."""
-    bad = [
-        f"'{t.site}' ({'log p' if t.side == 'model' else '-log q'})"
-        for terms in runs
-        for t in terms
-        if not torch.isfinite(t.value.detach()).all()
-    ] or ["(their sum)"]
-    warn(
-        f"site {', '.join(dict.fromkeys(bad))}: the cost is not finite at this step. Running averages of the "
-        "estimators are left as they were; look for a support mismatch, or lower the learning rate.",
-    )
+    bad = [name_of(t) for terms in runs for t in terms if not torch.isfinite(t.value.detach()).all()]
+    warn_of_costs(bad or ["(their sum)"], "lower the learning rate")

@@ -26,9 +26,11 @@ from ..measure.states import (
     Count,
     Exact,
     check_budget,
+    check_finite,
+    check_latents,
+    collected,
     largest_change,
     minibatches_of,
-    not_finite,
 )
 from .dependencies import Holdings, Provenance
 from .distributions import family, log_q, unwrapped
@@ -193,11 +195,7 @@ class _Program:
         traces = execute(
             None, self.guide, self.args, self.kwargs, draw=lambda m: m["fn"](), subsamples={}, observes=self.observes
         )
-        if not traces.latents():
-            raise EstimatorError(
-                "the guide draws no latent site, so there is nothing to estimate. Give the guide a pyro.sample(...) "
-                "statement, or pass model and guide in this order."
-            )
+        check_latents(traces.latents(), "pyro")
 
     def enumerate(self, nodes: int, batches: Mapping[str, Any]) -> tuple[float, dict[str, np.ndarray], int]:
         loss, states = 0.0, 0
@@ -236,19 +234,15 @@ class _Program:
         """What the objective has of one state."""
         everything = frozenset(traces.latents())
         terms = terms_of(traces, {**dict.fromkeys(traces.own_terms(), everything), **self.depends_on})
-        for term in terms:
-            if not bool(torch.isfinite(term.value).all()):
-                values = {n: m["value"].tolist() for n, m in traces.latents().items()}
-                raise not_finite(term, term.value.sum().item(), values)
-        past = {k: torch.full(v.shape, v.value) for k, v in self.objective.keeps().state.items()}
+        check_finite(OPS, terms, traces.latents())
         self.scale = self.objective.scale(terms)
-        return self.objective.collect(OPS, self.objective.weighed(OPS, terms, traces.latents(), past))
+        return collected(OPS, self.objective, terms, everything)
 
     def add(self, found: Sequence[tuple[Array, Array]], share: float, gradient: dict[str, Array]) -> float:
         """−weight · objective, over all tuples of states; its derivatives go into ``gradient``."""
         loss = torch.zeros(())
-        for log_weights, collected in (zip(*states, strict=True) for states in product(found, repeat=self.joint)):
-            value, _ = self.objective.combine(OPS, torch.stack(collected), self.scale)
+        for log_weights, states in (zip(*several, strict=True) for several in product(found, repeat=self.joint)):
+            value, _ = self.objective.combine(OPS, torch.stack(states), self.scale)
             loss = loss - share * torch.stack(log_weights).sum().exp() * value
         named = {n: p for n, p in pyro.get_param_store().named_parameters() if p.requires_grad and "$state." not in n}
         if loss.requires_grad and named:

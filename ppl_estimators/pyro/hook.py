@@ -10,9 +10,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 
 from ..core.estimator import Estimator
-from ..core.keep import Hooked
 from ..core.objectives import EvidenceLowerBound, Objective
-from ..core.plan import check_mapping, match
+from ..core.plan import check_mapping, hooked
 from .keep import Keeper
 
 _WHERE = "with_estimators"
@@ -82,9 +81,5 @@ class _Requests(Messenger):
         self.estimators, self.keeper = estimators, keeper
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or site_is_subsample(msg):
-            return
-        key = match(self.estimators, msg["name"])
-        requested = msg["infer"].get("estimator") if key is None else self.estimators[key]
-        hooked = Hooked(self.estimators, requested, self.keeper)
-        msg["infer"] = {**msg["infer"], "estimator": requested, "_with_estimators": hooked}
+        if not (msg["is_observed"] or site_is_subsample(msg)):
+            msg["infer"] = hooked(self.estimators, msg["name"], msg["infer"], self.keeper)

@@ -24,7 +24,7 @@ from ..core.errors import site_error, warn
 from ..core.estimator import Estimator, Noise
 from ..core.keep import Keeps, Kept
 from ..core.library import Joined, Run, Values
-from ..core.objectives import NAME, check_dreams, turned
+from ..core.objectives import NAME, check_dreams
 from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings
 from ..core.posterior import Tables, Uniform
@@ -42,7 +42,7 @@ from .memory import Memory, code_of, kind_of, shape_of
 from .ops import OPS
 from .particles import Particles, moved
 from .randomness import Randomness, SideBySide, Stream
-from .run import Dreaming, Message, Traces, dependencies, execute, plates_of, tables_of, terms_of, traced, view
+from .run import Message, Traces, dependencies, execute, plates_of, tables_of, terms_of, traced, turned, view
 
 Array = torch.Tensor
 _ALTERNATIVES = "_counterfactual_values"
@@ -308,7 +308,7 @@ class PyroLibrary:
         def draw(msg: Message) -> Array:
             return self.randomness.value(f"dreamt {msg['name']}", msg["fn"], *msg["args"], **msg["kwargs"]).detach()
 
-        guide, model = turned(self.model, self.guide, lambda model, seen: Dreaming(seen)(model))
+        guide, model = turned(self.model, self.guide)
         with as_written(), Buffers.lent(source.buffers):
             return execute(guide, model, self.args, self.kwargs, draw=draw, subsamples=self.subsamples)
 

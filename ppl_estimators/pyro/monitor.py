@@ -17,7 +17,7 @@ from torch.overrides import _get_current_function_mode
 
 from ..core.errors import EstimatorError
 from ..measure.gradients import check_sites, kept_by_estimators
-from ..measure.watch import Moment, Snapshot, Watcher, jumps, place, through_values
+from ..measure.watch import Moment, Snapshot, Watcher, flat_sites, place, through_values
 from .dependencies import StopParameters
 from .distributions import unwrapped
 from .elbo import EstimatorELBO
@@ -68,7 +68,7 @@ class _Watched:
         if not self.looked:
             self.looked = True
             check_sites(["some"], record.taken)
-            for site, terms in flat_sites(elbo, self.model, self.watched.guide, args, kwargs).items():
+            for site, terms in _flat_sites(elbo, self.model, self.watched.guide, args, kwargs).items():
                 record.monitor.flat(site, terms)
         record.close(value, record.taken)
         return loss
@@ -218,9 +218,8 @@ class _Sites(Messenger):
             msg["fn"] = self.record.visit(msg["name"], msg["fn"])
 
 
-def flat_sites(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> dict[str, list[str]]:
-    """Sites whose gradient is taken through their value, and the cost terms that jump in it: three values of each are
-    tried, all other sites held."""
+def _flat_sites(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> dict[str, list[str]]:
+    """See `watch.flat_sites`."""
     pathwise = None
     if isinstance(elbo, EstimatorELBO) and elbo.memory.last is not None:
         pathwise = through_values(elbo.memory.last)
@@ -239,18 +238,13 @@ def flat_sites(elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> dic
             return {}
         latents = {n: m for n, m in traces.latents().items() if not isinstance(unwrapped(m["fn"]), Delta)}
         drawn = {n: m["value"].detach() for n, m in latents.items()}
-        found = {}
-        for name in [n for n, m in latents.items() if m["fn"].has_rsample] if pathwise is None else pathwise:
 
-            def probe(i: int, name: str = name) -> dict[str, tuple[float, float]]:
-                value = latents[name]["fn"].sample().detach().requires_grad_()
-                terms = terms_of(run({**drawn, name: value}), {})
-                heights = {place(t): t.value.sum() for t in terms}
-                return {t: (h.item(), _slope(h, value)) for t, h in heights.items()}
+        def probe(name: str, i: int) -> dict[str, tuple[float, float]]:
+            value = latents[name]["fn"].sample().detach().requires_grad_()
+            heights = {place(t): t.value.sum() for t in terms_of(run({**drawn, name: value}), {})}
+            return {t: (h.item(), _slope(h, value)) for t, h in heights.items()}
 
-            if name in latents and (terms := jumps(probe, range(3))):
-                found[name] = terms
-    return found
+        return flat_sites(pathwise, latents, probe)
 
 
 def _slope(height: Array, value: Array) -> float:

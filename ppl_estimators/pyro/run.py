@@ -14,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 
-from ..core import families
+from ..core import families, objectives
 from ..core.enumeration import Enumeration, Unplaced, marked, missing
 from ..core.errors import EstimatorError, site_error
 from ..core.posterior import Tables
@@ -213,7 +213,7 @@ def shapes(record: Mapping[str, Message], parameters: Mapping[str, Message] | No
     return table
 
 
-class Dreaming(Messenger):
+class _Dreaming(Messenger):
     """Has observed sites drawn, and takes note of their values."""
 
     def __init__(self, observations: dict[str, Array]):
@@ -231,6 +231,11 @@ class Dreaming(Messenger):
     def _pyro_post_sample(self, msg: Message) -> None:
         if msg["infer"].get("was_observed"):
             self.observations[msg["name"]] = msg["value"]
+
+
+def turned(model: Callable[..., Any], guide: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """See `objectives.turned`."""
+    return objectives.turned(model, guide, lambda model, observations: _Dreaming(observations)(model))
 
 
 def execute(
