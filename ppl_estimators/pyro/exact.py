@@ -55,10 +55,7 @@ def exact(
     """Sum over states; the parameter store, ``.grad`` and the random state stay as they are."""
     program = _Program(model, guide, args, dict(kwargs), dict(params or {}), asked)
     with untouched(), torch.enable_grad():
-        try:
-            return program.sum()
-        finally:
-            program.point.restore()
+        return program.sum()
 
 
 class Point:
@@ -66,7 +63,7 @@ class Point:
 
     def __init__(self, params: Mapping[str, Any]):
         self.params = params
-        self.before: dict[str, tuple[Array, Array]] = {}  # what was moved, and where it was
+        self.moved: set[str] = set()
 
     def settled(self, run: Callable[[], Any]) -> Any:
         """What ``run()`` returns, with all of them in place."""
@@ -76,20 +73,19 @@ class Point:
                 return result
 
     def move(self) -> bool:
-        store, moved = pyro.get_param_store(), False
+        store, before = pyro.get_param_store(), set(self.moved)
         for name, unconstrained in store.named_parameters():
-            if name not in self.params or name in self.before:
+            if name not in self.params or name in before:
                 continue
             value = torch.as_tensor(self.params[name]).detach().to(unconstrained)
             if value.shape != store[name].shape:
                 raise EstimatorError(
                     f"params: '{name}' has shape {tuple(value.shape)}, the program's is {tuple(store[name].shape)}."
                 )
-            self.before[name] = (unconstrained, unconstrained.detach().clone())
             with torch.no_grad():
                 unconstrained.copy_(transform_to(store._constraints[name]).inv(value))
-            moved = True
-        return moved
+            self.moved.add(name)
+        return self.moved != before
 
     def check(self) -> None:
         names = set(pyro.get_param_store().keys())
@@ -99,11 +95,6 @@ class Point:
     def values(self) -> dict[str, Array]:
         store = pyro.get_param_store()
         return {n: store[n].detach().clone() for n in store.keys() if "$state." not in n}
-
-    def restore(self) -> None:
-        with torch.no_grad():
-            for unconstrained, value in self.before.values():
-                unconstrained.copy_(value)
 
 
 class _Unmarked(Messenger):

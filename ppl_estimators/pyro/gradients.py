@@ -32,12 +32,11 @@ from ..measure.gradients import (
     kept_by_estimators,
 )
 from .elbo import EstimatorELBO
+from .look import untouched
 from .memory import Memory
 from .randomness import Minibatch
 
 Array = torch.Tensor
-
-_STATE = ("$state.", "__baseline_avg_downstream_cost_")
 
 
 class Gradients(GradientDraws):
@@ -110,30 +109,13 @@ class Gradients(GradientDraws):
 
     @contextmanager
     def _apart(self, seed: int, index: int) -> Iterator[None]:
-        """A store of its own with the same tensors, a seeded generator; afterwards all is as before."""
-        store, random = pyro.get_param_store(), pyro.util.get_rng_state()
-        present = store.get_state()
-        mine = {part: {**self._extra[part], **present[part]} for part in ("params", "constraints")}
-        tensors = dict(mine["params"])
-        grads = {n: p.grad for n, p in tensors.items()}
-        changed = {n: p for n, p in tensors.items() if n in self._values or any(s in n for s in _STATE)}
-        before = {n: p.detach().clone() for n, p in changed.items()}
-        try:
-            with store.scope(mine):
-                with torch.no_grad():
-                    for name, value in self._values.items():
-                        tensors[name].copy_(value)
-                pyro.set_rng_seed(int(np.random.SeedSequence([seed, index]).generate_state(1)[0]))
-                yield
-        finally:
+        """The parameters at this point, a seeded generator; afterwards all is as before."""
+        with untouched(self._extra):
             with torch.no_grad():
-                for name, value in before.items():
-                    changed[name].copy_(value)
-            for name, grad in grads.items():
-                tensors[name].grad = grad
-            for name in list(store.keys()):
-                store[name]  # a store remembers unconstrained tensors on access
-            pyro.util.set_rng_state(random)
+                for name, value in self._values.items():
+                    pyro.get_param_store()._params[name].copy_(value)
+            pyro.set_rng_seed(int(np.random.SeedSequence([seed, index]).generate_state(1)[0]))
+            yield
 
     # ---- one gradient -------------------------------------------------------------------------------------------
 

@@ -46,9 +46,7 @@ def loss_and_gradient(
     elbo = copy.copy(twin.elbo)
     elbo.randomness, elbo.memory = _Chosen(given), Memory()
     store = pyro.get_param_store()
-    grads = {p: p.grad for p in store._params.values()}
     point = Point(dict(params or {}))
-    state = {p: p.detach().clone() for n, p in store.named_parameters() if "$state." in n}
 
     def step() -> float:
         for p in store._params.values():
@@ -57,20 +55,10 @@ def loss_and_gradient(
             return float(elbo.loss_and_grads(twin.model, twin.guide, *twin.args, **twin.kwargs))
 
     with untouched():
-        try:
-            pyro.set_rng_seed(0)
-            loss = point.settled(step)
-            point.check()
-            named = {n: p for n, p in store.named_parameters() if "$state." not in n}
-            gradient = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items()}
-            found = {n: g.detach().cpu().numpy().copy() for n, g in gradient.items()}
-            return loss, found, {n: v.cpu().numpy() for n, v in point.values().items()}
-        finally:
-            for p in store._params.values():
-                p.grad = None
-            for p, grad in grads.items():
-                p.grad = grad
-            with torch.no_grad():
-                for p, value in state.items():
-                    p.copy_(value)
-            point.restore()
+        pyro.set_rng_seed(0)
+        loss = point.settled(step)
+        point.check()
+        named = {n: p for n, p in store.named_parameters() if "$state." not in n}
+        gradient = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items()}
+        found = {n: g.detach().cpu().numpy().copy() for n, g in gradient.items()}
+        return loss, found, {n: v.cpu().numpy() for n, v in point.values().items()}

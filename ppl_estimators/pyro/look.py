@@ -20,15 +20,26 @@ from .memory import Memory
 
 
 @contextmanager
-def untouched() -> Iterator[None]:
-    """The parameter store and all random states are afterwards what they were."""
+def untouched(beside: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[None]:
+    """The parameter store, the values and ``.grad`` of its tensors, and all random states are afterwards what they
+    were. Meanwhile it holds what a state of a store has ``beside``, too."""
     store = pyro.get_param_store()
     state, rng = store.get_state(), pyro.util.get_rng_state()
+    if beside is not None:
+        store.set_state({part: {**beside[part], **state[part]} for part in ("params", "constraints")})
+    before = [(p, p.detach().clone(), p.grad) for p in store._params.values()]
     try:
         yield
     finally:
+        with torch.no_grad():
+            for p, value, grad in before:
+                p.grad = grad
+                if not torch.equal(p, value):
+                    p.copy_(value)
         store.clear()
         store.set_state(state)
+        for name in state["params"]:
+            store[name]  # a store remembers unconstrained tensors on access
         pyro.util.set_rng_state(rng)
 
 
