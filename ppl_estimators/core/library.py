@@ -38,7 +38,8 @@ class Traces(Protocol):
 
 
 class Library(Protocol):
-    """What a library does for one evaluation of the loss: model, guide and their arguments are its own affair."""
+    """What a library does for one evaluation of the loss: model, guide and their arguments are its own affair. What
+    returns something here does where no program is compiled, and none has scans."""
 
     ops: Ops
     settings: Settings
@@ -120,13 +121,16 @@ class Library(Protocol):
 
     def part(self, msg: Message, x: Array) -> Array:
         """Of an array of a whole site, that of a message: all of it, or of a scan that of the step."""
+        return x
 
     def step(self, msg: Message, noise: Values) -> bool:
         """Is the message that of one step of a scan, or of a branch, of which nothing but the value gets out? Then
         ``noise`` does too, and that of all steps is the "noise" of the site's message."""
+        return False
 
     def sampled(self, msg: Message, value: Array) -> Array:
         """``value`` in the type that the site's own sampler returns."""
+        return value
 
     def noise(self, source: Any, msg: Message, site: Site, label: str, noise: Noise, number: int) -> Array:
         """Noise number ``number`` that the site's estimator asks for."""

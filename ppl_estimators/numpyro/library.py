@@ -21,7 +21,7 @@ from ..core.errors import EstimatorError, site_error
 from ..core.estimator import Estimator, Noise
 from ..core.families import RELAXABLE
 from ..core.keep import Keeps, Kept
-from ..core.library import Joined, Run, Values
+from ..core.library import CompiledLibrary, Joined, Run, Values
 from ..core.objectives import NAME, check_dreams
 from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings
@@ -59,7 +59,7 @@ class _Unplanned(Exception):
     """A run is not of the structure that is remembered. It is made again, from the same random numbers."""
 
 
-class NumPyroLibrary:
+class NumPyroLibrary(CompiledLibrary):
     """A NumPyro program at one key: model, guide, their parameters and arguments."""
 
     ops: Ops = OPS

@@ -23,7 +23,7 @@ from ..core.enumeration import Unplaced, warn_of_minibatches
 from ..core.errors import site_error, warn
 from ..core.estimator import Estimator, Noise
 from ..core.keep import Keeps, Kept
-from ..core.library import Joined, Run, Values
+from ..core.library import Joined, Library, Run, Values
 from ..core.objectives import NAME, check_dreams
 from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings
@@ -56,7 +56,7 @@ class _Unplanned(Exception):
     that was not followed. It is made again, from the same random numbers, and nothing is selected by that."""
 
 
-class PyroLibrary:
+class PyroLibrary(Library):
     """A Pyro program: model, guide and their arguments."""
 
     ops: Ops = OPS
@@ -407,15 +407,6 @@ class PyroLibrary:
 
     def again(self, msg: Message, first: Message, *, constants: bool) -> Array:
         return first["value"].detach() if constants else first["value"]
-
-    def part(self, msg: Message, x: Array) -> Array:
-        return x
-
-    def step(self, msg: Message, noise: Values) -> bool:
-        return False
-
-    def sampled(self, msg: Message, value: Array) -> Array:
-        return value
 
     def noise(self, source: Stream, msg: Message, site: Site, label: str, noise: Noise, number: int) -> Array:
         like = site.logits if site.logits is not None else next(iter(site.named.values()), torch.empty(()))
