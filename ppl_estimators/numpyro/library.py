@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import Any
@@ -23,7 +23,6 @@ from ..core.families import RELAXABLE
 from ..core.keep import Keeps, Kept
 from ..core.library import CompiledLibrary, Joined, Run, Values
 from ..core.objectives import NAME, check_dreams
-from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings
 from ..core.posterior import Tables, Uniform
 from ..core.site import Site, Term
@@ -59,27 +58,26 @@ class _Unplanned(Exception):
     """A run is not of the structure that is remembered. It is made again, from the same random numbers."""
 
 
+@dataclass(eq=False)
 class NumPyroLibrary(CompiledLibrary):
     """A NumPyro program at one key: model, guide, their parameters and arguments."""
 
-    ops: Ops = OPS
+    settings: Settings
+    randomness: Randomness
+    memory: Memory
+    program: Program
+    map_particles: Callable[..., Any]
+    debug: bool = False
+
+    ops = OPS
     passing = "svi.update(state, batch)"
     choosing = "guide = with_estimators(guide, {})"
 
-    def __init__(
-        self,
-        settings: Settings,
-        randomness: Randomness,
-        memory: Memory,
-        program: Program,
-        map_particles: Callable[..., Any],
-        debug: bool = False,
-    ):
-        self.map_particles, self.memory, self.debug = map_particles, memory, debug
-        self.settings, self.randomness, self.program, self.key = settings, randomness, program, program.key
+    def __post_init__(self) -> None:
+        program, self.key = self.program, self.program.key
         self.dtypes: Mapping[str, Any] = {}
         self.shapes: Mapping[tuple[str, str], tuple[int, ...]] | None = None  # if values are laid out side by side
-        self._remembered = memory.recall(settings, program.model, program.guide)
+        self._remembered = self.memory.recall(self.settings, program.model, program.guide)
         self._plan = self._remembered or self._survey()
         self._alike = _alike(self._plan)
 

@@ -215,7 +215,7 @@ class EstimatorELBO(Configured, ELBO):
         library = PyroLibrary(
             settings, self.randomness, self.memory, self.keeper, model, guide, args, kwargs,
             max_plate_nesting=self.max_plate_nesting, side_by_side=self.vectorize_particles,
-            particles=self._vectorized_num_particles if several else None, standalone=standalone,
+            vectorize=self._vectorized_num_particles if several else None, standalone=standalone,
             verify=self.verify, guess=guess,
         )  # fmt: skip
         return Step(settings, library)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -25,7 +25,6 @@ from ..core.estimator import Estimator, Noise
 from ..core.keep import Keeps, Kept
 from ..core.library import Joined, Library, Run, Values
 from ..core.objectives import NAME, check_dreams
-from ..core.ops import Ops
 from ..core.plan import Group, Plan, Settings
 from ..core.posterior import Tables, Uniform
 from ..core.site import Plate, Site, Term
@@ -56,47 +55,42 @@ class _Unplanned(Exception):
     that was not followed. It is made again, from the same random numbers, and nothing is selected by that."""
 
 
+@dataclass(eq=False)
 class PyroLibrary(Library):
-    """A Pyro program: model, guide and their arguments."""
+    """A Pyro program: model, guide and their arguments. ``vectorize`` puts either into the plate of the particles;
+    ``guess`` finds ``max_plate_nesting``."""
 
-    ops: Ops = OPS
+    settings: Settings
+    randomness: Randomness
+    memory: Memory
+    keeper: Keeper
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    max_plate_nesting: float
+    side_by_side: bool
+    vectorize: Callable[[Any], Any] | None
+    standalone: bool
+    verify: bool
+    guess: Callable[[], int]
+
+    ops = OPS
     compiled = None
     passing = "svi.step(batch)"
     choosing = "EstimatorELBO({})"
 
-    def __init__(
-        self,
-        settings: Settings,
-        randomness: Randomness,
-        memory: Memory,
-        keeper: Keeper,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        max_plate_nesting: float,
-        side_by_side: bool,
-        particles: Callable[[Any], Any] | None,
-        standalone: bool,
-        verify: bool,
-        guess: Callable[[], int],
-    ):
-        self.verify = verify
-        self.settings, self.randomness, self.memory, self.keeper = settings, randomness, memory, keeper
-        self.model, self.guide, self.args, self.kwargs = model, guide, args, kwargs
-        self.written = guide
-        self.max_plate_nesting, self.side_by_side, self.standalone = max_plate_nesting, side_by_side, standalone
-        self.guess = guess  # of max_plate_nesting
-        self.vectorized = particles is not None
-        if particles is not None:
-            self.model, self.guide = particles(model), particles(guide)
-        self.axis = Particles(self.vectorized, max_plate_nesting)
-        self.observes = isinstance(getattr(guide, "guide", guide), GuideMessenger)
-        self.subsamples: dict[str, Array] = {}
-        self.call = (settings, code_of(model), code_of(guide), shape_of(args), shape_of(tuple(sorted(kwargs.items()))))
+    def __post_init__(self) -> None:
+        model, guide, arguments = self.model, self.guide, (self.args, tuple(sorted(self.kwargs.items())))
+        self.call = (self.settings, code_of(model), code_of(guide), *map(shape_of, arguments))
         self.program = self.call[1:3]
-        self._plan: Plan | None = memory.expected.recall(self.call)
+        self.written, self.vectorized = guide, self.vectorize is not None
+        self.observes = isinstance(getattr(guide, "guide", guide), GuideMessenger)
+        if self.vectorize is not None:
+            self.model, self.guide = self.vectorize(model), self.vectorize(guide)
+        self.axis = Particles(self.vectorized, self.max_plate_nesting)
+        self.subsamples: dict[str, Array] = {}
+        self._plan: Plan | None = self.memory.expected.recall(self.call)
         self._like: Array = torch.zeros(())
         self._used: dict[str, Estimator] = {}
         self._credits = self._plan is None or not self._plan.saturated  # may it matter who depends on whom?
