@@ -131,8 +131,8 @@ def test_one_bit_is_summed(lib):
 @BOTH
 def test_a_smooth_normal_is_pathwise(lib):
     """Far from the optimum. Variance in m of Pathwise 4 s², of StickingTheLanding (2s − 1/s)², of MeasureValued
-    (2/π) (2m − x)² (2 − π/2)."""
-    m, s = 2.0, 0.8
+    (2/π) (2m − x)² (2 − π/2). The last goes to 0 in training; with s close to √½ the second is as good as 0 always."""
+    m, s = 2.0, 0.7
     found = recommend(*normal(lib, m, s), budget=100)
     assert found.mapping == {"z": StickingTheLanding()}
     exact = {
