@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import jax
@@ -30,6 +31,7 @@ from ppl_estimators import (
     RELAXWithModel,
     StickingTheLanding,
 )
+from ppl_estimators.core.verify import Height, wrong_slopes
 from ppl_estimators.numpyro import EstimatorELBO as NumPyroELBO
 from ppl_estimators.numpyro import with_estimators
 from ppl_estimators.pyro import EstimatorELBO as PyroELBO
@@ -134,6 +136,29 @@ WHOLE = {
         lambda z: jax.lax.fori_loop(0, 3, lambda i, c: c + z, 0.0),
     ),
 }
+
+
+class HalfTheSlope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope * ctx.saved_tensors[0]
+
+
+@jax.custom_vjp
+def half_the_slope(x):
+    return x**2
+
+
+half_the_slope.defvjp(lambda x: (x**2, x), lambda x, slope: (slope * x,))
+HALVED = {
+    pyro: (lambda z: z + z.detach(), lambda z: z * z.detach(), HalfTheSlope.apply),
+    numpyro: (lambda z: z + stop(z), half_the_slope),
+}
 SEES = {pyro: said, numpyro: traced}
 libraries = pytest.mark.parametrize("ppl", (pyro, numpyro))
 
@@ -218,6 +243,50 @@ def test_autoguides(ppl):
         assert SEES[ppl](whole, kind(whole)) == []
         assert "log p of 'x' moves with 'z" in SEES[ppl](through, kind(through))[0]
     assert SEES[ppl](through, auto.AutoDelta(through)) == []  # a function of parameters, which has this slope
+
+
+@libraries
+def test_a_part_of_a_derivative(ppl):
+    """By `check_program` only: the derivative against a difference, and both numbers; a kink is none."""
+    elbo = PyroELBO if ppl is pyro else NumPyroELBO
+    for like in HALVED[ppl]:
+        assert SEES[ppl](*program(ppl, like)) == []
+        for estimator in (None, REBAR()) if like is HALVED[ppl][0] else (None,):
+            discrete = estimator is not None
+            with pytest.warns(UserWarning, match="derivative says") as found:
+                check_program(elbo(estimator), *program(ppl, like, discrete))
+            (message,) = (str(w.message) for w in found if "derivative says" in str(w.message))
+            assert message.startswith("site 'z': log p of 'x' changes by ") and "Reinforce(LeaveOneOut())" in message
+            difference, derivative = re.search(r"by (\S+) for .* says (\S+) \(", message).groups()
+            assert float(derivative) == pytest.approx(float(difference) / 2, rel=0.02)
+    relu, dist = (torch.relu, tdist) if ppl is pyro else (jax.nn.relu, ndist)
+    array = torch.tensor if ppl is pyro else jnp.array
+
+    def model():
+        z = ppl.sample("z", dist.Normal(array([0.0] * 3), 1.0).to_event(1))
+        p = ppl.sample("p", dist.Dirichlet(array([1.0, 2.0])))
+        ppl.sample("x", dist.Normal((relu(z - 0.3) ** 2).sum() + relu(p[0] - 0.2), 1.0), obs=X[ppl])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_program(elbo(), model, (tauto if ppl is pyro else nauto).AutoNormal(model))
+
+
+def test_a_kink_is_no_wrong_derivative():
+    """A step over it has a slope between those of the two sides; what rounding hides is not judged either."""
+    absolute = lambda x: Height(abs(x), float(x >= 0), 1.0, 1e-16)  # noqa: E731
+    steep = lambda x: Height(x**3 - 2 * x, 3 * x**2 - 2, 1.0, 1e-16)  # noqa: E731
+    noisy = lambda x: Height(1e-12 * x, 3e-12, 1e9, 1e-16)  # noqa: E731
+    heights = {"kink": absolute, "right": steep, "noise": noisy, "wrong": lambda x: Height(2 * x, 1.0, 1.0, 1e-16)}
+
+    def tilted(sites, step, line):
+        return {("model", k): f(step) for k, f in heights.items()}
+
+    found = wrong_slopes(tilted, [("model", k) for k in heights], ["a", "b"])
+    assert [(w.site, w.term[1], w.derivative, round(w.difference, 6)) for w in found] == [
+        ("a", "wrong", 1.0, 2.0),
+        ("b", "wrong", 1.0, 2.0),
+    ]
 
 
 def test_when_it_is_said():

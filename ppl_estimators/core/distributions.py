@@ -46,6 +46,10 @@ class Distributions:
         not show these."""
         raise NotImplementedError
 
+    def from_reals(self, support: Any) -> Any:
+        """The library's transform of all real numbers to a support, which knows its inverse."""
+        raise NotImplementedError
+
     def unwrapped(self, fn: Any) -> Any:
         """Without to_event, expand and mask."""
         while self.wraps(type(fn)):
@@ -162,6 +166,22 @@ class Distributions:
         if family == families.CATEGORICAL:
             return ops.where(moves, (value + 1) % self.unwrapped(fn).logits.shape[-1], value)
         return ops.where(moves[..., None], ops.roll(value, 1, axis=-1), value)
+
+    def line(self, fn: Any, value: Array, number: int) -> Callable[[Array], Array]:
+        """Values along a line through ``value``, or through a relaxed one beside it, as a function of the step. All
+        elements move; by how much depends on the number."""
+        ops = self.ops
+        if self.family(fn) in families.DISCRETE:
+            other = self.moved_on(fn, value, 0)
+            return lambda step: 0.8 * value + 0.2 * other + step * (other - value)
+        try:
+            transform = self.from_reals(support_of(self.unwrapped(fn)))
+            real, back = transform.inv(value), transform
+        except NotImplementedError:  # of a support that nobody knows
+            real, back = value, lambda x: x
+        count = math.prod(real.shape)
+        by = 0.3 + 0.618 * (number + 1) * ops.like(ops.indices(count, real) + 1, real) % 1
+        return lambda step: back(real + step * ops.reshape(by, real.shape))
 
 
 class Law:

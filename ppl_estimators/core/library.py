@@ -96,6 +96,12 @@ class Library(Protocol):
         """Of `Plan.differentiated`, sites with which a term moves that has no derivative in their value, and that
         term; as far as it wasn't said when the program was traced."""
 
+    def leading(self, run: Run) -> list[str]:
+        """Of `Plan.differentiated`, sites from whose values a derivative leads to something to learn."""
+
+    def tilted(self, run: Run, sites: Sequence[str], step: float, number: int) -> Mapping[tuple[str, str], Any]:
+        """Of every cost term, the `verify.Height` where the values of ``sites`` lie a step along line ``number``."""
+
     def check(self, run: Run) -> None:
         """Whether what is known of the program from a particle's first run is true, where that may be in doubt."""
 

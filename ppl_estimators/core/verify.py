@@ -3,15 +3,19 @@
 The same values must give the same cost terms: else a further run is another program, and nothing that is learnt from it
 can be used. Other values at some sites must move no term that is not credited to one of them: else a dependency was
 lost on the way. Sites are tested in groups, each against the terms that are credited to none of the group. By the same
-search a term is found that moves with a site and has no derivative in its value, where the site's estimator needs one.
+search a term is found that moves with a site and has no derivative in its value, where the site's estimator needs one;
+and if there is time (`check_program`), one whose derivative is not what its differences say.
 """
 
 from __future__ import annotations
 
+import math
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from .errors import EstimatorError, site_error, warn
 from .estimator import Estimator
@@ -66,7 +70,13 @@ def checked(library: Library, run: Run) -> Checked:
             f"{cost_of(term)} moves with its value, by a way that cannot be followed",
             "Compute it by operations on the value itself, not by code that keeps or copies it out of sight.",
         )
-    warn_of_cuts(library.settings, run.plan, library.cut(run))
+    cuts = library.cut(run)
+    warn_of_cuts(library.settings, run.plan, cuts)
+    points = {n for n, s in run.plan.sites.items() if s.distribution == "Delta"}  # nowhere else does their log q exist
+    terms = [k for k in run.plan.depends_on if k[0] == "model" or k[1] not in points]
+    sites = [n for n in library.leading(run) if n not in cuts]
+    for wrong in wrong_slopes(partial(library.tilted, run), terms, sites):
+        warn_of_slope(library.settings, run.plan, wrong)
     return Checked(dict(run.plan.estimators), dict(run.plan.depends_on), not found.changing)
 
 
@@ -119,15 +129,99 @@ def warn_of_cuts(settings: Settings, plan: Plan, found: Mapping[str, Key]) -> No
     facts = ", ".join(f"{cost_of(t)} moves with '{n}'" for n, t in list(found.items())[:3])
     names = ", ".join(f"'{n}'" for n in found)
     used = ", ".join(dict.fromkeys(repr(plan.estimators[n]) for n in found))
-    scored = [n for n in found if not plan.sites[n].support_moves and plan.sites[n].distribution != "Delta"]
+    warn(
+        f"site {names}: {facts}, and no derivative leads from one to the other (a value that is detached, rounded, "
+        f"compared, or handed to numpy): {used} takes it for a constant there, so the gradient is biased. "
+        f"{_without_derivative(settings, plan, list(found))}. If it is meant to be a constant, filter this warning."
+    )
+
+
+def _without_derivative(settings: Settings, plan: Plan, names: Sequence[str]) -> str:
+    """What to do about sites that lack a derivative."""
+    scored = [n for n in names if not plan.sites[n].support_moves and plan.sites[n].distribution != "Delta"]
     fix = "Compute it by operations that have a derivative"
     if scored:
         chosen = ", ".join(f'"{n}": Reinforce(LeaveOneOut())' for n in scored)
         fix += f"; or type EstimatorELBO({{{chosen}}}, num_particles={max(2, settings.particles)})"
+    return fix
+
+
+class Height(NamedTuple):
+    """Of a cost term, summed, at some step along a line through the values of sites: it, its derivative along the line,
+    the sum of what was added by magnitude, and the precision of that."""
+
+    value: float
+    slope: float
+    size: float
+    precision: float
+
+
+class Slope(NamedTuple):
+    """A term whose derivative in the value of a site is not what its differences say."""
+
+    site: str
+    term: Key
+    derivative: float
+    difference: float
+
+
+#: the heights of all terms, given sites, a step, and the number of a line
+Tilted = Callable[[Sequence[str], float, int], Mapping[Key, Height]]
+_LINES = 2  # along all of which a derivative must be wrong to be called so
+_WRONG = 0.1  # by so much of itself
+
+
+def wrong_slopes(tilted: Tilted, terms: Sequence[Key], sites: Sequence[str]) -> list[Slope]:
+    """All that are wrong: all sites are moved at once, and halves of them where something is not as it should be."""
+    if not sites:
+        return []
+    found = [_slopes(partial(tilted, sites), terms, line) for line in range(_LINES)]
+    left = [k for k in terms if any(slopes.get(k) is not True for slopes in found)]
+    if len(sites) > 1:
+        half = len(sites) // 2
+        return [s for part in (sites[:half], sites[half:]) for s in wrong_slopes(tilted, left, part)] if left else []
+    wrong = [(k, found[0][k]) for k in left if all(type(slopes.get(k)) is tuple for slopes in found)]
+    return [Slope(sites[0], k, *slopes) for k, slopes in wrong if isinstance(slopes, tuple)]
+
+
+def _slopes(
+    tilted: Callable[[float, int], Mapping[Key, Height]], terms: Sequence[Key], line: int
+) -> dict[Key, bool | tuple[float, float]]:
+    """Of each term: is its derivative right; or the derivative and the difference, if these are not one. Terms that
+    have a kink there, are not finite, or have no derivative at all (see `cut`) are left out."""
+    found: dict[Key, bool | tuple[float, float]] = {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of values that are not the program's own
+            here = tilted(0.0, line)
+            step = 4 * max((h.precision for h in here.values()), default=1.0) ** (1 / 3)
+            near = {x: tilted(x * step, line) for x in (-1.0, -0.5, 0.5, 1.0)}
+    except Exception:  # what the program does not take, or nobody can differentiate
+        return found
+    for key in terms:
+        if key not in here or not all(key in heights for heights in near.values()):
+            continue
+        f, values = here[key], {x: heights[key].value for x, heights in near.items()}
+        if not all(map(math.isfinite, (f.value, f.slope, *values.values()))):
+            continue
+        noise = 4 * f.precision * f.size / step
+        wide, narrow = (values[1.0] - values[-1.0]) / (2 * step), (values[0.5] - values[-0.5]) / step
+        bends = [(values[x] + values[-x] - 2 * f.value) / (x * step) for x in (1.0, 0.5)]
+        gap, scale = abs(narrow - f.slope), max(abs(narrow), abs(f.slope))
+        if gap <= max(2 * abs(wide - narrow) + 4 * noise, _WRONG * scale):
+            found[key] = True
+        elif f.slope and abs(wide - narrow) <= _WRONG / 2 * scale and abs(bends[1]) <= 0.75 * abs(bends[0]) + 4 * noise:
+            found[key] = f.slope, narrow
+    return found
+
+
+def warn_of_slope(settings: Settings, plan: Plan, wrong: Slope) -> None:
+    site, term, derivative, difference = wrong
     warn(
-        f"site {names}: {facts}, and no derivative leads from one to the other (a value that is detached, rounded, "
-        f"compared, or handed to numpy): {used} takes it for a constant there, so the gradient is biased. {fix}. If it "
-        "is meant to be a constant, filter this warning."
+        f"site '{site}': {cost_of(term)} changes by {difference:.3g} for each unit of a step of '{site}', and its "
+        f"derivative says {derivative:.3g} (a part of it is detached or rounded, or has a backward pass of its own): "
+        f"{plan.estimators[site]!r} follows the derivative, so the gradient is biased. "
+        f"{_without_derivative(settings, plan, [site])}. If it is meant so, filter this warning."
     )
 
 

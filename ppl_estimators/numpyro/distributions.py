@@ -40,6 +40,9 @@ class _Distributions(distributions.Distributions):
     def mask(self, fn: Any) -> Array:
         return jnp.asarray(fn._mask)
 
+    def from_reals(self, support: Any) -> Any:
+        return dist.biject_to(support)
+
     def slopes(self, fn: dist.Distribution, value: Array) -> Sequence[Array] | None:
         base, found = unwrapped(fn), parameters(fn)
         batch = (*fn.batch_shape, *fn.event_shape)
@@ -66,6 +69,7 @@ class _Distributions(distributions.Distributions):
 _KNOWN = _Distributions()
 unwrapped, unmasked, family = _KNOWN.unwrapped, _KNOWN.unmasked, _KNOWN.family
 natural_parameters, relaxed_log_prob, score_norm = _KNOWN.natural_parameters, _KNOWN.relaxed_log_prob, _KNOWN.score_norm
+line = _KNOWN.line
 
 
 def _draws_one(fn: Any) -> bool:

@@ -26,9 +26,9 @@ from ..core.objectives import NAME, check_dreams
 from ..core.plan import Group, Plan, Settings
 from ..core.posterior import Tables, Uniform
 from ..core.site import Site, Term
-from ..core.verify import Key, not_the_same, run_again, warn_of_cuts
+from ..core.verify import Height, Key, not_the_same, run_again, warn_of_cuts
 from .dependencies import LOOP, forward, without_derivative
-from .distributions import another, divergence, log_q, score_norm
+from .distributions import another, divergence, line, log_q, score_norm
 from .enumeration import Layout
 from .keep import declare, state_name
 from .memory import Memory, kinds_of
@@ -206,6 +206,36 @@ class NumPyroLibrary(CompiledLibrary):
 
         traces = self._execute(run.source, draw, constants=True)
         return {(t.side, t.site): t.value for t in self.terms(traces, run.plan, run.plan.soft)}
+
+    def leading(self, run: Run) -> list[str]:
+        plan, latents = run.plan, run.traces.latents()
+        floats = {n for n, m in latents.items() if jnp.issubdtype(m["value"].dtype, jnp.floating)}
+        return [n for n in plan.differentiated if n in floats or plan.relaxable(n)]
+
+    def tilted(self, run: Run, sites: Sequence[str], step: float, number: int) -> dict[tuple[str, str], Height]:
+        plan, latents = run.plan, run.traces.latents()
+        there = {**latents, **run.traces.model}  # of a point mass the guide knows no support
+        lines = {n: line(there[n]["fn"], jax.lax.stop_gradient(latents[n]["value"]), number) for n in sites}
+        soft = plan.soft | frozenset(n for n in sites if plan.relaxable(n))
+
+        def totals(step: Array) -> tuple[dict[tuple[str, str], Array], list[Array]]:
+            values = {n: to(step) for n, to in lines.items()}
+
+            def draw(msg: Message) -> Array:
+                name = msg["name"]
+                if name not in values:
+                    return self.again(msg, latents[name], constants=True)
+                msg["intermediates"] = []
+                return self.part(msg, values[name])
+
+            terms = self.terms(self._execute(run.source, draw, constants=True), plan, soft)
+            return {(t.side, t.site): jnp.sum(t.value) for t in terms}, [jnp.sum(jnp.abs(t.value)) for t in terms]
+
+        (heights, sizes), slopes = totals(step), jax.jacrev(lambda x: totals(x)[0])(step)
+        return {
+            k: Height(float(x), float(slopes[k]), float(size), float(jnp.finfo(x.dtype).eps))
+            for (k, x), size in zip(heights.items(), sizes, strict=True)
+        }
 
     def cut(self, run: Run) -> Mapping[str, Key]:
         return {}  # said by the survey

@@ -32,6 +32,9 @@ class _Distributions(distributions.Distributions):
     def mask(self, fn: Any) -> Array:
         return torch.as_tensor(fn._mask)
 
+    def from_reals(self, support: Any) -> Any:
+        return td.biject_to(support)
+
     def slopes(self, fn: TorchDistribution, value: Array) -> Sequence[Array] | None:
         base, found = unwrapped(fn), {k: v.detach().requires_grad_() for k, v in parameters(fn).items()}
         known = type(base).arg_constraints
@@ -52,6 +55,7 @@ class _Distributions(distributions.Distributions):
 _KNOWN = _Distributions()
 unwrapped, unmasked, is_masked, family = _KNOWN.unwrapped, _KNOWN.unmasked, _KNOWN.is_masked, _KNOWN.family
 natural_parameters, relaxed_log_prob, score_norm = _KNOWN.natural_parameters, _KNOWN.relaxed_log_prob, _KNOWN.score_norm
+line = _KNOWN.line
 
 
 def describe(

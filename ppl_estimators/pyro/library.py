@@ -29,12 +29,12 @@ from ..core.plan import Group, Plan, Settings
 from ..core.posterior import Tables, Uniform
 from ..core.site import Plate, Site, Term
 from ..core.structure import Structure
-from ..core.verify import BUDGET, Found, Key, cost_of, cut, equal, look, not_the_same, run_again, warn_of_cuts
+from ..core.verify import BUDGET, Found, Height, Key, cost_of, cut, equal, look, not_the_same, run_again, warn_of_cuts
 from ..policy import requested
 from .baseline import from_baseline
 from .buffers import Buffers, Held
 from .dependencies import Provenance, StopParameters, Threads, as_written, led, reachable
-from .distributions import Law, another, divergence, is_point, log_q, named, natural_parameters, score_norm
+from .distributions import Law, another, divergence, is_point, line, log_q, named, natural_parameters, score_norm
 from .enumeration import Layout
 from .keep import Keeper, read_state
 from .memory import Memory, code_of, kind_of, shape_of
@@ -712,15 +712,42 @@ class PyroLibrary(Library):
         terms = terms_of(self.run(draw, run.source), run.plan.depends_on, relaxed)
         return {(t.side, t.site): t.value for t in terms}
 
-    def cut(self, run: Run) -> dict[str, Key]:
+    def _above_points(self, run: Run) -> dict[str, frozenset[str]]:
+        """Sites above those point masses whose gradient is wanted, which move with these."""
+        latents, ancestors = run.traces.latents(), run.plan.graph.ancestors
+        points = {n for n in run.plan.differentiated if is_point(latents[n]["fn"])}
+        return {n: ancestors[n] - points for n in points}
+
+    def leading(self, run: Run) -> list[str]:
+        latents, above, moves = run.traces.latents(), self._above_points(run), run.plan.estimators
+        led_here = {
+            n: latents[n]["value"] if moves[n].value.moves else run.sites[n].logits for n in run.plan.differentiated
+        }
+        return [n for n, x in led_here.items() if x.requires_grad and above.get(n, True)]
+
+    def tilted(self, run: Run, sites: Sequence[str], step: float, number: int) -> dict[Key, Height]:
         plan, latents = run.plan, run.traces.latents()
-        moving = {n: plan.estimators[n].value.moves for n in plan.differentiated}
-        points = {n for n in moving if is_point(latents[n]["fn"])}
-        above = {n: plan.graph.ancestors[n] - points for n in points}  # these move with what is above
-        led_here = {n: latents[n]["value"] if m else run.sites[n].logits for n, m in moving.items()}
-        sites = [n for n, x in led_here.items() if x.requires_grad and above.get(n, True)]
+        along = torch.tensor(step, dtype=torch.double, requires_grad=True)
+        values = {n: m["value"].detach() for n, m in latents.items()}
+        values |= {n: line(run.traces.model.get(n, latents[n])["fn"], values[n], number)(along) for n in sites}
+        soft = plan.soft | frozenset(n for n in sites if plan.relaxable(n))
+
+        def draw(msg: Message) -> Array:
+            return values[msg["name"]] if msg["name"] in values else msg["fn"].sample()
+
+        found = {}
+        for t in terms_of(self.run(draw, run.source), plan.depends_on, soft):
+            total, slope = t.value.sum(), None
+            if total.requires_grad:
+                (slope,) = torch.autograd.grad(total, along, retain_graph=True, allow_unused=True)
+            size, precision = t.value.detach().abs().sum().item(), torch.finfo(t.value.dtype).eps
+            found[t.side, t.site] = Height(total.item(), 0.0 if slope is None else slope.item(), size, precision)
+        return found
+
+    def cut(self, run: Run) -> dict[str, Key]:
+        plan, latents, above, sites = run.plan, run.traces.latents(), self._above_points(run), self.leading(run)
         terms = {(t.side, t.site): t.value for t in run.terms}
-        leads = led(terms, {n: led_here[n] for n in sites if moving[n]})
+        leads = led(terms, {n: latents[n]["value"] for n in sites if plan.estimators[n].value.moves})
         if all(leads[k].issuperset(plan.depends_on[k].intersection(sites)) for k in terms):
             return {}
         soft = plan.soft | frozenset(n for n in sites if plan.relaxable(n))

@@ -24,7 +24,11 @@ def check_program(
     - with the same values and random numbers. A cost that changes is an error where the estimators need further runs
       (a batch taken from an iterator inside);
     - with other values at some latent sites, in groups. A cost that moves without being credited to any of the group is
-      an error: it reads the value by a way that cannot be followed.
+      an error: it reads the value by a way that cannot be followed;
+    - a small step further along a line, at sites whose estimator follows derivatives. A warning names a cost that
+      changes by something else than its derivative says, by more than a tenth (a value that is detached in part, a
+      straight-through value, a backward pass that is wrong), with both numbers. Kinks, and what rounding hides, are
+      left out.
 
     Pyro's `EstimatorELBO` asks the same at the first step of a program, within 24 further runs, and there credits a
     cost that moves from then on, with a warning. Here every pair of site and cost is met, and nothing is changed: no
