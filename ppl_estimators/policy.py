@@ -87,7 +87,7 @@ AUTOMATIC = Automatic()
 def _spend(sites: Sequence[Site], terms: Sequence[Term], graph: Graph, *, beside: bool) -> dict[str, Estimator] | None:
     """Estimators within the budget, the most preferred; None if there are none for every site. ``beside``: are there
     others, which have noise of their own?"""
-    if any(s.time and (("guide", s.name) not in graph.steps or graph.circular(s.name)) for s in sites):
+    if any(s.time and (not graph.follows(s) or graph.circular(s.name)) for s in sites):
         return None  # steps that move others would take an evaluation each
     views = {s.name: replace(s, plates=graph.closed_plates(s.name, terms)) for s in sites}
     apart = {

@@ -370,3 +370,32 @@ def test_what_a_chain_of_the_guide_refuses():
     ]:
         with pytest.raises(EstimatorError, match=words):
             Jax.ELBO().loss(jax.random.key(0), {"law": law}, model, guide)
+
+
+@pytest.mark.usefixtures("double_precision")
+def test_a_model_that_remembers_more_than_the_dimensions_of_the_guide_hold():
+    """`pyro.markov` uses dimensions again: of the guide's values two would lie along one. The fix as typed."""
+    laws = [lambda e, old: 0.3 - 0.6 * e, lambda e, old: 0.2 + 0.5 * e - 0.4 * old]
+
+    def along(law, history, **infer):
+        e = old = torch.zeros(())
+        for t in pyro.markov(range(4), history=history):
+            e, old = pyro.sample(f"z{t}", pyro.distributions.Bernoulli(logits=law(e, old)), infer=infer), e
+
+    def loss(history):
+        elbo = Torch.ELBO(max_plate_nesting=0, verify=False)
+        return elbo.loss(lambda: along(laws[1], 2), lambda: along(laws[0], history, **MARK))
+
+    with pytest.raises(
+        EstimatorError, match=r"site 'z2': enumerated in the guide along the dimension of site 'z0'.*Give"
+    ):
+        loss(1)
+    exact = 0.0
+    for path in itertools.product((0.0, 1.0), repeat=4):
+        log_q, log_p = (
+            sum(tdist.Bernoulli(logits=torch.tensor(law(e, old))).log_prob(torch.tensor(z)) for old, e, z in
+                zip((0.0, 0.0, *path), (0.0, *path), path, strict=False))
+            for law in laws
+        )  # fmt: skip
+        exact = exact + log_q.exp() * (log_q - log_p)
+    assert loss(2) == pytest.approx(float(exact), rel=1e-10)

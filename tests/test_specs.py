@@ -395,6 +395,7 @@ ALONE = {
         "DuplicateName": "a mistake where NumPyro itself raises an AssertionError",
         "Program": "with its parameters and its key, which Pyro holds by itself",
         "Scan": "Pyro has no scan",
+        "in_scans": "Pyro has no scan",
         "plain_shapes": "Pyro's own ELBO counts plates",
         "Survey": "what one trace shows; Pyro learns it from the runs themselves",
         "interpreted": "under jax.disable_jit",
@@ -414,6 +415,7 @@ ALONE = {
     },
     ("numpyro", "distributions.py"): {
         "OneHotCategorical": "Pyro has one",
+        "SCANS": "Pyro has no scan",
         "still": "a plan keeps shapes, no arrays of a trace",
         "ends": "what says where a support ends; Pyro asks `support_moves`",
         "StillLaw": "what a plan may ask of a law without its arrays",

@@ -23,11 +23,17 @@ from .site import Plate, Site, Term, Window, sum_to, within
 
 class Steps(NamedTuple):
     """Of a term with a part for each step of a scan of the guide, whose name is ``order``: for each site of the scan,
-    the steps that read the value of one. ``flipped``: the parts are counted from the other end."""
+    the steps that read the value of one. ``flipped``: the parts are counted from the other end. ``inner``: of a scan
+    inside of each step its name, and whether it is flipped."""
 
     order: str
     readers: Mapping[str, Window]
     flipped: bool = False
+    inner: tuple[str, bool] | None = None
+
+    def itself(self) -> Window:
+        """A step of a site moves that step."""
+        return Window(0, 0, inner=self.inner and Window(0, 0))
 
 
 class Credit(NamedTuple):
@@ -77,28 +83,38 @@ class Graph:
         found = [reached[w].then(direct) for w, direct in steps.readers.items() if w in reached]
         if not found:
             return None
-        first, last, _ = reduce(Window.joined, found)
-        return None if first == -last == -math.inf else Window(first, last, steps.flipped)
+        window = reduce(Window.joined, found)
+        if window.first == -window.last == -math.inf:
+            return None
+        own, inner = self.steps["guide", site].inner, None
+        if own is not None and steps.inner is not None and own[0] == steps.inner[0]:
+            inner = window.inner and window.inner._replace(flipped=steps.inner[1])
+        return window._replace(flipped=steps.flipped, inner=inner)
 
     def _along(self, site: str, order: str) -> bool:
         own = self.steps.get(("guide", site))
         return own is not None and own.order == order
 
+    def follows(self, site: Site) -> bool:
+        """Is it known what each step of ``site`` moves?"""
+        steps = self.steps.get(("guide", site.name))
+        return steps is not None and site.time == 1 + (steps.inner is not None)
+
     def circular(self, site: str) -> bool:
         """Does a step of ``site`` move others of it?"""
-        return ("guide", site) in self.steps and self.reached(site)[site] != Window(0, 0)
+        return ("guide", site) in self.steps and self.reached(site)[site] != self.steps["guide", site].itself()
 
     def apart(self, site: str, terms: Sequence[Term]) -> float:
         """How far apart two steps of ``site`` must be for no term to see both: 1 if none sees two of them."""
         windows = [self.window(site, t) for t in terms if site in t.depends_on]
-        known = [w for w in windows if w is not None]
+        known = [w for w in windows if w is not None and self.steps["guide", site].inner is None]
         return 1 + max(w.last for w in known) - min(w.first for w in known) if len(known) == len(windows) else math.inf
 
     def reached(self, site: str) -> dict[str, Window]:
         """Which steps of the sites in the same scan a step of ``site`` moves; its own included."""
         if site not in self._reached:
             own = self.steps["guide", site]
-            found, rounds = {site: Window(0, 0)}, 0
+            found, rounds = {site: own.itself()}, 0
             while True:
                 grown = dict(found)
                 for (side, w), steps in self.steps.items():
@@ -110,11 +126,7 @@ class Graph:
                     break
                 rounds += 1
                 if rounds > len(self.steps):  # round a loop: there is no end of it
-                    for w in grown.keys() & found.keys():
-                        (first, last, _), (old_first, old_last, _) = grown[w], found[w]
-                        grown[w] = Window(
-                            -math.inf if first < old_first else first, math.inf if last > old_last else last
-                        )
+                    grown |= {w: grown[w].endless(found[w]) for w in grown.keys() & found.keys()}
                 found = grown
             self._reached[site] = found
         return self._reached[site]

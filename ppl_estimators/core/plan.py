@@ -306,20 +306,20 @@ def _in_time(site: Site, estimator: Estimator, graph: Graph, terms: Sequence[Ter
     """Of a site in a scan: in how many evaluations its steps take another value. All at once where they draw it from
     their own law and move no other step; so far apart that no cost sees two of them; else one after another."""
     asked, name = estimator.alternatives(site), type(estimator).__name__
-    if ("guide", site.name) not in graph.steps:
+    if not graph.follows(site):
         if asked.count or not (estimator.value.library or type(estimator).noise is Estimator.noise):
             raise site_error(
                 site.name,
-                f"{name} takes the steps of a scan one by one, which it cannot where scans are nested or JAX is not to "
-                "compile them",
+                f"{name} takes the steps of a scan one by one, which it cannot in a cond, in the third of three nested "
+                "scans, or where JAX is not to compile them",
                 "Use Reinforce(LeaveOneOut()) with several particles.",
             )
         return site
     if not asked.count:
         return site
     if asked.own_law:
-        return replace(site, turns=site.batch_shape[0] if graph.circular(site.name) else 1)
-    return replace(site, turns=int(min(graph.apart(site.name, terms), site.batch_shape[0])))
+        return replace(site, turns=site.steps if graph.circular(site.name) else 1)
+    return replace(site, turns=int(min(graph.apart(site.name, terms), site.steps)))
 
 
 def _bare(sites: Sequence[Site]) -> str:

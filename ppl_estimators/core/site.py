@@ -36,19 +36,40 @@ class Plate(NamedTuple):
 
 class Window(NamedTuple):
     """The steps of a term that a step of a site moves: from that which is ``first`` steps later (earlier, if negative)
-    to that which is ``last`` steps later. ``flipped``: the steps of the term are counted from the other end."""
+    to that which is ``last`` steps later. ``flipped``: the steps of the term are counted from the other end.
+    ``inner``: the same of a scan inside of each step, for what is in the same one; None if it may be any of its steps.
+    """
 
     first: float
     last: float
     flipped: bool = False
+    inner: Window | None = None
 
     def then(self, other: Window) -> Window:
         """What moves, if what this one holds moves what the other does."""
-        return Window(self.first + other.first, self.last + other.last)
+        if self.first > self.last or other.first > other.last:
+            return NO_STEP
+        first, last = max(self.first, -other.last), min(self.last, -other.first)  # by these and back
+        inner = NO_STEP if first > last else None
+        if first == last == 0:
+            inner = self.inner and other.inner and self.inner.then(other.inner)
+        return Window(self.first + other.first, self.last + other.last, inner=inner)
 
     def joined(self, other: Window) -> Window:
         """Both, and what is between."""
-        return Window(min(self.first, other.first), max(self.last, other.last))
+        inner = self.inner and other.inner and self.inner.joined(other.inner)
+        return Window(min(self.first, other.first), max(self.last, other.last), inner=inner)
+
+    def endless(self, before: Window) -> Window:
+        """Where it is more than ``before`` there is no end of it."""
+        return Window(
+            self.first if self.first >= before.first else -math.inf,
+            self.last if self.last <= before.last else math.inf,
+            inner=self.inner and before.inner and self.inner.endless(before.inner),
+        )
+
+
+NO_STEP = Window(math.inf, -math.inf)
 
 
 @dataclass
@@ -103,7 +124,7 @@ class Site:
     #: plates of the guide that a cost couples, for an estimator of single elements: not in ``plates``, so that their
     #: elements count as dependent
     coupled: frozenset[Plate] = frozenset()
-    time: bool = False  # drawn inside a scan: a leading batch axis of steps, each with its own parents and its own cost
+    time: int = 0  # drawn inside so many scans: leading batch axes of steps, each with its own parents and its own cost
     turns: int = 1  # in so many evaluations do the steps of a scan take another value, some at a time
     scale: Any = 1.0
     logits: Array = None
@@ -148,7 +169,12 @@ class Site:
     def _own_axes(self) -> frozenset[int]:
         """Batch axes, from the left, whose elements have costs of their own: plates, and the steps of a scan."""
         n = len(self.batch_shape)
-        return frozenset(n + p.dim for p in self.plates) | ({0} if self.time else frozenset())
+        return frozenset(n + p.dim for p in self.plates) | frozenset(range(self.time))
+
+    @property
+    def steps(self) -> int:
+        """Of the scans that it is drawn in."""
+        return math.prod(self.batch_shape[: self.time])
 
     @property
     def lane_axes(self) -> tuple[int, ...]:
@@ -261,8 +287,21 @@ def sum_to(ops: Ops, value: Array, plates: frozenset[Plate], batch_ndim: int) ->
 
 
 def within(ops: Ops, value: Array, plates: frozenset[Plate], batch_ndim: int, window: Window) -> Array:
-    """The same for a term whose first axis is time: for each step, the sum over those in the window."""
-    each = _reduced(ops, value, plates, batch_ndim, 1)
+    """The same for a term whose first axis is time, and the second too if the window has one inside: for each step, the
+    sum over those in the window."""
+    if window.inner is None:
+        return _over_steps(ops, _reduced(ops, value, plates, batch_ndim, 1), window)
+    each = _reduced(ops, value, plates, batch_ndim, 2)
+    each = ops.flip(each, axis=0) if window.flipped else each
+    own = ops.moveaxis(_over_steps(ops, ops.moveaxis(each, 1, 0), window.inner), 0, 1)
+    whole, (first, last) = ops.sum(each, axis=1, keepdims=True), window[:2]
+    return own + sum(_over_steps(ops, whole, w) for w in (Window(first, min(last, -1)), Window(max(first, 1), last)))
+
+
+def _over_steps(ops: Ops, each: Array, window: Window) -> Array:
+    """For each step, the sum over those in the window."""
+    if window.first > window.last:
+        return ops.zeros_like(each)
     each, nothing = ops.flip(each, axis=0) if window.flipped else each, ops.zeros_like(each[:1])
     if window.last == math.inf:
         rest = ops.flip(ops.cumulative_sum(ops.flip(each, axis=0), axis=0), axis=0)

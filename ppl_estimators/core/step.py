@@ -596,16 +596,18 @@ def _turn(ops: Ops, estimator: Estimator, site: Site, value: Array, index: Any) 
     if site.turns == 1:
         return value
     turn = ops.asarray(index) // estimator.alternatives(site).count
-    return Turn(value, ops.indices(site.batch_shape[0], value) % site.turns == turn)
+    mine = ops.indices(site.steps, value) % site.turns == turn
+    return Turn(value, ops.reshape(mine, site.batch_shape[: site.time]))
 
 
 def _each_turn(ops: Ops, site: Site, costs: Array) -> Array:
-    """``[turns * A, steps, ...]`` to ``[A, steps, ...]``: of each step that of the evaluations in which it moves."""
+    """``[turns * A, *steps, ...]`` to ``[A, *steps, ...]``: of each step that of the evaluations in which it moves."""
     if site.turns == 1:
         return costs
     by_turn = ops.reshape(costs, (site.turns, -1, *costs.shape[1:]))
-    turn, step = ops.indices(site.turns, costs), ops.indices(costs.shape[1], costs) % site.turns
-    mine = ops.reshape(turn[:, None] == step, (site.turns, 1, costs.shape[1], *(1,) * (costs.ndim - 2)))
+    turn, step = ops.indices(site.turns, costs), ops.indices(site.steps, costs) % site.turns
+    shape = (*site.batch_shape[: site.time], *(1,) * (costs.ndim - 1 - site.time))
+    mine = ops.reshape(turn[:, None] == step, (site.turns, 1, *shape))
     return ops.sum(ops.where(mine, by_turn, ops.zeros_like(by_turn)), axis=0)
 
 

@@ -39,7 +39,8 @@ class Found(NamedTuple):
     """``of``: the pytree that the program returns, each array replaced by the names of the sites it depends on.
     ``stuck``: sites on whose values an output depends through an operation that reverse mode cannot differentiate,
     and that operation. ``traced``: the program itself, to compare with what another tracing gives. ``reads``: as
-    ``of``, pairs of the nearest sites on the way and of how many steps of the scan ago these were drawn. ``cuts``: as
+    ``of``, the nearest sites on the way, with how many steps of the scan ago these were drawn, and how many of a scan
+    inside its steps. ``cuts``: as
     ``of``, the nearest sites to which no derivative leads, without those that are named: values pass through these."""
 
     of: Any
@@ -301,23 +302,39 @@ COUNTED = 4
 
 
 class _Reads(_Walk):
-    """Which sites a value reads, the nearest only, and how many steps ago these were drawn; infinity stands for more
-    than are counted."""
+    """Which sites a value reads, the nearest only, and how many steps ago these were drawn, of a scan and of one inside
+    its steps; infinity stands for more than are counted."""
 
-    handed_over = True
+    handed_over, nested = True, 0
 
     def marker(self, site: str, value: Deps) -> Deps:
-        return frozenset([(site, 0)])
+        return frozenset([(site, 0, 0)])
 
     def leaf(self, eqn: Any, inputs: list[Deps]) -> list[Deps]:
         return [self.effect(eqn, inputs, _NOTHING)] * len(eqn.outvars)
 
     def effect(self, eqn: Any, inputs: list[Deps], world: Deps) -> Deps:
-        return world.union(*inputs, ((s, n) for s in _markers(eqn) for n in (0, math.inf)))
+        ages = (0, 0), (0, math.inf), (math.inf, 0)
+        return world.union(*inputs, ((s, *age) for s in _markers(eqn) for age in ages))
+
+    def scan(self, eqn: Any, inputs: list[Deps]) -> list[Deps] | None:
+        self.nested += 1
+        try:
+            return super().scan(eqn, inputs)
+        finally:
+            self.nested -= 1
 
     def next_step(self, body: Jaxpr, carry: Deps) -> Deps:
         drawn = _NOTHING.union(*map(_markers, body.eqns))  # by steps of this scan
-        return frozenset((s, (n + 1 if n < COUNTED else math.inf) if s in drawn else n) for s, n in carry)
+
+        def older(n: float) -> float:
+            return n + 1 if n < COUNTED else math.inf
+
+        if self.nested > 2:
+            return carry
+        if self.nested == 2:
+            return frozenset((s, n, older(m) if s in drawn else m) for s, n, m in carry)
+        return frozenset((s, older(n), 0) if s in drawn else (s, n, m) for s, n, m in carry)
 
 
 class _Edges(_Walk):

@@ -23,6 +23,9 @@ from .ops import OPS
 
 Array = Any
 
+#: in a site's infer: in how many scans it is, one inside the other
+SCANS = "_scans"
+
 
 class _Distributions(distributions.Distributions):
     ops, independent, expanded, masked = OPS, dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution
@@ -109,7 +112,7 @@ def describe(
         distribution=type(unwrapped(fn)).__name__.removesuffix("Logits").removesuffix("Probs"),
         plates=plates,
         reparameterised=reparameterised(fn),
-        time="_scan_current_index" in infer,
+        time=infer.get(SCANS, 0),
         scale=1.0 if scale is None else scale,
         law=Law(fn),
         value=value,

@@ -16,7 +16,7 @@ from ..core.enumeration import Cell, check_elements, check_mark, marked, placed
 from ..core.errors import site_error
 from ..core.families import ONEHOT
 from ..core.site import Plate
-from .distributions import family, unwrapped
+from .distributions import SCANS, family, unwrapped
 
 Message = dict[str, Any]
 
@@ -265,6 +265,8 @@ class _Inside(Messenger):
         self.scan, self._promote = scan, _promote_fn_shapes()
 
     def process_message(self, msg: Message) -> None:
+        if msg["type"] == "control_flow":  # something may be drawn in there
+            self.scan.draws = True
         if msg["type"] != "sample" or msg["value"] is not None or msg["is_observed"]:
             return
         # no mark reaches the inside of a scan of the model: NumPyro's own handler marks all that can be summed there
@@ -315,11 +317,12 @@ def steps_of(msg: Message) -> list[Message]:
 def cell(side: str, msg: Message, plates: frozenset[Plate], layout: Layout) -> Cell:
     """Where a message's log probability lies."""
     fn, scale, time = msg["fn"], 1.0 if msg["scale"] is None else msg["scale"], msg.get("time")
+    scans = msg["infer"].get(SCANS, 0)
     batches = [
         jnp.broadcast_shapes(m["fn"].batch_shape, jnp.shape(m["value"])[: jnp.ndim(m["value"]) - fn.event_dim])
         for m in steps_of(msg)
     ]
-    own = jnp.broadcast_shapes(*(shape["scan" in msg :] for shape in batches))
+    own = jnp.broadcast_shapes(*(shape[scans:] for shape in batches))
     plain = (layout.shapes or {}).get((side, msg["name"]), ())
     for dim in range(-min(len(own), layout.nesting or 0), 0):
         if own[dim] not in (1, plain[dim] if -dim <= len(plain) else 1):
@@ -331,4 +334,4 @@ def cell(side: str, msg: Message, plates: frozenset[Plate], layout: Layout) -> C
                 "the elements of a plate can't see an enumerated site in it.",
             )
     axes = placed(msg["name"], own, msg.get("scope", layout.axes), layout.nesting or 0)
-    return Cell(plates, axes if time is None else {**axes, -1 - len(own): time}, is_summed(msg), scale)
+    return Cell(plates, axes if time is None else {**axes, -scans - len(own): time}, is_summed(msg), scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from ..core.plan import check_mapping, hooked, match
 from ..core.site import Site
 from .distributions import describe
 from .keep import declare
-from .run import plates_of
+from .run import in_scans, plates_of, within
 
 _WHERE = "with_estimators"
 
@@ -97,6 +98,8 @@ class _Requests(Messenger):
         return self
 
     def process_message(self, msg: Any) -> None:
+        if msg["type"] == "control_flow":
+            within(msg, partial(_Inside, msg))
         if msg["type"] == "sample" and not msg["is_observed"]:
             msg["infer"] = hooked(self.estimators, msg["name"], msg["infer"])
 
@@ -104,3 +107,16 @@ class _Requests(Messenger):
         if msg["type"] == "sample" and not msg["is_observed"]:
             site = describe(msg["name"], msg["fn"], plates_of(msg), msg["scale"], msg["infer"])
             self.sites[msg["name"]] = site
+
+
+class _Inside(Messenger):
+    """Inside a scan or a cond, whose message is ``flow``; ``scans``: how many there are around that."""
+
+    def __init__(self, flow: Any, fn: Any, scans: int = 0):
+        self.scans = in_scans(flow, scans)
+        super().__init__(fn)
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] == "control_flow":
+            within(msg, partial(_Inside, msg, scans=self.scans))
+        in_scans(msg, self.scans)

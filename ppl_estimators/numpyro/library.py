@@ -253,7 +253,7 @@ class NumPyroLibrary(CompiledLibrary):
     def view(self, plan: Plan, msg: Message, wide: Any = None) -> Site:
         facts = plan.sites[msg["name"]]
         site = view(msg).filled(plates=facts.plates, coupled=facts.coupled, turns=facts.turns)
-        return site.filled(time=False, declared=facts.declared) if "step" in msg else site
+        return site.filled(time=0, declared=facts.declared) if "step" in msg else site
 
     def own(self, msg: Message) -> Array:
         key, step = msg["kwargs"]["rng_key"], msg.get("step")

@@ -13,27 +13,8 @@ import jax.ad_checkpoint
 import jax.extend
 import numpyro
 from jax.interpreters import ad
-from numpyro.contrib.control_flow import scan
 from numpyro.contrib.control_flow.cond import cond_wrapper
 from numpyro.ops.pytree import PytreeTrace
-
-
-def _infer_in_scan() -> Any:
-    """``infer`` of a site inside a scan."""
-
-    def step(carry: Any, x: Any) -> Any:
-        return carry, numpyro.sample("z", numpyro.distributions.Bernoulli(0.5))
-
-    found = []
-
-    class Look(numpyro.primitives.Messenger):
-        def process_message(self, message: Any) -> None:
-            if message["type"] == "sample":
-                found.append(message["infer"])
-
-    with numpyro.handlers.seed(rng_seed=0), Look():
-        scan(step, 0, None, length=2)
-    return found[0]
 
 
 def _scans() -> Any:
@@ -51,16 +32,8 @@ PRIVATES: dict[str, tuple[str, Callable[[], Any]]] = {
     "primitive_jvps": ("which primitives have a derivative", lambda: ad.primitive_jvps),
     "JVPTracer": ("a value that is differentiated in forward mode", lambda: ad.JVPTracer),
     # ---- NumPyro ------------------------------------------------------------------------------------------------
-    "_scan_current_index": (
-        "in a site's infer: it is inside a scan, at this step",
-        lambda: _infer_in_scan()["_scan_current_index"],
-    ),
     "PytreeTrace": ("the sites inside a scan or a cond, in the outer trace", lambda: PytreeTrace({}).trace),
     "_promote_fn_shapes": ("gives a distribution in a scan the rank of its value", lambda: _scans()._promote_fn_shapes),
-    "_promote_scanned_value_shapes": (
-        "and a value that of its distribution",
-        lambda: _scans()._promote_scanned_value_shapes,
-    ),
     "cond_wrapper": ("tells a cond from a scan", lambda: cond_wrapper),
     "_mask": (
         "of a masked distribution",

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import dtypes
 from numpyro.contrib.control_flow.cond import cond_wrapper
-from numpyro.contrib.control_flow.scan import _promote_scanned_value_shapes, scan_wrapper
+from numpyro.contrib.control_flow.scan import scan_wrapper
 from numpyro.distributions.distribution import Delta, Unit
 from numpyro.distributions.util import scale_and_mask
 from numpyro.handlers import replay, substitute
@@ -28,11 +28,12 @@ from ..core.credit import Steps
 from ..core.enumeration import Enumeration, Unplaced, marked, missing, warn_of_minibatches
 from ..core.errors import EstimatorError, site_error, warn
 from ..core.posterior import Tables
-from ..core.site import Plate, Site, Term, Window
+from ..core.site import NO_STEP, Plate, Site, Term, Window
 from ..core.structure import Structure
 from ..core.terms import LogProbs
 from .dependencies import COUNTED, HANDED_OVER, dependencies, mark, same
 from .distributions import (
+    SCANS,
     cost_log_prob,
     describe,
     ends,
@@ -169,6 +170,8 @@ class _Conduct(Messenger):
         self.side = "guide" if guide is None else "model"
         self.kinds: dict[str, str] = {}  # of what has a name
         self.anonymous = self.scans = 0
+        self.at: tuple[Array, ...] = ()  # inside scans: the numbers of their steps
+        self.inner: dict[str, Scan | None] = {}  # the scan inside a step of another that a site is in
         super().__init__()
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
@@ -202,11 +205,7 @@ class _Conduct(Messenger):
             )
         if kind == "sample" and self.guide is not None and msg["name"] in self.guide:
             if is_stepwise(self.guide[msg["name"]]) and msg["value"] is None:
-                raise site_error(
-                    msg["name"],
-                    "enumerated in a scan of the guide, and the model draws it outside of one",
-                    "Draw it in a scan of the model too, or remove the mark.",
-                )
+                raise _not_stepwise(msg["name"])
             nesting = None if self.layout is None else self.layout.nesting
             _same_shape(msg["name"], self.guide[msg["name"]], msg, nesting)  # before the model works with it
         if kind == "sample" and msg["value"] is None:
@@ -224,11 +223,12 @@ class _Conduct(Messenger):
         elif kind == "plate" and msg["value"] is None:
             msg["kwargs"]["rng_key"] = key_of(self.plate_key, f"plate {msg['name']}")
         if kind == "control_flow":
-            within(msg, lambda fn: _Within(fn, self.plate_key, self.sizes))
+            within(msg, partial(_Within, msg, conduct=self))
+            _count_steps(msg)
         if kind in ("prng_key", "control_flow") and msg["kwargs"]["rng_key"] is None:
             self.anonymous += 1
             msg["kwargs"]["rng_key"] = key_of(self.key, f"{self.side} {kind} {self.anonymous}")
-            inside: Any = self.handed_over if self.guide is not None else partial(self._inside, _flow(msg))
+            inside: Any = self.handed_over if self.guide is not None else self._inside
             if msg.get("fn") is cond_wrapper and self.guide is not None:  # which replays nothing by itself
                 inside = {n: m["value"] for n, m in self.guide.items() if _latent(m)}
             if kind == "control_flow" and inside is not None:
@@ -251,9 +251,9 @@ class _Conduct(Messenger):
         if kind in ("sample", "plate", "mutable"):
             self.record[name] = msg.copy()
             if "time" in msg and kind == "sample":  # a value of the guide's, which was handed over once more
-                self.record[name]["value"] = _promote_scanned_value_shapes(msg["value"], msg["fn"])
+                self.record[name]["value"] = _promoted(msg)
 
-    def _inside(self, flow: tuple[int, bool] | None, msg: Message) -> Array | None:
+    def _inside(self, msg: Message) -> Array | None:
         """The value of a latent site of the guide inside a scan or a cond, whose handlers are all that hears of it.
         What leaves a step beside its value goes the way of the intermediates, which are stacked."""
         if not _latent(msg) or msg["value"] is not None:
@@ -261,13 +261,11 @@ class _Conduct(Messenger):
         if msg["kwargs"].get("sample_shape"):
             msg["fn"] = msg["fn"].expand((*msg["kwargs"]["sample_shape"], *msg["fn"].batch_shape))
             msg["kwargs"]["sample_shape"] = ()
-        number = msg["infer"].get("_scan_current_index")
         inner = msg.copy()
-        if flow is None:
+        if self.at:
+            inner["step"] = self.at if len(self.at) > 1 else self.at[0]
+        else:
             inner["branch"] = True
-        elif number is not None:
-            length, reverse = flow
-            inner["step"] = length - 1 - number if reverse else number
         value = self.draw(inner)
         along = {k: inner[k] for k in _ALONG if k in inner}
         msg["intermediates"] = {"": inner["intermediates"], **along} if along else inner["intermediates"]
@@ -281,8 +279,11 @@ class _Conduct(Messenger):
             self.scans += 1
             latent = frozenset(n for n, m in inside.items() if _latent(m) and not is_summed(m))
             scan = Scan(self.scans, *flow, latent)
-            for inner in inside.values():
+            for name, inner in inside.items():
                 inner["scan"] = scan
+                if (within_it := self.inner.get(name)) is not None:
+                    its = frozenset(n for n in latent if self.inner.get(n) == within_it)
+                    inner["inner"] = within_it._replace(latent=its)
         for inner in inside.values():
             if isinstance(inner.get("intermediates"), dict):
                 along = inner["intermediates"]
@@ -291,44 +292,97 @@ class _Conduct(Messenger):
         for name, inner in inside.items():
             if not _latent(inner) or is_enumerated(inner):
                 continue
+            alone = flow is not None and _scans(inner) == 1
             if self.guide is None:
                 if marked(inner["infer"], "guide"):
-                    if flow is not None and self.layout is None:
+                    if alone and self.layout is None:
                         raise Unplaced(name)
-                    if flow is None:
+                    if not alone:
+                        where = "a cond" if flow is None else "a scan that is inside another one,"
                         raise site_error(
                             name,
-                            'marked infer={"enumerate": ...} inside a cond of the guide',
+                            f'marked infer={{"enumerate": ...}} inside {where} of the guide',
                             "Remove the mark, its estimator then draws it.",
                         )
             elif name not in self.guide:
-                _refuse(inner, self.layout)
+                _refuse(inner, self.layout, alone)
+            elif is_stepwise(self.guide[name]):
+                raise _not_stepwise(name)
+
+
+def in_scans(msg: Message, scans: int) -> int:
+    """A site's infer says in how many scans it is, one inside the other, of which no handler outside hears; ``scans``:
+    how many there are around the message. Returns their number around what is inside of it."""
+    if msg["type"] == "sample":
+        scans = max(scans, msg["infer"].get(SCANS, 0))  # one that is deeper inside has said it already
+        msg["infer"] = {**msg["infer"], SCANS: scans}
+    return scans + (msg["type"] == "control_flow" and msg["fn"] is not cond_wrapper)
 
 
 class _Within(Messenger):
-    """Inside a scan or a cond, where no handler outside reaches: plates see the elements that their name says, in guide
-    and model and at every step, and a latent site in such a thing inside another is refused."""
+    """Inside a scan or a cond, whose message is ``flow``, in a run: plates see the elements that their name says, in
+    guide and model and at every step; a site says in how many scans it is, and has the guide's value."""
 
-    def __init__(
-        self, fn: Callable[..., Any], plate_key: Array, sizes: dict[str, tuple[int, int]], nested: bool = False
-    ):
-        self.plate_key, self.sizes, self.nested = plate_key, sizes, nested
+    def __init__(self, flow: Message, fn: Callable[..., Any], *, conduct: _Conduct, above: _Within | None = None):
+        self.conduct, self.nested, self.flow = conduct, above is not None, _flow(flow)
+        self.scans: int = in_scans(flow, 0 if above is None else above.scans)
+        self.at: tuple[Array, ...] = () if above is None else above.at  # the numbers of the steps
+        self.inner: Scan | None = None if above is None else above.inner
+        if above is not None and self.flow is not None and above.flow is not None and above.scans == 1:
+            conduct.scans += 1
+            self.inner = Scan(conduct.scans, *self.flow, frozenset())
         super().__init__(fn)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.flow is None:
+            return super().__call__(*args, **kwargs)
+        carry, (number, x) = args
+        if self.flow[1] and self.conduct.guide is not None:  # a scan of the model takes values in the order it is run
+            number = self.flow[0] - 1 - number
+        above = self.at
+        self.at = (*above, number)
+        try:
+            return super().__call__(carry, x, **kwargs)
+        finally:
+            self.at = above
+
     def process_message(self, msg: Message) -> None:
+        in_scans(msg, self.scans)
+        self.conduct.at = self.at
         if msg["type"] == "control_flow":
-            within(msg, lambda fn: _Within(fn, self.plate_key, self.sizes, nested=True))
+            within(msg, partial(_Within, msg, conduct=self.conduct, above=self))
+            _count_steps(msg)
         elif msg["type"] == "plate" and msg["value"] is None:
-            msg["kwargs"]["rng_key"] = key_of(self.plate_key, f"plate {msg['name']}")
-        elif self.nested and _latent(msg):
-            raise site_error(
-                msg["name"],
-                "drawn in a scan or a cond that is inside another one, where no value comes from guide to model",
-                "Write one scan over all steps, and jnp.where on the parameters in the place of a cond.",
-            )
+            msg["kwargs"]["rng_key"] = key_of(self.conduct.plate_key, f"plate {msg['name']}")
+        drawn = (self.conduct.guide or {}).get(msg.get("name", "")) if self.nested else None
+        if drawn is None or is_enumerated(drawn) or _scans(drawn) != len(self.at):
+            return
+        if _latent(msg) and msg["value"] is None:  # NumPyro hands it over too, but first looks at a step without
+            msg["value"] = drawn["value"][self.at]
 
     def postprocess_message(self, msg: Message) -> None:
-        _note_size(msg, self.sizes)
+        _note_size(msg, self.conduct.sizes)
+        if msg["type"] == "sample":
+            self.conduct.inner.setdefault(msg["name"], self.inner)
+
+
+def _count_steps(msg: Message) -> None:
+    """Each step of a scan is told its number."""
+    if (flow := _flow(msg)) is not None:
+        f, carry, xs, _, reverse = msg["args"]
+        msg["args"] = (f, carry, (jnp.arange(flow[0]), xs), flow[0], reverse)
+
+
+def _scans(msg: Message) -> int:
+    """In how many scans a latent site is."""
+    return msg["infer"].get(SCANS, 0) if _latent(msg) else -1
+
+
+def _promoted(msg: Message) -> Array:
+    """The value of all steps, with as many dimensions after these as its distribution has."""
+    value, fn, scans = msg["value"], msg["fn"], msg["infer"][SCANS]
+    missing = len(fn.batch_shape) + fn.event_dim - jnp.ndim(value)
+    return jnp.reshape(value, (*value.shape[:scans], *(1,) * missing, *value.shape[scans:])) if missing > 0 else value
 
 
 def _note_size(msg: Message, sizes: dict[str, tuple[int, int]]) -> None:
@@ -419,11 +473,19 @@ def _plain_scan(*args: Any, **kwargs: Any) -> Any:
         raise
 
 
-def _refuse(msg: Message, layout: Layout | None) -> Any:
+def _not_stepwise(name: str) -> EstimatorError:
+    return site_error(
+        name,
+        "enumerated in a scan of the guide, and the model draws it outside of one, or in a scan inside another",
+        "Draw it in a scan of the model too, or remove the mark.",
+    )
+
+
+def _refuse(msg: Message, layout: Layout | None, summable: bool = True) -> Any:
     """A latent site of the model that the guide lacks."""
     if layout is not None and layout.nesting is None:  # only to look
         return msg["fn"].sample(msg["kwargs"]["rng_key"]) if msg["value"] is None else msg["value"]
-    raise Unplaced(msg["name"]) if layout is None else missing(msg["name"], countable(msg["fn"]))
+    raise Unplaced(msg["name"]) if layout is None else missing(msg["name"], summable and countable(msg["fn"]))
 
 
 def _same_sizes(traces: Traces) -> None:
@@ -571,50 +633,65 @@ class _LogProbs(LogProbs):
         return support(msg["fn"]) if is_enumerated(msg) else None
 
 
-def _order(term: Term, traces: Traces) -> tuple[str, Scan] | None:
+def _order(term: Term, traces: Traces, which: str = "scan") -> tuple[str, Scan] | None:
     """The scan of the guide whose steps those of a term follow, and the scan that the term is in: that one, or one of
     the model that takes just its values, step number i that of step i. NumPyro counts the steps as they are run, and
-    where a scan runs from the end, the arrays that come out of it from the other end."""
+    where a scan runs from the end, the arrays that come out of it from the other end. ``which``: the "inner" one is
+    inside of a step."""
     values, record = traces.values, traces.guide if term.side == "guide" else traces.model
     msg = record[term.site]
-    scan = msg.get("scan")
+    scan = msg.get(which)
     if scan is None or not scan.latent:
         return None
     if values is not None and term.side == "model" and term.site in values.blocks and values.steps(term.site) is None:
         return None
-    of_guide = scan if term.side == "guide" else _common(traces.guide[n].get("scan") for n in scan.latent)
+    of_guide = scan if term.side == "guide" else _common(traces.guide[n].get(which) for n in scan.latent)
     if of_guide is None or of_guide.latent != scan.latent or of_guide.length != scan.length:
         return None
     return f"scan {of_guide.number}", scan
 
 
 def _steps(
-    terms: Sequence[Term], orders: Mapping[int, tuple[str, Scan]], reads: Sequence[Any], unclear: frozenset[str]
+    terms: Sequence[Term],
+    orders: Mapping[int, tuple[str, Scan]],
+    inner: Mapping[int, tuple[str, Scan]],
+    reads: Sequence[Any],
+    unclear: frozenset[str],
 ) -> dict[tuple[str, str], Steps]:
-    """Of the terms whose number is in ``orders``; ``reads`` as in `dependencies.Found`, ``unclear`` names sites of
-    which it does not show what a scan of the model reads."""
+    """Of the terms whose number is in ``orders``, and in ``inner`` if they are in a scan inside another; ``reads`` as
+    in `dependencies.Found`, ``unclear`` names sites of which it does not show what a scan of the model reads."""
     of_guide = {t.site: i for i, t in enumerate(terms) if t.side == "guide" and i in orders}
     of_sites = {n: orders[i][0] for n, i in of_guide.items()}
     found = {}
     for i, (order, scan) in orders.items():
         side, own, readers = terms[i].side, terms[i].site, dict[str, Window]()
         values = [of_guide[p.name] for p in terms[i].plates if p.of_step and p.name in of_guide]
-        decide = {name for number in values for name, _ in reads[number]}  # how probable these are, from then on
-        for name, ago in reads[i]:
+        decide = {name for number in values for name, *_ in reads[number]}  # how probable these are, from then on
+        deep = inner.get(i)
+        for name, ago, ago_inside in reads[i]:
             site = name.removeprefix(HANDED_OVER)
             if of_sites.get(site) != order:
                 continue
-            window = Window(min(ago, COUNTED), ago)
-            if side == "guide" and scan.reverse:
-                window = Window(-window.last, -window.first)
-            if side == "model" and (site in unclear or (name == site and (site != own or scan.reverse))):
-                window = Window(-math.inf, math.inf)  # NumPyro hands out a latent site's own value as the guide's array
+            window, guides = _ago(ago, side == "guide" and scan.reverse), inner.get(of_guide[site])
+            whole = side == "model" and name == site  # NumPyro hands out a latent site's own value as the guide's array
+            if (side == "model" and site in unclear) or (whole and (site != own or scan.reverse)):
+                window = Window(-math.inf, math.inf)
+            elif ago > 0:
+                window = window._replace(inner=NO_STEP)
+            elif deep and guides and deep[0] == guides[0] and not (whole and deep[1].reverse):
+                window = window._replace(inner=_ago(ago_inside, side == "guide" and deep[1].reverse))
             if name in decide:
                 back = orders[values[0]][1].reverse
                 window = window.joined(Window(-math.inf, 0) if back else Window(0, math.inf))
             readers[site] = readers[site].joined(window) if site in readers else window
-        found[side, own] = Steps(order, readers, flipped=side == "model" and scan.reverse)
+        of_model = side == "model"
+        steps_inside = deep and (deep[0], of_model and deep[1].reverse)
+        found[side, own] = Steps(order, readers, of_model and scan.reverse, steps_inside)
     return found
+
+
+def _ago(steps: float, back: bool) -> Window:
+    return Window(-steps, -min(steps, COUNTED)) if back else Window(min(steps, COUNTED), steps)
 
 
 def _common(scans: Iterable[Scan | None]) -> Scan | None:
@@ -675,7 +752,7 @@ def plain_shapes(program: Program, keys: Keys) -> dict[tuple[str, str], tuple[in
         traces = execute(program, keys, draw=draw, layout=look_only)
         for side, record in (("guide", traces.guide), ("model", traces.model)):
             sites = {n: m for n, m in record.items() if m["type"] == "sample"}
-            found.update({(side, n): m["fn"].batch_shape["scan" in m :] for n, m in sites.items()})
+            found.update({(side, n): m["fn"].batch_shape[m["infer"].get(SCANS, 0) :] for n, m in sites.items()})
 
     if interpreted():
         look()
@@ -727,7 +804,9 @@ def survey(program: Program, keys: Keys, layout: Callable[[], Layout | None]) ->
         seen["sites"] = {n: still(view(m, traces), m["fn"]) for n, m in latents.items()}
         seen["dtypes"] = {n: sampled_dtype(m["fn"]) for n, m in latents.items()}
         seen["terms"] = [replace(t, value=None, cost=None, weight=None) for t in terms]
-        seen["orders"] = {i: o for i, t in enumerate(terms) if (o := _order(t, traces)) is not None}
+        for which in ("scan", "inner"):
+            orders = {i: o for i, t in enumerate(terms) if (o := _order(t, traces, which)) is not None}
+            seen[which] = orders
         if traces.values is not None:
             warn_of_minibatches(traces.values)
         seen["model"] = [n for n, m in traces.model.items() if m["type"] == "sample"]
@@ -754,7 +833,8 @@ def survey(program: Program, keys: Keys, layout: Callable[[], Layout | None]) ->
 
     if followed:
         (of_terms, of_values, of_ends), stuck, traced, reads, found_cuts = dependencies(run)
-        steps = _steps(seen["terms"], seen["orders"], reads()[0], frozenset(unclear)) if seen["orders"] else {}
+        of = seen["scan"], seen["inner"]
+        steps = _steps(seen["terms"], *of, reads()[0], frozenset(unclear)) if seen["scan"] else {}
     else:
         run()
         of_terms, of_values, of_ends = _in_order(seen["order"], seen["sites"], seen["terms"])

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.runtime import _ENUM_ALLOCATOR
 from pyro.poutine.util import site_is_subsample
 
 from ..core.elimination import Axis
 from ..core.enumeration import Cell, check_elements, check_mark, marked, placed
+from ..core.errors import site_error
 from ..core.site import Plate
 from .distributions import unwrapped
 
@@ -38,6 +40,15 @@ class Layout:
     @staticmethod
     def handed(msg: Message, drawn: Message) -> None:
         """A message of the model gets the value of the guide's."""
+        for dim, axis in drawn["scope"].items():
+            if (other := msg["scope"].get(dim, axis)) != axis:
+                names = [a if isinstance(a, str) else getattr(a, "name", "") for a in (axis, other)]
+                raise site_error(
+                    names[0],
+                    f"enumerated in the guide along the dimension of site '{names[1]}', which pyro.markov used again, "
+                    "and the model's remembers both",
+                    "Give pyro.markov in the guide as large a history as in the model.",
+                )
         msg["infer"] = {**drawn["infer"], "_dim_to_id": dict(drawn["infer"].get("_dim_to_id", {}))}
         msg["scope"] = {**msg["scope"], **drawn["scope"]}
 
@@ -48,6 +59,12 @@ class _Side(EnumMessenger):
     def __init__(self, layout: Layout, first: int | None, drawn: Mapping[str, Message] | None):
         super().__init__(first)
         self.layout, self.drawn = layout, drawn
+
+    def __enter__(self) -> Any:
+        if self.drawn:  # by the guide, along dimensions that its `pyro.markov` uses again: the model has others
+            taken = [d for m in self.drawn.values() for d in m["infer"].get("_dim_to_id", ())]
+            _ENUM_ALLOCATOR.next_available_dim = min([_ENUM_ALLOCATOR.next_available_dim, *(d - 1 for d in taken)])
+        return super().__enter__()
 
     def _pyro_sample(self, msg: Message) -> None:
         if site_is_subsample(msg):

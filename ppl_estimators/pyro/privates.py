@@ -76,6 +76,10 @@ PRIVATES: dict[str, tuple[str, Callable[[], Any]]] = {
     "_constraints": ("the store's constraints by name", lambda: pyro.get_param_store()._constraints),
     "_pyro_params": ("a PyroModule's own names", lambda: pyro.nn.PyroModule()._pyro_params),
     "_param_dims": ("the dimensions of enumerated values that a site may see", lambda: _enumerated()[0]._param_dims),
+    "_ENUM_ALLOCATOR": (
+        "says which dimension enumerated values take next",
+        lambda: pyro.poutine.runtime._ENUM_ALLOCATOR.allocate,
+    ),
     "_enumerate_dim": ("in a site's infer: where its values lie", lambda: _enumerated()[1]["_enumerate_dim"]),
     "_dim_to_id": ("in a site's infer: whose values lie where", lambda: _enumerated()[1]["_dim_to_id"]),
     "_guess_max_plate_nesting": (

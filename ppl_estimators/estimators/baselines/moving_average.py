@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -36,25 +37,25 @@ class MovingAverage(Baseline):
             raise ValueError(f"MovingAverage(decay) needs 0 <= decay < 1, got {self.decay!r}.")
 
     def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
-        each = Initial(site.batch_shape[:1] if site.time else ())
+        each = Initial(site.batch_shape[: site.time])
         return Keeps(state={"mean": each, "started": each})
 
     def predict(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> Array:
         old = kept.state["mean"]
         if site.time:
-            if tuple(old.shape) != site.batch_shape[:1]:
+            if tuple(old.shape) != site.batch_shape[: site.time]:
                 raise site_error(
                     site.name,
-                    f"MovingAverage() keeps an average for each of {old.shape[0]} steps of a scan, and there are "
-                    f"{site.batch_shape[0]} now",
+                    f"MovingAverage() keeps an average for each of {math.prod(old.shape)} steps of a scan, and there "
+                    f"are {site.steps} now",
                     "Pad the series to one length, or use Reinforce(LeaveOneOut()) with several particles.",
                 )
-            old = ops.reshape(old, (-1, *(1,) * (cost.ndim - 2)))
+            old = ops.reshape(old, (*old.shape, *(1,) * (cost.ndim - 1 - site.time)))
         return ops.zeros_like(cost) + ops.like(old, cost) * site.subsampling
 
     def fit(self, ops: Ops, site: Site, cost: Array, kept: Kept) -> tuple[Array | None, Mapping[str, Array]]:
         old, started = kept.state["mean"], kept.state["started"]
-        others = tuple(i for i in range(cost.ndim) if i != 1) if site.time else None
+        others = tuple(i for i in range(cost.ndim) if not 1 <= i <= site.time)
         now = ops.like(ops.mean(cost, axis=others) / site.subsampling, old)
         mean = ops.where(started > 0, self.decay * old + (1 - self.decay) * now, now)
         return None, guarded(ops, kept.state, {"mean": mean, "started": ops.ones_like(started) + 0 * now})
