@@ -52,14 +52,11 @@ def report(
     """
     from ppl_estimators import diagnostics
     from ppl_estimators.diagnostics import candidates
-    from ppl_estimators.diagnostics.program import check_program
 
     model, guide, args = programs.load(program, backend)
 
     def run() -> Any:
-        check_program(model, guide, args, {}, backend=backend)
-        measured = candidates.Program(backend, model, guide, args, {}, None, seed)
-        plan = candidates.look(measured, particles)
+        _, plan = candidates.opened("report", model, guide, args, None, seed=seed, backend=backend, particles=particles)
         name: Any = {} if estimator == "default" else estimator
         chosen = candidates.resolve(name, None, backend, guide, plan, particles)
         return diagnostics.gradient_report(chosen.elbo, model, chosen.guide, *args, num_draws=draws, seed=seed)
@@ -96,12 +93,8 @@ def compare(
     model, guide, args = programs.load(program, backend)
     names = estimator or ["default", "Reinforce", "Reinforce(LeaveOneOut())", "TraceGraph_ELBO"]
 
-    def run() -> Any:
-        return diagnostics.compare(
-            model, guide, args, names, num_draws=draws, num_particles=particles, seed=seed, backend=backend
-        )
-
-    _shown(run, json, out, "comparison")
+    counts: dict[str, Any] = {"num_draws": draws, "num_particles": particles, "seed": seed}
+    _shown(lambda: diagnostics.compare(model, guide, args, names, backend=backend, **counts), json, out, "comparison")
 
 
 def recommend(
@@ -133,12 +126,8 @@ def recommend(
 
     model, guide, args = programs.load(program, backend)
 
-    def run() -> Any:
-        return diagnostics.recommend(
-            model, guide, args, budget=draws, num_particles=particles, seed=seed, backend=backend
-        )
-
-    _shown(run, json, out, "recommendation")
+    counts: dict[str, Any] = {"budget": draws, "num_particles": particles, "seed": seed}
+    _shown(lambda: diagnostics.recommend(model, guide, args, backend=backend, **counts), json, out, "recommendation")
 
 
 def _shown(run: Callable[[], Any], json: bool, out: Path | None, stem: str) -> None:

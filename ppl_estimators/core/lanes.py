@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 
-from .families import BERNOULLI, ONEHOT, category, encoded
+from .families import BERNOULLI, category, encoded
 from .ops import Array, Ops
 from .site import Site
 
 
 def numbers(ops: Ops, site: Site, like: Array) -> Array:
     """``[*batch, *event]`` (1 along plates, no category axis): which lane an element is."""
-    shape = [1] * (len(site.batch_shape) + len(site.event_shape) - (site.family == ONEHOT))
+    shape = [1] * (len(site.batch_shape) + site.event_axes)
     for axis, size in zip(site.lane_axes, site.lane_shape, strict=True):
         shape[axis] = size
     return ops.reshape(ops.indices(math.prod(shape), like), tuple(shape))
@@ -48,10 +48,9 @@ def weights(ops: Ops, site: Site, drawn: Array, moved: Array) -> Array:
 def by_lane(ops: Ops, site: Site, costs: Array) -> Array:
     """Costs ``[D values, K, *plates]`` of moving each lane to each of its values, ``[K, *batch, *event, values]``."""
     n = len(site.batch_shape)
-    events = len(site.event_shape) - (site.family == ONEHOT)
     x = ops.reshape(costs, (*site.lane_shape, costs.shape[0] // site.lanes, *costs.shape[1:]))
     values = len(site.lane_shape)
-    undeclared = values - events
+    undeclared = values - site.event_axes
     # axes of x: [lanes..., values, K, batch...]; a batch axis that is a lane has size 1 and gives way to it
     order, lane = [values + 1], 0
     dropped = set(site.lane_axes[:undeclared])

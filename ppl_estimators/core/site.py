@@ -181,9 +181,17 @@ class Site:
         """Axes of a value, from the left and without lead axes, along which elements are *dependent*:
         event dimensions, and batch dimensions that no plate declares. A one-hot's category axis is not one."""
         n = len(self.batch_shape)
-        batch = [i for i in range(n) if i not in self._own_axes]
-        event = range(n, n + len(self.event_shape) - (self.family == families.ONEHOT))
-        return (*batch, *event)
+        return (*(i for i in range(n) if i not in self._own_axes), *range(n, n + self.event_axes))
+
+    @property
+    def event_axes(self) -> int:
+        """How many event dimensions there are, without the category axis of a one-hot."""
+        return len(self.event_shape) - (self.family == families.ONEHOT)
+
+    @property
+    def _undeclared(self) -> tuple[int, ...]:
+        """Batch axes of dependent elements, behind the lead axes."""
+        return tuple(i + self.lead for i in self.lane_axes if i < len(self.batch_shape))
 
     @property
     def lane_shape(self) -> tuple[int, ...]:
@@ -213,30 +221,20 @@ class Site:
 
     def spread(self, ops: Ops, cost: Array, trailing: int = 0) -> Array:
         """A cost ``[..., *plates]`` broadcastable against values ``[..., *batch, *event]`` (and the category axis)."""
-        extra = len(self.event_shape) - (self.family == families.ONEHOT) + trailing
+        extra = self.event_axes + trailing
         return ops.reshape(cost, (*cost.shape, *(1,) * extra)) if extra else cost
 
     def sum_lanes(self, ops: Ops, x: Array) -> Array:
         """Elementwise ``[*lead, *batch, *event]`` (one axis per element) to the cost's ``[*lead, *plates]``."""
-        return self.over_lanes(ops, x, ops.sum)
-
-    def over_lanes(self, ops: Ops, x: Array, reduce: Any) -> Array:
-        """The same with another reduction."""
-        events = len(self.event_shape) - (self.family == families.ONEHOT)
-        if events:
-            x = reduce(x, axis=tuple(range(-events, 0)))
-        undeclared = tuple(i + self.lead for i in self.lane_axes if i < len(self.batch_shape))
-        return reduce(x, axis=undeclared, keepdims=True) if undeclared else x
+        return self.to_plates(ops, self.sum_event(ops, x))
 
     def to_plates(self, ops: Ops, x: Array) -> Array:
         """``[*lead, *batch]`` to the cost's ``[*lead, *plates]``."""
-        undeclared = tuple(i + self.lead for i in self.lane_axes if i < len(self.batch_shape))
-        return ops.sum(x, axis=undeclared, keepdims=True) if undeclared else x
+        return ops.sum(x, axis=self._undeclared, keepdims=True) if self._undeclared else x
 
     def sum_event(self, ops: Ops, x: Array) -> Array:
         """Elementwise ``[*lead, *batch, *event]`` (one axis per element) to ``[*lead, *batch]``."""
-        events = len(self.event_shape) - (self.family == families.ONEHOT)
-        return ops.sum(x, axis=tuple(range(-events, 0))) if events else x
+        return ops.sum(x, axis=tuple(range(-self.event_axes, 0))) if self.event_axes else x
 
     def sum_elements(self, ops: Ops, x: Array) -> Array:
         """``[*lead, *batch, *event]`` in the shape of a value (the category axis of a one-hot too) to
@@ -257,16 +255,14 @@ class Site:
         excess = scale.ndim - self.lead - rank
         if excess > 0:
             scale = ops.mean(scale, axis=tuple(range(self.lead, self.lead + excess)))
-        undeclared = tuple(i + self.lead for i in self.lane_axes if i < rank)
-        scale = ops.mean(scale, axis=undeclared, keepdims=True) if undeclared else scale
+        scale = ops.mean(scale, axis=self._undeclared, keepdims=True) if self._undeclared else scale
         return ops.where(scale > 0, scale, ops.ones_like(scale))
 
     def features(self, ops: Ops, x: Array) -> Array:
         """``[*lead, *batch, *rest]`` as one feature vector per plate element: ``[*lead, *plates, F]``."""
         n = self.lead + len(self.batch_shape)
-        undeclared = [i + self.lead for i in self.lane_axes if i < len(self.batch_shape)]
-        kept = [i for i in range(n) if i not in undeclared]
-        moved = ops.permute_dims(x, (*kept, *undeclared, *range(n, x.ndim)))
+        kept = [i for i in range(n) if i not in self._undeclared]
+        moved = ops.permute_dims(x, (*kept, *self._undeclared, *range(n, x.ndim)))
         flat = math.prod(moved.shape[len(kept) :])
         return ops.reshape(moved, (*x.shape[: self.lead], *self.plate_shape, flat))
 

@@ -62,9 +62,7 @@ class Step:
         library, objective, scale = self.library, bounds.WEIGHTS, []
 
         def one(source: Any) -> tuple[dict[str, Any], Run]:
-            run = Run(source, library.plan())
-            run.traces = library.run(library.own, source, first=True)
-            run.plan = library.plan(run.traces)
+            run = self._plain(source)
             run.terms = list(library.terms(run.traces, run.plan, frozenset()))
             scale.append(objective.scale(run.terms))
             return {"objective": objective.collect(library.ops, run.terms), "sites": {}}, run
@@ -87,9 +85,7 @@ class Step:
         library, names = self.library, set[str]()
 
         def one(source: Any) -> tuple[dict[str, Any], Run]:
-            run = Run(source, library.plan())
-            run.traces = library.run(library.own, source, first=True)
-            run.plan = library.plan(run.traces)
+            run = self._plain(source)
             found = posterior(library.ops, run.traces.values, library.tables(run.traces), library.uniform(source))
             if other := names and names ^ found.samples.keys():
                 raise site_error(min(other), "in some of the draws only", "Ask for one at a time, num_samples=1.")
@@ -97,6 +93,13 @@ class Step:
             return {"objective": library.zero(), "sites": {}, "posterior": found._asdict()}, run
 
         return Posterior(**library.particles(one, count).arrays["posterior"])
+
+    def _plain(self, source: Any) -> Run:
+        """A run of the program as it draws itself."""
+        run = Run(source, self.library.plan())
+        run.traces = self.library.run(self.library.own, source, first=True)
+        run.plan = self.library.plan(run.traces)
+        return run
 
     def check(self) -> verify.Checked:
         """One particle, and all that can be asked of its program. Raises `EstimatorError`."""

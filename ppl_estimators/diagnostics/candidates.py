@@ -15,6 +15,7 @@ from ..core.errors import EstimatorError
 from ..core.estimator import Estimator
 from ..core.plan import Plan, match
 from .library import library_of, quiet
+from .program import check_call, check_program, within
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,19 @@ class Candidate:
     unbiased: bool | None = None  # as declared; None for stock ELBOs
 
 
-def look(program: Program, particles: int) -> Plan:
-    """The plan of the default: the guide's sites as our engine sees them."""
-    p, elbo = program, program.library.adapter.EstimatorELBO(num_particles=particles)
-    with quiet():
-        return p.library.gradients(elbo, p.model, p.guide, p.args, p.kwargs, p.params).plan()
+def opened(
+    call: str, model: Any, guide: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, *,
+    params: Mapping[str, Any] | None = None, seed: int = 0, backend: str | None = None, particles: int = 1,
+) -> tuple[Program, Plan]:  # fmt: skip
+    """A program that runs, and the plan of the default: the guide's sites as our engine sees them. Raises
+    `EstimatorError` for what ``call`` was given in another order, and for a mistake in model or guide."""
+    check_call(call, model, guide, args, backend)
+    kwargs = dict(kwargs or {})
+    library = check_program(model, guide, args, kwargs, backend=backend, anywhere=not params)
+    program = Program(library, model, guide, args, kwargs, params, seed)
+    elbo = library.adapter.EstimatorELBO(num_particles=particles)
+    with within("EstimatorELBO"), quiet():
+        return program, library.gradients(elbo, model, guide, args, kwargs, params).plan()
 
 
 def resolve(

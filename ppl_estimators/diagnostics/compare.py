@@ -8,12 +8,12 @@ from typing import Any
 
 from ..core.errors import EstimatorError
 from ..measure.look import in_short
-from .candidates import Program, look, resolve
+from .candidates import opened, resolve
 from .library import bar
 from .measured import Measured, time_together
-from .program import check_call, check_program, within
+from .program import within
 from .reference import Reference, judge, reference_for
-from .show import CHOSEN, Showable, Shown, axes, number
+from .show import CHOSEN, Showable, Shown, axes, named, number
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,8 @@ class Comparison(Showable):
     chosen: str | None = None
 
     def __getitem__(self, label: str) -> Compared:
-        for r in self.rows:
-            if r.label == label:
-                return r
-        raise KeyError(f"no row '{label}': {', '.join(r.label for r in self.rows)}")
+        found: Compared = named(self.rows, "label", label, "row")
+        return found
 
     def tables(self) -> list[Shown]:
         lines = [f"'{n}' could not run: {why}" for n, why in self.failed.items()]
@@ -85,9 +83,6 @@ class Comparison(Showable):
 
     def records(self) -> list[dict[str, Any]]:
         return [vars(r) for r in self.rows]
-
-    def facts(self) -> dict[str, Any]:
-        return {**vars(self), "rows": self.records()}
 
     def plot(self) -> Any:
         """Variance against milliseconds, biased ones hollow; the line joins those that none beats in both."""
@@ -173,12 +168,9 @@ def compare(
     if isinstance(candidates, str):
         candidates = [candidates]
     given = list(candidates.items()) if isinstance(candidates, Mapping) else [(None, c) for c in candidates]
-    check_call("compare(model, guide, args, candidates)", model, guide, args, backend)
-    kwargs = dict(kwargs or {})
-    library = check_program(model, guide, args, kwargs, backend=backend, anywhere=not params)
-    program = Program(library, model, guide, args, kwargs, params, seed)
-    with within("EstimatorELBO"):
-        plan = look(program, num_particles)
+    point: dict[str, Any] = {"params": params, "seed": seed, "backend": backend, "particles": num_particles}
+    program, plan = opened("compare(model, guide, args, candidates)", model, guide, args, kwargs, **point)
+    library = program.library
     running, failed = [], {}
     for label, one in given:
         try:

@@ -14,7 +14,7 @@ from ..measure.watch import Moment, Snapshot
 from .log import Log, MonitorRow, open_log
 from .moments import running
 from .program import check_program
-from .show import Showable, Shown, axes, number, ratio
+from .show import Showable, Shown, axes, named, number, ratio
 
 #: signal to noise below which a step is nothing but noise, and what counts as a clear signal
 DROWNED, CLEAR = 0.05, 0.2
@@ -41,10 +41,8 @@ class MonitorReport(Showable):
 
     def __getitem__(self, name: str) -> MonitorRow:
         """The last look at a site or parameter."""
-        for row in self.last():
-            if row.name == name:
-                return row
-        raise KeyError(f"no site or parameter '{name}': {', '.join(r.name for r in self.last())}")
+        found: MonitorRow = named(self.last(), "name", name, "site or parameter")
+        return found
 
     def tables(self) -> list[Shown]:
         about = f"Running means over about {round(1 / (1 - self.decay)):,} steps; running loss {number(self.loss, 5)}."
@@ -67,9 +65,6 @@ class MonitorReport(Showable):
 
     def records(self) -> list[dict[str, Any]]:
         return [vars(r) for r in self.rows]
-
-    def facts(self) -> dict[str, Any]:
-        return {**vars(self), "rows": self.records()}
 
     def plot(self) -> Any:
         """Signal to noise over the steps, as a matplotlib figure."""
@@ -181,31 +176,22 @@ class GradientMonitor:
             self.rows, self._memory = [], {}
         skipped = snapshot.skipped - (self._last.skipped if self._last and self.rows else 0)
         self._last = snapshot
-        rows = [self._row(snapshot.step, m) for m in snapshot.moments if m.count > 1]
+        signals, rows = [], []
+        for m in (m for m in snapshot.moments if m.count > 1):
+            signal, variance = running(m.square_of_mean, m.mean_square, self.decay, m.count)
+            signals.append(signal)
+            rows.append(_row(snapshot.step, m, max(signal, 0.0), variance))
         self.rows += rows
         if self._log is not None:
             self._log.write(rows, snapshot.loss)
         if skipped >= self.every:
             self._warn("finite", f"none of the last {self.every:,} steps was finite; the monitor left them out.")
-        for row, m in zip(rows, (m for m in snapshot.moments if m.count > 1), strict=True):
-            if row.kind == "site":
-                self._judge(row, m)
+        for row, signal in zip(rows, signals, strict=True):
+            if row.kind == "site" and row.variance > 0:  # else neither signal nor noise
+                self._judge(row, signal / row.variance)
 
-    def _row(self, step: int, m: Moment) -> MonitorRow:
-        signal, variance = running(m.square_of_mean, m.mean_square, self.decay, m.count)
-        signal = max(signal, 0.0)
-        if variance > 1e-12 * m.mean_square:
-            ratio = (signal / variance) ** 0.5
-        else:  # as good as none, in single precision
-            ratio = float("inf") if signal > 0 else 0.0
-        return MonitorRow(step, m.kind, m.name, signal**0.5, variance, ratio)
-
-    def _judge(self, row: MonitorRow, m: Moment) -> None:
-        signal, variance = running(m.square_of_mean, m.mean_square, self.decay, m.count)
+    def _judge(self, row: MonitorRow, ratio: float) -> None:
         past = self._memory.setdefault(row.name, _Memory())
-        if row.variance <= 0:  # neither signal nor noise
-            return
-        ratio = signal / variance
         past.ratios.append(ratio)  # may be negative: without bias, so that looks average out
         mean = sum(past.ratios) / len(past.ratios)
         if len(past.ratios) < FEWEST:
@@ -240,6 +226,14 @@ class GradientMonitor:
         if key not in self._said:
             self._said.add(key)
             warn(message)
+
+
+def _row(step: int, m: Moment, signal: float, variance: float) -> MonitorRow:
+    if variance > 1e-12 * m.mean_square:
+        ratio = (signal / variance) ** 0.5
+    else:  # as good as none, in single precision
+        ratio = float("inf") if signal > 0 else 0.0
+    return MonitorRow(step, m.kind, m.name, signal**0.5, variance, ratio)
 
 
 @dataclass

@@ -5,8 +5,8 @@ Deep inside a gradient, or under `jit`, the libraries' own words name neither gu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from ..backends import Library, named, of_elbo, of_program
 from ..core.errors import EstimatorError, site_error
 from ..measure.gradients import check_sites
-from ..measure.look import in_short
+from ..measure.look import said
 
 
 def check_call(call: str, model: Any, guide: Any, args: Any, backend: str | None = None) -> None:
@@ -84,15 +84,9 @@ def check_program(
     return library
 
 
-@contextmanager
-def within(what: str) -> Iterator[None]:
-    """Whatever else goes wrong in ``what`` is said in one line, with the original as cause."""
-    try:
-        yield
-    except EstimatorError:
-        raise
-    except Exception as error:
-        raise EstimatorError(f"guide and model run by themselves, but not in {what}: {in_short(error)}") from error
+def within(what: str) -> AbstractContextManager[None]:
+    """Whatever else goes wrong in ``what`` is said in one line."""
+    return said(f"guide and model run by themselves, but not in {what}:")
 
 
 def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> bool:

@@ -17,13 +17,13 @@ from ..catalogue import ENTRIES, Kind
 from ..core.errors import EstimatorError
 from ..core.estimator import Estimator
 from ..core.plan import Plan
-from .candidates import Program, look, resolve
+from .candidates import Program, opened, resolve
 from .compare import Compared, Comparison, draw_frontier, reason, row
 from .groups import Alike, alike, mapping_of
 from .library import Advance, bar, quiet
 from .measured import Measured, time_together, trained
 from .moments import Moments
-from .program import check_call, check_program, within
+from .program import within
 from .reference import UNBIASED, Reference, reference_for
 from .show import Showable, Shown, axes, number
 
@@ -200,12 +200,9 @@ def recommend(
         raise EstimatorError(
             f"recommend(budget=...) is how many gradients are drawn of each candidate, 2 or more, got {budget!r}."
         )
-    check_call("recommend(model, guide, args)", model, guide, args, backend)
-    kwargs = dict(kwargs or {})
-    library = check_program(model, guide, args, kwargs, backend=backend, anywhere=not params)
-    program = Program(library, model, guide, args, kwargs, params, seed)
+    point: dict[str, Any] = {"params": params, "seed": seed, "backend": backend, "particles": num_particles}
+    program, plan = opened("recommend(model, guide, args)", model, guide, args, kwargs, **point)
     with within("EstimatorELBO"):
-        plan = look(program, num_particles)
         reference = reference_for(program, plan, "auto", 2000, budget, progress)
     search = _Search(program, plan, reference, budget, num_particles)
     with bar("recommend", search.expected(), progress) as search.advance:

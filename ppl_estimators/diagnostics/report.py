@@ -110,8 +110,7 @@ class Report(Showable):
         return [{"kind": kind, **vars(row)} for kind, rows in kinds for row in rows]
 
     def facts(self) -> dict[str, Any]:
-        own = {k: v for k, v in vars(self).items() if k not in ("mean", "variance")}
-        return {**own, "parameters": [vars(p) for p in self.parameters], "sites": [vars(s) for s in self.sites]}
+        return {k: v for k, v in super().facts().items() if k not in ("mean", "variance")}
 
     def plot(self) -> Any:
         """Shares of the variance, as a matplotlib figure."""

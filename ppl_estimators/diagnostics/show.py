@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, is_dataclass
 from io import StringIO
 from pathlib import Path
@@ -43,6 +44,16 @@ def ratio(signal_to_noise: float) -> str:
 
 def percent(x: float | None) -> str:
     return "–" if x is None or not math.isfinite(x) else f"{100 * x:.1f}%"
+
+
+def named(rows: Iterable[Any], attribute: str, name: str, what: str) -> Any:
+    """The first row of that name. Raises `KeyError`, which lists those that there are."""
+    known: dict[str, Any] = {}
+    for row in rows:
+        known.setdefault(getattr(row, attribute), row)
+    if name not in known:
+        raise KeyError(f"no {what} '{name}': {', '.join(known)}")
+    return known[name]
 
 
 class Showable:

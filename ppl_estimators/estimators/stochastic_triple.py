@@ -58,7 +58,7 @@ class StochasticTriple(Estimator):
         moves = weight > 0
         clock = -ops.log(noise["which"]) / ops.where(moves, weight, ops.ones_like(weight))
         clock = ops.where(moves, clock, ops.full_like(clock, math.inf))
-        first = site.over_lanes(ops, clock, ops.min)
+        first = ops.min(site.features(ops, clock), axis=-1)  # [*lead, *plates]
         chosen = ops.like(moves & (clock == site.spread(ops, first)), weight)
         return Draw(x, {"y": y, "chosen": chosen, "total": site.sum_lanes(ops, weight)})
 
@@ -72,17 +72,14 @@ class StochasticTriple(Estimator):
         if site.family not in (CATEGORICAL, ONEHOT):
             sign = 1 - 2 * draw.value if site.family == BERNOULLI else 1
             return Local(in_natural_units(ops, site, signal * sign))
-        z, y = (v if site.family == ONEHOT else ops.one_hot(v, site.categories, site.logits) for v in _pair(draw))
+        both = draw.value, draw.extra["y"]
+        z, y = (v if site.family == ONEHOT else ops.one_hot(v, site.categories, site.logits) for v in both)
         below, above = _sides(ops, z)
         up = ops.sum(above * y, axis=-1, keepdims=True)
         side = ops.softmax(site.logits) * ops.where(up > 0, above, below)  # p_k, on the side that it moved to
         mass = ops.sum(side, axis=-1, keepdims=True)
         share = ops.stop_gradient(side / ops.where(mass > 0, mass, ops.ones_like(mass)))
         return Local(signal[..., None] * share * site.logits)
-
-
-def _pair(draw: Draw) -> tuple[Array, Array]:
-    return draw.value, draw.extra["y"]
 
 
 def _perturbed(ops: Ops, site: Site, x: Array, side: Array | None) -> tuple[Array, Array]:

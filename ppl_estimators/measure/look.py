@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,14 +36,18 @@ class Ran:
 
 
 @contextmanager
-def raised_by(role: str) -> Iterator[None]:
-    """An exception that is not ours is said in one line, with the original as cause."""
+def said(what: str) -> Iterator[None]:
+    """An exception that is not ours is said in one line after ``what``, with the original as cause."""
     try:
         yield
     except EstimatorError:
         raise
     except Exception as error:
-        raise EstimatorError(f"the {role} raised {in_short(error)}") from error
+        raise EstimatorError(f"{what} {in_short(error)}") from error
+
+
+def raised_by(role: str) -> AbstractContextManager[None]:
+    return said(f"the {role} raised")
 
 
 def in_short(error: Exception) -> str:

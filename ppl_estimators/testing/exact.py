@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..backends import Library, of_program
+from ..backends import named, of_program
 from ..core.objectives import Dreamt, EvidenceLowerBound, Objective, check_dreams
 from ..measure.states import Asked, Exact, Minibatches
 
@@ -53,11 +53,9 @@ def exact_gradient(
 
     >>> exact_gradient(model, guide, data).gradient["loc"]  # doctest: +SKIP
     """
-    if backend is not None and backend not in list(Library):
-        raise ValueError(f'exact_gradient(backend=...) takes "pyro" or "numpyro", got {backend!r}.')
     if not 2 <= nodes <= 200:
         raise ValueError(f"exact_gradient(nodes=...) takes 2 to 200 Gauss nodes per element, got {nodes!r}.")
-    library = of_program(model, guide, args, kwargs) if backend is None else Library(backend)
+    library = of_program(model, guide, args, kwargs) if backend is None else named(backend)
     asked = Asked(nodes, max_states, minibatches, objective or EvidenceLowerBound(), num_particles)
     exact, given = library.part("exact").exact, (args, kwargs, params)
     found: Exact = exact(model, guide, *given, asked)

@@ -15,7 +15,7 @@ Everything is asymmetric and logits keep away from zero on purpose, except where
 """
 
 from . import branches, categories, continuous, dimensions, minibatches, misuse, sites
-from .case import CASES, Case, bound, case, copies, finite, particles
+from .case import CASES, Case, apart, bound, case, copies, finite, particles
 from .languages import NumPyroLanguage, PyroLanguage, language
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Case",
     "NumPyroLanguage",
     "PyroLanguage",
+    "apart",
     "bound",
     "branches",
     "case",
