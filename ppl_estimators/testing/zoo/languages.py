@@ -10,7 +10,36 @@ from typing import Any
 import numpy as np
 
 
-class PyroLanguage:
+class Language:
+    """What both call by the same name, in ``handlers`` and ``dist`` of the library and ``as_array`` of its arrays."""
+
+    name: str
+    dist: Any
+    handlers: Any
+    as_array: Callable[..., Any]
+
+    def array(self, values: Any) -> Any:
+        values = np.asarray(values)
+        return self.as_array(values if values.dtype == bool else values.astype(float))
+
+    def scale(self, scale: float) -> AbstractContextManager[Any]:
+        return self.handlers.scale(scale=scale)
+
+    def mask(self, mask: Any) -> AbstractContextManager[Any]:
+        return self.handlers.mask(mask=mask)
+
+    def total(self, x: Any) -> Any:
+        """The sum over the last dimension, kept."""
+        return x.sum(-1, keepdims=True)
+
+    def mix(self, matrix: Any, x: Any) -> Any:
+        return x @ matrix.T
+
+    def dot(self, x: Any, y: Any) -> Any:
+        return (x * y).sum(-1)
+
+
+class PyroLanguage(Language):
     """Pyro."""
 
     name = "pyro"
@@ -19,16 +48,11 @@ class PyroLanguage:
         import pyro
         import pyro.distributions
         import torch
-        from pyro import poutine
 
-        self.pyro, self.torch, self.poutine = pyro, torch, poutine
-        self.dist = pyro.distributions
+        self.pyro, self.torch, self.handlers = pyro, torch, pyro.poutine
+        self.dist, self.as_array = pyro.distributions, torch.as_tensor
         self.sample, self.exp = pyro.sample, torch.exp
         self.minibatch: Any = None
-
-    def array(self, values: Any) -> Any:
-        values = np.asarray(values)
-        return self.torch.as_tensor(values if values.dtype == bool else values.astype(float))
 
     def param(self, name: str, init: Mapping[str, Any]) -> Any:
         return self.pyro.param(name, lambda: self.array(init[name]).clone())
@@ -38,22 +62,6 @@ class PyroLanguage:
         if "subsample_size" in kwargs and self.minibatch is not None:
             kwargs = {"subsample": self.torch.tensor(self.minibatch)}
         return self.pyro.plate(name, size, **kwargs)
-
-    def scale(self, scale: float) -> AbstractContextManager[Any]:
-        return self.poutine.scale(scale=scale)
-
-    def mask(self, mask: Any) -> AbstractContextManager[Any]:
-        return self.poutine.mask(mask=mask)
-
-    def total(self, x: Any) -> Any:
-        """The sum over the last dimension, kept."""
-        return x.sum(-1, keepdim=True)
-
-    def mix(self, matrix: Any, x: Any) -> Any:
-        return x @ matrix.T
-
-    def dot(self, x: Any, y: Any) -> Any:
-        return (x * y).sum(-1)
 
     def one_hot(self, logits: Any) -> Any:
         return self.dist.OneHotCategorical(logits=logits)
@@ -73,7 +81,7 @@ class PyroLanguage:
         self.sample = sample
 
 
-class NumPyroLanguage:
+class NumPyroLanguage(Language):
     """NumPyro."""
 
     name = "numpyro"
@@ -83,41 +91,20 @@ class NumPyroLanguage:
         import numpyro
         import numpyro.contrib.control_flow
         import numpyro.distributions
-        from numpyro import handlers
 
-        self.jax, self.numpyro, self.handlers = jax, numpyro, handlers
-        self.dist = numpyro.distributions
+        self.jax, self.numpyro, self.handlers = jax, numpyro, numpyro.handlers
+        self.dist, self.as_array = numpyro.distributions, jax.numpy.asarray
         self.sample, self.plate, self.exp = numpyro.sample, numpyro.plate, jax.numpy.exp
-
-    def array(self, values: Any) -> Any:
-        values = np.asarray(values)
-        return self.jax.numpy.asarray(values if values.dtype == bool else values.astype(float))
 
     def param(self, name: str, init: Mapping[str, Any]) -> Any:
         return self.numpyro.param(name, self.array(init[name]))
-
-    def scale(self, scale: float) -> AbstractContextManager[Any]:
-        return self.handlers.scale(scale=scale)
-
-    def mask(self, mask: Any) -> AbstractContextManager[Any]:
-        return self.handlers.mask(mask=mask)
-
-    def total(self, x: Any) -> Any:
-        """The sum over the last dimension, kept."""
-        return x.sum(-1, keepdims=True)
-
-    def mix(self, matrix: Any, x: Any) -> Any:
-        return x @ matrix.T
-
-    def dot(self, x: Any, y: Any) -> Any:
-        return (x * y).sum(-1)
 
     def one_hot(self, logits: Any) -> Any:
         """NumPyro has no OneHotCategorical: it is the multinomial of one draw."""
         return self.dist.Multinomial(total_count=1, logits=logits)
 
     def branch(self, z: Any, yes: Any, no: Any) -> Any:
-        yes, no = self.jax.numpy.asarray(yes), self.jax.numpy.asarray(no)
+        yes, no = self.as_array(yes), self.as_array(no)
         return self.jax.lax.cond(z > 0, lambda: yes, lambda: no)
 
     def switch(self, k: Any, values: Any) -> Any:
