@@ -3,7 +3,8 @@
     R_i = Σ_t  1[z_i can move t] · t,   summed to the plates that keep z_i and t element-wise apart
 
 A plate keeps them apart if both are inside it and every latent site on the way from z_i to t is inside it too: a
-site outside the plate that z_i moves and that moves t carries the influence of one element to all the others.
+site outside the plate that z_i moves and that moves t carries the influence of one element to all the others, drawn or
+enumerated.
 
 The steps of a scan are kept apart by the same rule, but a step moves others: all that read its value, all that read
 theirs, and so on. What counts for it is the sum over these. Everything else (event dimensions, batch dimensions without
@@ -54,10 +55,12 @@ class Graph:
         ancestors: Mapping[str, frozenset[str]],
         plates: Mapping[str, frozenset[Plate]],
         steps: Mapping[tuple[str, str], Steps] | None = None,
+        enumerated: Mapping[str, Term] | None = None,
     ):
         self.ancestors = ancestors  # strict: a site is not its own ancestor
         self.plates = plates
         self.steps = steps or {}  # of terms, by side and site
+        self.enumerated = enumerated or {}  # -log q of the sites that the guide enumerates
         self._reached: dict[str, dict[str, Window]] = {}
         self._leaks: dict[tuple[str, frozenset[str]], frozenset[Plate]] = {}
         self._credits: dict[tuple[object, ...], tuple[Credit, ...]] = {}
@@ -70,7 +73,7 @@ class Graph:
         both = self.plates[site] & term.plates
         if any(p.of_step for p in both) and ((w := self.window(site, term)) is None or (w.first, w.last) != (0, 0)):
             both = frozenset(p for p in both if not p.of_step)  # other steps have other values
-        return both - self._leaking(site, term.depends_on) if both else both
+        return both - self._leaking(site, term.depends_on) - self._decided(site, term) if both else both
 
     def window(self, site: str, term: Term) -> Window | None:
         """Which steps of ``term`` a step of ``site`` moves; None if that may be any."""
@@ -141,6 +144,11 @@ class Graph:
                     leaks |= mine - self.plates[w]
             self._leaks[key] = leaks
         return self._leaks[key]
+
+    def _decided(self, site: str, term: Term) -> frozenset[Plate]:
+        """The same for enumerated values that weigh the term: who moves their probabilities moves what is below them."""
+        values = [self.enumerated[p.name] for p in term.plates if p.values and p.name in self.enumerated]
+        return frozenset().union(*(self.plates[site] - t.plates for t in values if site in t.depends_on))
 
     def closed_plates(self, site: str, terms: Sequence[Term]) -> frozenset[Plate]:
         """Plates whose elements no cost couples: all of them can take counterfactual values at once."""

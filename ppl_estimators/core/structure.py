@@ -37,7 +37,9 @@ class Structure:
         for hooked in {id(h): h for s in self.sites if (h := s.declared) is not None}.values():
             check_keys(hooked.estimators, names, "with_estimators", others)
         check_objective(settings.objective, self.terms, self.in_model)
-        graph = Graph(self.ancestors, {s.name: s.plates for s in self.sites}, self.steps)
+        own = [t for t in self.terms if t.side == "guide" and any(p.values and p.name == t.site for p in t.plates)]
+        enumerated = {t.site: t for t in own}
+        graph = Graph(self.ancestors, {s.name: s.plates for s in self.sites}, self.steps, enumerated)
         plan = make_plan(self.sites, self.terms, graph, settings, branches=self.branches)
         if settings.average_model:
             averaging.check(plan)

@@ -562,7 +562,9 @@ class PyroLibrary(Library):
             shape = (*s.batch_shape[:place], count, *(1,) * pad, *s.batch_shape[place:])
             wide.append(replace(s, plates=_beside(s.plates, plate), batch_shape=shape))
         graph = run.plan.graph
-        graph = Graph(graph.ancestors, {n: _beside(p, plate) for n, p in graph.plates.items()})
+        plates = {n: _beside(p, plate) for n, p in graph.plates.items()}
+        enumerated = {n: replace(t, plates=_beside(t.plates, plate)) for n, t in graph.enumerated.items()}
+        graph = Graph(graph.ancestors, plates, enumerated=enumerated)
         with sharing:
             costs, terms = evaluate(stacked, wide, graph, plate)
         return {

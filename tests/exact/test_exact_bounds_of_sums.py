@@ -175,3 +175,45 @@ def test_sums_below_bounds(program, estimator, k, objective, libraries):
             loss, gradient = torch_gradients(elbo, *program(T)[:2], POINT, tables)
         np.testing.assert_allclose(weights @ loss, value, atol=1e-11)
         np.testing.assert_allclose(weights @ gradient, wanted, atol=1e-11)
+
+
+@pytest.mark.parametrize("lib", [J, T])
+def test_enumerated_values_carry_from_one_element_of_a_plate_to_the_others(lib):
+    """A bit in a plate moves how probable the values of a site outside of it are, and these move all data."""
+
+    def model():
+        with lib.plate("data", 2):
+            lib.sample("x", lib.dist.Bernoulli(logits=lib.array([0.3, -0.5])))
+        y = lib.sample("y", lib.dist.Bernoulli(logits=lib.array(0.2)))
+        with lib.plate("data", 2):
+            lib.sample("o", lib.dist.Normal(lib.param("t")[0] - 1.5 * y, 0.8), obs=lib.array([0.4, -0.7]))
+
+    def guide():
+        a, both = lib.param("a"), lib.array([0.9, -1.3])
+        with lib.plate("data", 2):
+            x = lib.sample("x", lib.dist.Bernoulli(logits=a[:2]))
+        lib.sample("y", lib.dist.Bernoulli(logits=a[2] + (both * x).sum(-1)), infer=MARK)
+
+    x, weights = grid(*((np.arange(2.0), np.array([1 - q, q])) for q in 1 / (1 + np.exp(-POINT["a"][:2]))))
+    x = np.stack(x, -1)
+
+    def exact(p):
+        def cost(x):
+            y, log_q = jnp.arange(2.0), bit(p["a"][:2], x).sum()
+            log_y = bit(p["a"][2] + (jnp.array([0.9, -1.3]) * x).sum(), y)
+            data = sum(normal(o, p["t"][0] - 1.5 * y, 0.8) for o in (0.4, -0.7))
+            rest = bit(jnp.array([0.3, -0.5]), x).sum() - log_q
+            return jnp.exp(log_q) * jnp.sum(jnp.exp(log_y) * (rest + bit(0.2, y) + data - log_y))
+
+        return -jnp.sum(jax.vmap(cost)(jnp.asarray(x)))
+
+    value, slope = jax.value_and_grad(exact)({n: jnp.asarray(v) for n, v in POINT.items()})
+    tables = {"x": {"value": x[:, None]}}
+    if lib is J:
+        params = {n: jnp.asarray(v) for n, v in POINT.items()}
+        loss, gradient = jax_gradients(InjectedJax(Reinforce()), model, guide, params, tables)
+    else:
+        pyro.clear_param_store()
+        loss, gradient = torch_gradients(InjectedTorch(Reinforce(), max_plate_nesting=1), model, guide, POINT, tables)
+    np.testing.assert_allclose(weights @ loss, value, atol=1e-12)
+    np.testing.assert_allclose(weights @ gradient, np.concatenate([slope["a"], slope["t"]]), atol=1e-12)
