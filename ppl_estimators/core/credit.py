@@ -146,7 +146,7 @@ class Graph:
         return self._leaks[key]
 
     def _decided(self, site: str, term: Term) -> frozenset[Plate]:
-        """The same for enumerated values that weigh the term: who moves their probabilities moves what is below them."""
+        """The same for enumerated values that weigh the term: what moves their probabilities moves it."""
         values = [self.enumerated[p.name] for p in term.plates if p.values and p.name in self.enumerated]
         return frozenset().union(*(self.plates[site] - t.plates for t in values if site in t.depends_on))
 
