@@ -4,7 +4,9 @@ going on, mutable state and networks of their own, double precision."""
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import product
 from typing import Any
@@ -44,6 +46,7 @@ from ppl_estimators import (
     StickingTheLanding,
 )
 from ppl_estimators.numpyro import EstimatorELBO, with_estimators
+from ppl_estimators.numpyro.memory import Memory
 
 DATA = jnp.array([-0.9, 2.3, 0.4, 1.8, -0.2, 2.9])
 NVIL = Reinforce(MovingAverage() + Learned(hidden=4))
@@ -660,6 +663,26 @@ def test_outside_of_jit_a_program_is_traced_anew_only_where_it_has_become_anothe
         called(elbo)
         assert called(elbo) == 2
     assert called(pickle.loads(pickle.dumps(elbo))) == 4
+
+
+def test_threads_that_share_an_elbo_never_take_each_others_plan() -> None:
+    def remembering(number: int) -> None:
+        def program() -> None: ...
+
+        for _ in range(3000):
+            memory.store(settings, number, number, program, program)  # type: ignore[arg-type]
+            known = memory.recall(settings, program, program)
+            taken.append(known is None or (known.plan, known.kinds) == (number, number))
+
+    memory, settings, taken, interval = Memory(), EstimatorELBO().settings, list[bool](), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(remembering, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(taken) == 12_000
+    assert all(taken)
 
 
 def test_a_law_of_the_users_own_holds_what_it_likes_under_any_name() -> None:

@@ -78,7 +78,7 @@ class NumPyroLibrary(CompiledLibrary):
         self.dtypes: Mapping[str, Any] = {}
         self.shapes: Mapping[tuple[str, str], tuple[int, ...]] | None = None  # if values are laid out side by side
         self._remembered = self.memory.recall(self.settings, program.model, program.guide)
-        self._plan = self._remembered or self._survey()
+        self._plan = self._survey() if self._remembered is None else self._remembered.plan
         self._alike = _alike(self._plan)
 
     @property
@@ -188,7 +188,7 @@ class NumPyroLibrary(CompiledLibrary):
         if self._remembered is None:
             if kinds is not None:
                 self.memory.store(self.settings, plan, kinds, self.program.model, self.program.guide)
-        elif kinds != self.memory.kinds:
+        elif kinds != self._remembered.kinds:
             raise _Unplanned
 
     def moved(self, run: Run, sites: Sequence[str], pattern: int) -> dict[tuple[str, str], Array]:
@@ -388,7 +388,7 @@ class NumPyroLibrary(CompiledLibrary):
         except (_Unplanned, Unplaced):
             if self._remembered is None:
                 raise
-        self._remembered = self.memory.settings = None
+        self._remembered = self.memory.last = None
         self._plan = self._survey()
         self._alike = _alike(self._plan)
         return self._particles(one, count)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 from weakref import ref
 
 from numpyro import distributions as dist
@@ -14,26 +14,28 @@ from ..core.site import Term
 from .run import Traces
 
 
-@dataclass
+class Remembered(NamedTuple):
+    settings: Settings
+    program: tuple[ref[Any], ...]
+    plan: Plan
+    kinds: Hashable
+
+
 class Memory:
     """The plan of the last program, if all that it asks for is the library's own draws: then it is of no account who
     depends on whom, and the next call need not be traced beforehand if its run shows the same ``kinds``."""
 
-    settings: Settings | None = None
-    program: tuple[Any, ...] = ()
-    plan: Plan | None = None
-    kinds: Hashable = None
+    last: Remembered | None = None  # one attribute, so that no thread sees the plan of one program and another's name
 
-    def recall(self, settings: Settings, *program: Any) -> Plan | None:
-        known = settings is self.settings and all(a() is b for a, b in zip(self.program, program, strict=True))
-        return self.plan if known else None
+    def recall(self, settings: Settings, *program: Any) -> Remembered | None:
+        last = self.last
+        if last is None or settings is not last.settings:
+            return None
+        return last if all(a() is b for a, b in zip(last.program, program, strict=True)) else None
 
     def store(self, settings: Settings, plan: Plan, kinds: Hashable, *program: Any) -> None:
-        try:  # nothing lives longer for being remembered: a model may hold the values of a trace
-            self.program = tuple(map(ref, program))
-        except TypeError:
-            return
-        self.settings, self.plan, self.kinds = settings, plan, kinds
+        with suppress(TypeError):  # nothing lives longer for being remembered: a model may hold the values of a trace
+            self.last = Remembered(settings, tuple(map(ref, program)), plan, kinds)
 
     def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
         """A copy of an ELBO, or one that was pickled, looks at its programs anew."""
