@@ -392,6 +392,8 @@ ALONE = {
         "Keys": "of the sites, by their names; Pyro has one generator",
         "key_of": "the same",
         "keys_of": "the same",
+        "ranks": "whether jax lets arrays of different ranks meet",
+        "promoting": "they may",
         "DuplicateName": "a mistake where NumPyro itself raises an AssertionError",
         "Program": "with its parameters and its key, which Pyro holds by itself",
         "Scan": "Pyro has no scan",

@@ -17,7 +17,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from jax import random
+from jax import lax, random
 from numpyro import handlers
 from numpyro.contrib.control_flow import cond, scan
 from numpyro.distributions import constraints
@@ -43,6 +43,7 @@ from ppl_estimators import (
 from ppl_estimators.numpyro import EstimatorELBO, dependencies
 from ppl_estimators.numpyro.dependencies import mark, scan_layout
 from ppl_estimators.numpyro.distributions import reparameterised
+from ppl_estimators.numpyro.gradients import plan_of
 from ppl_estimators.testing import exact_gradient
 
 # ---- the walker ----------------------------------------------------------------------------------------------------
@@ -154,6 +155,104 @@ def test_what_cannot_be_followed_depends_on_all_that_went_in():
     assert of["own derivative"] == {"d"}
     assert of["simulator"] == {"a", "d"}
     assert of["steps"] == {"d"}
+
+
+def by_custom_rule(z: Any) -> Any:
+    @jax.custom_vjp
+    def square(x: Any) -> Any:
+        return x**2
+
+    square.defvjp(lambda x: (x**2, None), lambda _, slope: (0.0 * slope,))
+    return square(z)
+
+
+def by_custom_tangent(z: Any) -> Any:
+    @jax.custom_jvp
+    def sine(x: Any) -> Any:
+        return jnp.sin(x)
+
+    sine.defjvp(lambda x, t: (sine(*x), 0.0 * t[0]))
+    return sine(z)
+
+
+def by_late_carry(z: Any) -> Any:
+    return lax.scan(lambda c, _: ((c[1], c[2], c[2]), c[0]), (0.0, 0.0, z), None, length=4)[1][3]
+
+
+def by_custom_root(z: Any) -> Any:
+    def newton(f: Any, start: Any) -> Any:
+        return lax.fori_loop(0, 8, lambda _, x: x - f(x) / (3 * x**2 + 1), start)
+
+    return lax.custom_root(lambda x: x**3 + x - z, 0.1, newton, lambda g, y: y / g(1.0))
+
+
+def by_shards(z: Any) -> Any:
+    mesh, everywhere = jax.make_mesh((1,), ("i",)), jax.sharding.PartitionSpec()
+    return jax.shard_map(lambda x: lax.psum(x, "i"), mesh=mesh, in_specs=everywhere, out_specs=everywhere)(z)
+
+
+def by_sums(z: Any) -> Any:
+    return lax.associative_scan(jnp.add, z * jnp.arange(3.0))[2]
+
+
+#: ways from a whole number 0 ... 3 to a cost
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "test of a loop": lambda z: lax.while_loop(lambda s: s < z, lambda s: s + 0.7, 0.1),
+    "body of a loop": lambda z: lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, s[1] + z), (0, 0.0))[1],
+    "length of a loop": lambda z: lax.fori_loop(0, z.astype(int), lambda i, s: s + 0.3 * i + 1, 0.0),
+    "fixed loop": lambda z: lax.fori_loop(0, 2, lambda i, s: s + z * i, 0.0),
+    "loop in a map": lambda z: jax.vmap(lambda x: lax.while_loop(lambda s: s < x, lambda s: s + 1.0, 0.0))(z[None])[0],
+    "carry of a later step": by_late_carry,
+    "custom_vjp": by_custom_rule,
+    "custom_jvp": by_custom_tangent,
+    "pure_callback": lambda z: jax.pure_callback(
+        np.square, jax.ShapeDtypeStruct((), jnp.float32), z.astype(jnp.float32), vmap_method="expand_dims"
+    ),
+    "checkpoint": jax.checkpoint(jnp.sin),
+    "associative_scan": by_sums,
+    "shard_map": by_shards,
+    "custom_root": by_custom_root,
+    "switch": lambda z: lax.switch(z.astype(int), [lambda v=v: v for v in (0.3, 1.7, -0.4, 2.2)]),
+    "cond": lambda z: lax.cond(z > 1.5, lambda: 1.1, lambda: 0.2),
+    "map": lambda z: lax.map(jnp.sin, z * jnp.arange(2.0))[1],
+    "reduce": lambda z: lax.reduce(jnp.stack([z, z]), np.array(0.0, z.dtype), lambda a, b: a + b + a * b, (0,)),
+    "sort": lambda z: jnp.sort(z * jnp.array([1.0, -2.0, 3.0]))[2],
+    "place in an order": lambda z: jnp.argsort(jnp.array([1.2, 2.4]) - z * jnp.array([1.0, 2.0]))[0] * 1.0,
+    "index written to": lambda z: jnp.zeros(4).at[z.astype(int)].set(2.0)[1],
+    "slice": lambda z: lax.dynamic_slice(jnp.arange(5.0), (z.astype(int),), (2,)).sum(),
+    "seed": lambda z: random.uniform(random.key(z.astype(int))),
+    "bits": lambda z: (lax.bitcast_convert_type(z.astype(jnp.float32), jnp.int32) > 2**30) * 0.6,
+    "solver": lambda z: jnp.linalg.solve(jnp.eye(2) * (1 + z), jnp.ones(2))[0],
+    "derivative": lambda z: jax.hessian(lambda x: x**4)(z) / 9,
+}
+
+
+def test_whatever_way_a_value_takes_to_a_cost_the_cost_counts(double_precision: None) -> None:
+    """The gradient over every value is that of their sum, from one draw; and no cost counts for a site beside it."""
+
+    def model() -> None:
+        numpyro.sample("beside", dist.Bernoulli(0.3))
+        z = numpyro.sample("z", dist.Categorical(jnp.array([0.1, 0.2, 0.3, 0.4]))).astype(float)
+        for name, way in WAYS.items():
+            numpyro.sample(name, dist.Normal(way(z).astype(float), 1.0), obs=0.4)
+
+    def guide() -> None:
+        numpyro.sample("beside", dist.Bernoulli(0.6))
+        numpyro.sample("z", dist.Categorical(logits=numpyro.param("a", jnp.zeros(4))))
+
+    def exact(a: Any) -> Any:
+        log_q = jax.nn.log_softmax(a)
+        return jnp.exp(log_q) @ (log_q - jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4])) + costs)
+
+    values = jnp.arange(4.0)
+    of_ways = np.asarray(jax.jit(jax.vmap(lambda z: jnp.stack([way(z) for way in WAYS.values()])))(values))  # [4, ways]
+    assert (np.ptp(of_ways, 0) > 0).all()
+    costs = 0.5 * ((of_ways - 0.4) ** 2).sum(1)
+    a, elbo = jnp.array([0.4, -0.3, 0.8, 0.1]), EstimatorELBO({"z": Enumerate()})
+    found = jax.jit(jax.grad(lambda a: elbo.loss(random.key(0), {"a": a}, model, guide)))(a)
+    np.testing.assert_allclose(found, jax.jit(jax.grad(exact))(a), rtol=1e-9)
+    depends_on = plan_of(elbo, {"a": a}, model, guide, (), {}).depends_on
+    assert {name: depends_on["model", name] for name in WAYS} == dict.fromkeys(WAYS, frozenset("z"))
 
 
 def test_operations_without_a_derivative_are_found_on_the_way_to_a_drawn_value():
@@ -821,6 +920,20 @@ def test_no_tracer_outlives_the_survey():
         value = jax.jit(jax.grad(step))({"m": 0.1, "l": jnp.zeros(4)}, random.key(0))
     gc.unfreeze()
     assert jnp.isfinite(value["m"])
+
+
+def test_ranks_that_may_not_meet_in_guide_and_model_meet_in_the_engine():
+    def careless(y: Any) -> None:
+        mixed_model(y)
+        numpyro.factor("f", jnp.sum(jnp.ones(3) + jnp.ones((2, 3))))
+
+    y, params = jnp.array([0.2, 1.9, -0.4, 2.2]), {"m": 0.1, "l": jnp.zeros(4)}
+    with jax.numpy_rank_promotion("raise"):
+        for options in ({}, {"num_particles": 2}, {"estimators": {"z": DisARM(), "w": StickingTheLanding()}}):
+            assert loss(lambda: mixed_model(y), lambda: mixed_guide(y), params, **options).shape == ()
+        with pytest.raises(ValueError, match="jax_numpy_rank_promotion") as raised:
+            loss(lambda: careless(y), lambda: mixed_guide(y), params)
+    assert any(note.startswith("Raised in the model, after 'y'.") for note in raised.value.__notes__)
 
 
 @pytest.mark.filterwarnings("ignore:site 'w'.*no derivative")

@@ -25,7 +25,7 @@ from .keep import state_name
 from .library import NumPyroLibrary
 from .memory import Memory
 from .randomness import Randomness
-from .run import Program
+from .run import Program, promoting, ranks
 
 Array = Any
 _TRACED = object()  # stands for an array among arguments
@@ -108,13 +108,14 @@ class EstimatorELBO(Configured, Trace_ELBO):
     ) -> dict[str, Any]:
         """``{"loss": −ELBO (scalar), "mutable_state": new state or None}``; the loss's gradient is the estimate."""
         step = self.step(rng_key, param_map, model, guide, args, kwargs)
-        loss, states, joined = step.loss()
-        mutable = jax.tree.map(_over_particles, joined.arrays["mutable"])
-        for name, kept in joined.kept.items():
-            if kept.state:
-                mutable[state_name(name)] = states.get(name, dict(kept.state))
-        if self.debug and "finite" in joined.arrays:
-            loss = _report(step.library.plan().terms, joined.arrays["finite"], loss)
+        with promoting():
+            loss, states, joined = step.loss()
+            mutable = jax.tree.map(_over_particles, joined.arrays["mutable"])
+            for name, kept in joined.kept.items():
+                if kept.state:
+                    mutable[state_name(name)] = states.get(name, dict(kept.state))
+            if self.debug and "finite" in joined.arrays:
+                loss = _report(step.library.plan().terms, joined.arrays["finite"], loss)
         return {"loss": loss, "mutable_state": mutable or None}
 
     def evaluate(
@@ -181,9 +182,10 @@ class EstimatorELBO(Configured, Trace_ELBO):
 
     def step(self, rng_key: Array, params: Mapping[str, Array], model: Any, guide: Any, args: Any, kwargs: Any) -> Step:
         """One evaluation of the loss, before it is evaluated."""
-        settings, program = self.settings, Program(model, guide, args, kwargs, dict(params), rng_key)
-        mapped = self.vectorize_particles_fn
-        library = NumPyroLibrary(settings, self.randomness, self._memory, program, mapped, self.debug)
+        settings, mapped = self.settings, self.vectorize_particles_fn
+        program = Program(model, guide, args, kwargs, dict(params), rng_key, ranks())
+        with promoting():
+            library = NumPyroLibrary(settings, self.randomness, self._memory, program, mapped, self.debug)
         return Step(settings, library)
 
 

@@ -14,7 +14,7 @@ from ..core.site import Term
 from .run import Traces
 
 
-class Remembered(NamedTuple):
+class _Remembered(NamedTuple):
     settings: Settings
     program: tuple[ref[Any], ...]
     plan: Plan
@@ -25,9 +25,9 @@ class Memory:
     """The plan of the last program, if all that it asks for is the library's own draws: then it is of no account who
     depends on whom, and the next call need not be traced beforehand if its run shows the same ``kinds``."""
 
-    last: Remembered | None = None  # one attribute, so that no thread sees the plan of one program and another's name
+    last: _Remembered | None = None  # one attribute, so that no thread sees the plan of one program and another's name
 
-    def recall(self, settings: Settings, *program: Any) -> Remembered | None:
+    def recall(self, settings: Settings, *program: Any) -> _Remembered | None:
         last = self.last
         if last is None or settings is not last.settings:
             return None
@@ -35,7 +35,7 @@ class Memory:
 
     def store(self, settings: Settings, plan: Plan, kinds: Hashable, *program: Any) -> None:
         with suppress(TypeError):  # nothing lives longer for being remembered: a model may hold the values of a trace
-            self.last = Remembered(settings, tuple(map(ref, program)), plan, kinds)
+            self.last = _Remembered(settings, tuple(map(ref, program)), plan, kinds)
 
     def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
         """A copy of an ELBO, or one that was pickled, looks at its programs anew."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
@@ -130,6 +131,19 @@ class Program(NamedTuple):
     kwargs: Mapping[str, Any]
     params: Mapping[str, Any]
     key: Array
+    ranks: str = "allow"  # see `ranks`
+
+
+def ranks() -> str:
+    """May arrays of different ranks meet?"""
+    return str(jax.config.jax_numpy_rank_promotion)  # type: ignore[attr-defined]  # set when jax is imported
+
+
+@contextmanager
+def promoting(allowed: str = "allow") -> Iterator[None]:
+    """The engine's own arrays may, whatever the user says of guide and model."""
+    with nullcontext() if ranks() == allowed else jax.numpy_rank_promotion(allowed):
+        yield
 
 
 class DuplicateName(EstimatorError, AssertionError):
@@ -439,13 +453,14 @@ def execute(
     """Run the guide, then the model (unless it is None) on the guide's values. ``layout``: where values of enumerated
     sites go; a run that finds it needs one raises `Unplaced`. ``handed_over``: what takes the place of the guide's
     values inside scans of the model."""
-    traces, (model, guide, args, kwargs, params, key) = Traces(), program
-    with _Conduct(keys.key, key, draw, traces.guide, traces.sizes["guide"], params, layout=layout):
+    traces, (model, guide, args, kwargs, params, key, allowed) = Traces(), program
+    draw = promoting()(draw)
+    with promoting(allowed), _Conduct(keys.key, key, draw, traces.guide, traces.sizes["guide"], params, layout=layout):
         substitute(guide, data=dict(params))(*args, **kwargs)
     if model is not None:
         own = {**params, **{n: m["value"] for n, m in traces.guide.items() if m["type"] == "mutable"}}
         refuse = partial(_refuse, layout=layout)
-        with _Conduct(
+        with promoting(allowed), _Conduct(
             keys.key, key, refuse, traces.model, traces.sizes["model"], params,
             guide=traces.guide, layout=layout, handed_over=handed_over,
         ):  # fmt: skip
