@@ -6,7 +6,7 @@ import math
 import pickle
 import threading
 import warnings
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -196,8 +196,11 @@ FLOATS = torch.zeros(())
 class Keeping(torch.nn.Module):
     """Writes something at every call, in each way that a program may."""
 
+    begun = total = 0  # the first is written to objects, the second to the class
+
     def __init__(self):
         super().__init__()
+        self.state, self.tally, self.array = None, Counter(), np.zeros(2)
         self.register_buffer("new", torch.tensor(0.0))
         self.calls, self.average, self.in_place = 0, torch.tensor(0.0), torch.tensor(0.0)
         self.log, self.last, self.of = [], deque(maxlen=3), {"calls": 0}
@@ -219,6 +222,12 @@ class Keeping(torch.nn.Module):
         CALLS += 1
         FLOATS.add_(1)
         self.calls += 1
+        self.begun += 1
+        Keeping.total += 1
+        self.state = torch.zeros(()) if self.state is None else 0.5 * self.state + self.calls
+        self.tally["calls"] += 1
+        self.array[1] += 1
+        self.of["late"] = self.of.get("late", 0) + np.float64(1)
         self.of["calls"] += 1
         self.count()
         self.log.append(float(self.calls))
@@ -230,18 +239,19 @@ class Keeping(torch.nn.Module):
 
     def kept(self):
         own = (self.calls, self.of["calls"], self.counted(), len(self.log), *self.log, *self.last, CALLS, FLOATS.item())
+        own += (self.begun, Keeping.total, self.state, self.tally["calls"], self.array[1], self.of["late"])
         return torch.tensor([*own, self.new, self.average, self.in_place, *self.running[0], *self.running[1]])
 
 
 @pytest.mark.parametrize("estimator", [DisARM(), Enumerate(), REBAR(), Reinforce(MovingAverage()), None], ids=repr)
 def test_what_a_program_keeps_is_what_one_run_a_step_leaves(estimator):
-    """Numbers, tensors and lists in attributes, dictionaries, closures and globals; the first step, which looks at the
+    """Numbers, arrays and lists in attributes, dictionaries, closures and globals; the first step, which looks at the
     program, included, and a loss without a gradient."""
     x = torch.linspace(-1.0, 3.0, 8).reshape(2, 4)
 
     def left(elbo):
         global CALLS
-        CALLS = 0
+        CALLS = Keeping.total = 0
         FLOATS.zero_()
         net = Keeping()
 

@@ -731,11 +731,12 @@ def globals_of(function: types.FunctionType) -> list[str]:
     return [n for n in _names(function.__code__) if n in function.__globals__]
 
 
-def own_attributes(thing: Any) -> dict[str, Any]:
-    """Those of an object of the user's, without what every module has."""
-    if type(thing).__module__.partition(".")[0] in _ELSEWHERE:
-        return {}
-    return {k: v for k, v in getattr(thing, "__dict__", {}).items() if k not in _MODULE}
+def own_attributes(thing: Any) -> dict[str, Any] | None:
+    """Those of an object or a class of the user's, without what every module or class has."""
+    kind = thing if isinstance(thing, type) else type(thing)
+    if kind.__module__.partition(".")[0] in _ELSEWHERE:
+        return None
+    return {k: v for k, v in getattr(thing, "__dict__", {}).items() if k not in _MODULE and not k.startswith("__")}
 
 
 _WAYS: dict[type, Callable[[Any], Iterable[Any]]] = {
