@@ -977,6 +977,27 @@ def test_values_are_concrete_without_jit(estimator, particles):
     np.testing.assert_allclose(*map(np.hstack, map(jax.tree.leaves, (traced, concrete))), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "asked", [bool, float, np.sin, lambda z: [0.3, 0.7][z]], ids=["bool", "float", "numpy", "list"]
+)
+def test_a_number_that_python_asks_for_is_refused_with_a_remedy_that_works(asked):
+    model, guide = of_one_site(lambda a: dist.Bernoulli(logits=a))
+
+    def asking() -> None:
+        model()
+        asked(numpyro.sample("w", dist.Bernoulli(0.3)))
+
+    def answering() -> None:
+        guide()
+        numpyro.sample("w", dist.Bernoulli(0.3))
+
+    with pytest.raises(TypeError) as raised:
+        loss(asking, answering)
+    assert any("run under `with jax.disable_jit():`" in note for note in raised.value.__notes__)
+    with jax.disable_jit():
+        assert EstimatorELBO(num_particles=2).loss(random.key(0), {}, asking, answering).shape == ()
+
+
 def simulated(through: Callable[[Any], Any]) -> tuple[Any, Any]:
     def model() -> None:
         t = numpyro.sample("t", dist.Normal(0.0, 1.0))

@@ -146,6 +146,14 @@ def promoting(allowed: str = "allow") -> Iterator[None]:
         yield
 
 
+#: what JAX raises where Python or numpy asks for a number
+_TRACED = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+
 class DuplicateName(EstimatorError, AssertionError):
     """Two sites of one name: an `AssertionError` too, as NumPyro's own."""
 
@@ -205,7 +213,7 @@ class _Conduct(Messenger):
                 "The branches of a cond return what a site has beside its value, its infer too, which must be the same "
                 "in all. Name a site's estimator once, in EstimatorELBO({...}) or by with_estimators(guide, {...})."
             )
-        if isinstance(error, jax.errors.ConcretizationTypeError):
+        if isinstance(error, _TRACED):
             error.add_note(
                 "EstimatorELBO traces guide and model, also outside jax.jit, to see what depends on what. Decide by "
                 "jnp.where or jax.lax.cond; or run under `with jax.disable_jit():`, where values are plain numbers."
