@@ -201,9 +201,14 @@ def downstream_costs(ops: Ops, graph: Graph, terms: Sequence[Term], sites: Seque
         ndim = len(group[0].batch_shape)
         # by shape: terms reduced to it, and for each the numbers of the sites that count it
         columns: dict[tuple[int, ...], tuple[list[Array], list[frozenset[int]]]] = {}
+        windows: dict[tuple[Window | None, frozenset[int], object], Array] = {}  # what is summed to the same: once
         for index, plates, window, members in graph.credits(group, terms):
-            value = terms[index].value
-            reduced = sum_to(ops, value, plates, ndim) if window is None else within(ops, value, plates, ndim, window)
+            times = 0 if window is None else 1 + (window.inner is not None)
+            reduced = sum_to(ops, terms[index].value, plates, ndim, times)
+            key = window, members, index if window is None else tuple(reduced.shape)
+            windows[key] = windows[key] + reduced if key in windows else reduced
+        for (window, members, _), each in windows.items():
+            reduced = each if window is None else within(ops, each, window)
             arrays, counts = columns.setdefault(tuple(reduced.shape), ([], []))
             arrays.append(reduced)
             counts.append(members)

@@ -276,18 +276,27 @@ class Site:
         return math.prod(x.shape[self.lead :]) // math.prod(self.plate_shape)
 
 
-def sum_to(ops: Ops, value: Array, plates: frozenset[Plate], batch_ndim: int) -> Array:
-    """Sum ``value [*batch]`` over every batch dimension but those of ``plates``; the result has ``batch_ndim``
-    dimensions, 1 wherever it was summed."""
-    return _reduced(ops, value, plates, batch_ndim, 0)
+def sum_to(ops: Ops, value: Array, plates: frozenset[Plate], batch_ndim: int, leading: int = 0) -> Array:
+    """Sum ``value [*batch]`` over every batch dimension but those of ``plates`` and the first ``leading`` ones, which
+    stay in front; the result has ``batch_ndim`` dimensions, 1 wherever it was summed."""
+    keep = {p.dim for p in plates}
+    ndim = value.ndim
+    axes = tuple(i for i in range(leading, ndim) if i - ndim not in keep and value.shape[i] != 1)
+    if axes:
+        value = ops.sum(value, axis=axes, keepdims=True)
+    front, rest = value.shape[:leading], value.shape[leading:]
+    if ndim > batch_ndim:
+        return ops.reshape(value, (*front, *rest[ndim - batch_ndim :]))
+    if ndim < batch_ndim:
+        return ops.reshape(value, (*front, *(1,) * (batch_ndim - ndim), *rest))
+    return value
 
 
-def within(ops: Ops, value: Array, plates: frozenset[Plate], batch_ndim: int, window: Window) -> Array:
-    """The same for a term whose first axis is time, and the second too if the window has one inside: for each step, the
-    sum over those in the window."""
+def within(ops: Ops, each: Array, window: Window) -> Array:
+    """For each step, along the first axis, and the second too if the window has one inside, the sum over those in the
+    window."""
     if window.inner is None:
-        return _over_steps(ops, _reduced(ops, value, plates, batch_ndim, 1), window)
-    each = _reduced(ops, value, plates, batch_ndim, 2)
+        return _over_steps(ops, each, window)
     each = ops.flip(each, axis=0) if window.flipped else each
     own = ops.moveaxis(_over_steps(ops, ops.moveaxis(each, 1, 0), window.inner), 0, 1)
     whole, (first, last) = ops.sum(each, axis=1, keepdims=True), window[:2]
@@ -317,21 +326,6 @@ def _ahead(ops: Ops, x: Array, offset: float, before: Array, after: Array) -> Ar
         return x
     parts = [x[d:], *[after] * d] if d > 0 else [*[before] * -d, x[: count + d]]
     return ops.concat(parts, axis=0)
-
-
-def _reduced(ops: Ops, value: Array, plates: frozenset[Plate], batch_ndim: int, leading: int) -> Array:
-    """Summed but for ``plates`` and the first ``leading`` axes, which stay in front."""
-    keep = {p.dim for p in plates}
-    ndim = value.ndim
-    axes = tuple(i for i in range(leading, ndim) if i - ndim not in keep and value.shape[i] != 1)
-    if axes:
-        value = ops.sum(value, axis=axes, keepdims=True)
-    front, rest = value.shape[:leading], value.shape[leading:]
-    if ndim > batch_ndim:
-        return ops.reshape(value, (*front, *rest[ndim - batch_ndim :]))
-    if ndim < batch_ndim:
-        return ops.reshape(value, (*front, *(1,) * (batch_ndim - ndim), *rest))
-    return value
 
 
 @dataclass
