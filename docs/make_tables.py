@@ -12,7 +12,7 @@ from pathlib import Path
 from ppl_estimators.demo.experiment import read
 
 DOCS = Path(__file__).parent
-PAGES = tuple(DOCS / f"{name}.md" for name in ("performance", "growth", "default", "objectives"))
+PAGES = tuple(DOCS / f"{name}.md" for name in ("performance", "growth", "default", "objectives", "using"))
 README = DOCS.parent / "README.md"
 RESULTS = README.parent / "benchmarks" / "results"
 DEMO = RESULTS / "demo.json"
