@@ -13,11 +13,13 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as ndist
 import pyro
@@ -42,7 +44,7 @@ SIZES = {
     "elements of a plate": (100, 10_000, 1_000_000),
 }
 PIXELS, HIDDEN, BATCH = 100, 50, 20
-Functions = tuple[Callable[[], Any], Callable[[], Any]]
+Program = tuple[Callable[[Any], Any], Callable[[Any], Any], tuple[int, ...]]  # model, guide, shape of the data
 
 
 class Price(NamedTuple):
@@ -53,76 +55,74 @@ class Price(NamedTuple):
     memory: float
 
 
-# ---- the programs, in both libraries -----------------------------------------------------------------------------
+# ---- the programs, in both libraries: guide and model of some data -----------------------------------------------
 
 
-def sites(ppl: Any, dist: Any, zeros: Any, n: int) -> Functions:
+def sites(ppl: Any, dist: Any, zeros: Any, n: int) -> Program:
     """Bits that do not depend on each other, each seen."""
 
-    def model() -> None:
+    def model(x: Any) -> None:
         for i in range(n):
             z = ppl.sample(f"z{i}", dist.Bernoulli(zeros(1)[0] + 0.4))
-            ppl.sample(f"x{i}", dist.Normal(1.0 * z, 1.0), obs=zeros(1)[0])
+            ppl.sample(f"x{i}", dist.Normal(1.0 * z, 1.0), obs=x[i])
 
-    def guide() -> None:
+    def guide(x: Any) -> None:
         a = ppl.param("a", zeros(n))
         for i in range(n):
             ppl.sample(f"z{i}", dist.Bernoulli(logits=a[i]))
 
-    return model, guide
+    return model, guide, (n,)
 
 
-def network(ppl: Any, dist: Any, zeros: Any, _: int) -> Functions:
+def network(ppl: Any, dist: Any, zeros: Any, _: int) -> Program:
     """A sigmoid belief network."""
-    x = zeros(BATCH, PIXELS)
 
-    def model() -> None:
+    def model(x: Any) -> None:
         w = ppl.param("w", zeros(HIDDEN, PIXELS))
         with ppl.plate("batch", BATCH):
             z = ppl.sample("z", dist.Bernoulli(logits=zeros(HIDDEN)).to_event(1))
             ppl.sample("x", dist.Bernoulli(logits=1.0 * z @ w).to_event(1), obs=x)
 
-    def guide() -> None:
+    def guide(x: Any) -> None:
         v = ppl.param("v", zeros(PIXELS, HIDDEN))
         with ppl.plate("batch", BATCH):
             ppl.sample("z", dist.Bernoulli(logits=x @ v).to_event(1))
 
-    return model, guide
+    return model, guide, (BATCH, PIXELS)
 
 
-def label(ppl: Any, dist: Any, zeros: Any, n: int, *, marked: bool = False) -> Functions:
+def label(ppl: Any, dist: Any, zeros: Any, n: int, *, marked: bool = False) -> Program:
     """A label of n + 1 categories that decides where data lie; ``marked``, for the stock ELBO that sums over it."""
     infer = {"enumerate": "parallel"} if marked else {}
-    x = zeros(100, 500)
 
-    def model() -> None:
+    def model(x: Any) -> None:
         w = ppl.param("w", zeros(n + 1, 500))
         k = ppl.sample("k", dist.Categorical(logits=zeros(n + 1)))
         with ppl.plate("data", 100):
             ppl.sample("x", dist.Normal(w[k], 1.0).to_event(1), obs=x)
 
-    def guide() -> None:
+    def guide(x: Any) -> None:
         ppl.sample("k", dist.Categorical(logits=ppl.param("a", zeros(n + 1))), infer=infer)
 
-    return model, guide
+    return model, guide, (100, 500)
 
 
-def plate(ppl: Any, dist: Any, zeros: Any, n: int) -> Functions:
+def plate(ppl: Any, dist: Any, zeros: Any, n: int) -> Program:
     """A bit for each datum."""
 
-    def model() -> None:
+    def model(x: Any) -> None:
         with ppl.plate("data", n):
             z = ppl.sample("z", dist.Bernoulli(zeros(n) + 0.4))
-            ppl.sample("x", dist.Normal(1.0 * z, 1.0), obs=zeros(n))
+            ppl.sample("x", dist.Normal(1.0 * z, 1.0), obs=x)
 
-    def guide() -> None:
+    def guide(x: Any) -> None:
         with ppl.plate("data", n):
             ppl.sample("z", dist.Bernoulli(logits=ppl.param("a", zeros(n))))
 
-    return model, guide
+    return model, guide, (n,)
 
 
-def scanned(n: int) -> Functions:
+def scanned(n: int) -> Program:
     """A hidden Markov model of bits in NumPyro's `scan`."""
 
     def steps(logits: Any, x: Any) -> None:
@@ -134,23 +134,23 @@ def scanned(n: int) -> Functions:
 
         scan(step, 0.0, (logits, x), length=n)
 
-    return lambda: steps(jnp.zeros(n), jnp.zeros(n)), lambda: steps(numpyro.param("a", jnp.zeros(n)), None)
+    return lambda x: steps(jnp.zeros(n), x), lambda x: steps(numpyro.param("a", jnp.zeros(n)), None), (n,)
 
 
-def looped(n: int) -> Functions:
+def looped(n: int) -> Program:
     """The same as a loop of Pyro's."""
 
-    def steps(logits: Any, seen: bool) -> None:
+    def steps(logits: Any, x: Any) -> None:
         z = torch.zeros(())
         for t in pyro.markov(range(n)):
             z = pyro.sample(f"z{t}", pdist.Bernoulli(logits=logits[t] + z))
-            if seen:
-                pyro.sample(f"x{t}", pdist.Normal(z, 1.0), obs=torch.zeros(()))
+            if x is not None:
+                pyro.sample(f"x{t}", pdist.Normal(z, 1.0), obs=x[t])
 
-    return lambda: steps(torch.zeros(n), True), lambda: steps(pyro.param("a", lambda: torch.zeros(n)), False)
+    return lambda x: steps(torch.zeros(n), x), lambda x: steps(pyro.param("a", lambda: torch.zeros(n)), None), (n,)
 
 
-Contest = dict[str, tuple[Functions, Any]]
+Contest = dict[str, tuple[Program, Any]]
 
 
 def in_numpyro(axis: str, n: int) -> Contest:
@@ -181,30 +181,36 @@ def in_pyro(axis: str, n: int) -> Contest:
     return {"ours": (program, ours), "stock": (program, infer.Trace_ELBO(num_particles=k))}
 
 
+def data(shape: tuple[int, ...]) -> Any:
+    """Bits, an argument of each step: from zeros that it knows, a compiler would work out a good part beforehand."""
+    return (np.random.default_rng(0).random(shape) < 0.3).astype(np.float32)
+
+
 # ---- what they cost ----------------------------------------------------------------------------------------------
 
 
 def numpyro_prices(contest: Contest) -> dict[str, Price]:
     steps, found = {}, {}
-    for name, ((model, guide), loss) in contest.items():
-        svi = numpyro.infer.SVI(model, guide, numpyro.optim.Adam(1e-3), loss)
-        state = svi.init(jax.random.key(0))
+    for name, ((model, guide, shape), loss) in contest.items():
+        svi, x = numpyro.infer.SVI(model, guide, numpyro.optim.Adam(1e-3), loss), jnp.asarray(data(shape))
+        state = svi.init(jax.random.key(0), x)
         jax.clear_caches()
         start = time.process_time()
-        compiled = jax.jit(svi.update).lower(state).compile()
+        compiled = jax.jit(svi.update).lower(state, x).compile()
         found[name] = time.process_time() - start, compiled.memory_analysis().temp_size_in_bytes / MIB
-        steps[name] = lambda compiled=compiled, state=state: jax.block_until_ready(compiled(state))
+        steps[name] = lambda compiled=compiled, given=(state, x): jax.block_until_ready(compiled(*given))
     return _timed(steps, found)
 
 
 def pyro_prices(contest: Contest) -> dict[str, Price]:
     steps, found = {}, {}
-    for name, ((model, guide), loss) in contest.items():
+    for name, ((model, guide, shape), loss) in contest.items():
         pyro.clear_param_store()
+        x = torch.as_tensor(data(shape))
         svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss)
         start = time.process_time()
         for _ in range(3):
-            svi.step()
+            svi.step(x)
         first, held = time.process_time() - start, {}
 
         def hold(x: torch.Tensor, held: dict[int, int] = held) -> torch.Tensor:
@@ -212,8 +218,8 @@ def pyro_prices(contest: Contest) -> dict[str, Price]:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(hold, lambda x: x):
-            svi.step()
-        found[name], steps[name] = (first, sum(held.values()) / MIB), svi.step
+            svi.step(x)
+        found[name], steps[name] = (first, sum(held.values()) / MIB), partial(svi.step, x)
     return _timed(steps, found)
 
 

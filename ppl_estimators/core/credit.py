@@ -191,7 +191,7 @@ def downstream_costs(ops: Ops, graph: Graph, terms: Sequence[Term], sites: Seque
     """R_i for each of ``sites``, ``[*plates]`` in the rank of the site's batch shape.
 
     Sites of one shape share their reductions: each term is summed to their plates once, then all R_i are one product
-    of a 0-1 matrix [sites, terms] with the stacked terms.
+    of a 0-1 matrix [sites, terms] with the stacked terms; or sums, if no term counts for two of them.
     """
     result: dict[str, Array] = {}
     alike: dict[tuple[object, ...], list[Site]] = {}
@@ -226,7 +226,7 @@ def downstream_costs(ops: Ops, graph: Graph, terms: Sequence[Term], sites: Seque
 
 def _products(ops: Ops, arrays: list[Array], counts: tuple[frozenset[int], ...], n: int) -> Iterable[tuple[int, Array]]:
     """Σ over the terms that count for site i, for each i that counts any."""
-    if n * len(arrays) <= 64 or n == 1:
+    if n * len(arrays) <= 64 or all(len(members) == 1 for members in counts):
         totals: dict[int, Array] = {}
         for x, members in zip(arrays, counts, strict=True):
             for i in members:
