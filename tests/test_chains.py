@@ -399,3 +399,27 @@ def test_a_model_that_remembers_more_than_the_dimensions_of_the_guide_hold():
         )  # fmt: skip
         exact = exact + log_q.exp() * (log_q - log_p)
     assert loss(2) == pytest.approx(float(exact), rel=1e-10)
+
+
+@pytest.mark.usefixtures("double_precision")
+def test_what_depends_on_the_last_state_of_a_markov_loop_is_part_of_its_last_step():
+    """The fix as typed."""
+
+    def loss(after):
+        def model():
+            z = torch.tensor(0.0)
+            for t in pyro.markov(range(3)):
+                z = pyro.sample(f"z{t}", pyro.distributions.Bernoulli(logits=0.3 - 0.8 * z), infer=MARK)
+                if t == 2 and not after:
+                    pyro.sample("end", pyro.distributions.Normal(z, 1.0), obs=torch.tensor(0.4))
+            if after:
+                pyro.sample("end", pyro.distributions.Normal(z, 1.0), obs=torch.tensor(0.4))
+
+        return Torch.ELBO(max_plate_nesting=0, verify=False).loss(model, lambda: None)
+
+    with pytest.raises(EstimatorError, match=r"site 'end': .*put what depends on the last state into the last step"):
+        loss(after=True)
+    law = torch.log_softmax(torch.tensor([[0.0, 0.3], [0.0, -0.5]]), 1)
+    end = law[0].exp() @ law.exp() @ law.exp()
+    data = tdist.Normal(torch.arange(2.0), 1.0).log_prob(torch.tensor(0.4))
+    assert loss(after=False) == pytest.approx(-float((end.log() + data).logsumexp(0)), rel=1e-10)

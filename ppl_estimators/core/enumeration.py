@@ -138,8 +138,9 @@ def placed(name: str, shape: tuple[int, ...], scope: Mapping[int, Axis], nesting
                     name,
                     f"its log probability has size {shape[dim]} in dimension {dim}, left of all plates, where no "
                     "enumerated site in its reach has its values",
-                    "In a chain of pyro.markov give a larger history; after a scan use the last value that it carries, "
-                    "not those of its steps; elsewhere count max_plate_nesting dimensions for plates.",
+                    "In a chain of pyro.markov give a larger history, and put what depends on the last state into the "
+                    "last step; after a scan use the last value that it carries, not those of its steps; elsewhere "
+                    "count max_plate_nesting dimensions for plates.",
                 )
             axes[dim] = scope[dim]
     return axes

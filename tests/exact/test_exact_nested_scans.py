@@ -9,7 +9,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from injected import cells, grid, moments
+from injected import cells, columns, grid, moments
 from numpyro.contrib.control_flow import cond, scan
 from test_exact_scans import ChosenJax
 
@@ -31,11 +31,13 @@ PLAIN = (False, False)
 MARK = {"enumerate": "parallel"}
 
 
-def program(*, loop=False, guide_reversed=PLAIN, model_reversed=PLAIN, above=True, branch=False, summed=""):
+def program(
+    *, loop=False, guide_reversed=PLAIN, model_reversed=PLAIN, above=True, branch=False, summed="", remembers=True
+):
     """z in the steps of a scan inside the steps of another, and w before each of these, if it is ``above``; what comes
     out of the inner scan is used, and what both end with. ``branch``: are they drawn in a branch of a cond there?
-    ``summed``: a state goes from each outer step to the next, summed "out" in the model or enumerated in the "guide".
-    The same in a Python ``loop``."""
+    ``remembers``: does a bit of the guide depend on that before? ``summed``: a state goes from each outer step to the
+    next, summed "out" in the model or enumerated in the "guide". The same in a Python ``loop``."""
 
     def along(step, carry, xs, reverse, length):
         if not loop:
@@ -87,10 +89,10 @@ def program(*, loop=False, guide_reversed=PLAIN, model_reversed=PLAIN, above=Tru
 
             def inner(carry, a, j=0):
                 z = bit("z", a + b * carry + 0.5 * w, i, j)
-                return z, z
+                return z if remembers else carry, z
 
             end, path = along(inner, old, xs[0], guide_reversed[1], STEPS[1])
-            return (end, s), path[0]
+            return (end if remembers else old, s), path[0]
 
         along(outer, (0.0, 0), (a, c), guide_reversed[0], STEPS[0])
 
@@ -148,16 +150,18 @@ def test_at_every_draw(ways):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found[2], dict(exact.gradient))
 
 
-@pytest.mark.parametrize("guide_reversed", [(False, False), pytest.param((True, True), marks=SLOW)])
-def test_at_every_noise(guide_reversed):
+@pytest.mark.parametrize(
+    ("guide_reversed", "remembers"),
+    [((False, False), True), pytest.param((True, True), True, marks=SLOW), pytest.param(PLAIN, False, marks=SLOW)],
+)
+def test_at_every_noise(guide_reversed, remembers):
     """Estimators of other values: one step takes another, later steps of both scans are drawn again."""
-    model, guide = program(above=False, guide_reversed=guide_reversed)
-    exact = exact_gradient(*program(above=False, guide_reversed=guide_reversed, loop=True), params=START).gradient
-    logits = [[a + 0.15 + START["b"] * c for c in (0.0, 1.0)] for a in START["a"].ravel()]
+    ways = {"above": False, "guide_reversed": guide_reversed, "remembers": remembers}
+    model, guide = program(**ways)
+    exact = exact_gradient(*program(**ways, loop=True), params=START).gradient
+    logits = [[a + 0.15 + START["b"] * c for c in (0.0, 1.0)[: 1 + remembers]] for a in START["a"].ravel()]
     points, weights = grid(*(cells(*(1 / (1 + np.exp(s * x)) for x in xs for s in (1, -1))) for xs in logits))
-    tables = jnp.repeat(
-        jnp.asarray(np.stack(points, -1) if isinstance(points, list) else points).reshape(-1, 1, *STEPS, 1), 16, -1
-    )
+    tables = jnp.repeat(jnp.asarray(columns(points, 1, *STEPS, 1)), 16, -1)
     elbos = [EstimatorELBO({"z": e}) for e in (DisARM(), Enumerate())]
 
     @jax.jit
