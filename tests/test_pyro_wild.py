@@ -428,3 +428,26 @@ def test_programs_written_for_enumeration() -> None:
     with pytest.raises(EstimatorError, match=r"site 'k': marked .*another only for a site of the guide"):
         elbo.loss(config_enumerate(lambda: coin(0), default="sequential"), lambda: None)
     assert abs(EstimatorELBO({"k": Enumerate()}).loss(lambda: coin(0), lambda: coin(0))) < 1e-6
+
+
+def test_what_an_intervention_cuts_off() -> None:
+    """The site that `poutine.do` has put another value in the place of is none of the cost, if the guide lacks it."""
+
+    def model(z: torch.Tensor | None = None) -> None:
+        with pyro.plate("data", 2):
+            z = pyro.sample("z", dist.Bernoulli(0.5)) if z is None else z
+            k = pyro.sample("k", dist.Bernoulli(0.2 + 0.5 * z))
+            pyro.sample("x", dist.Normal(k + z, 1.0), obs=torch.tensor([1.2, 0.3]))
+
+    def guide(z: torch.Tensor | None = None) -> None:
+        with pyro.plate("data", 2):
+            pyro.sample("k", dist.Bernoulli(logits=pyro.param("a", torch.tensor([0.3, -0.4]))))
+
+    found = []
+    for program, args in ((pyro.poutine.do(model, data={"z": torch.ones(2)}), ()), (model, (torch.ones(2),))):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        loss = EstimatorELBO({"k": Enumerate()}).loss_and_grads(program, guide, *args)
+        found.append((loss, *pyro.param("a").grad.tolist()))
+    assert found[0][1:] == pytest.approx(found[1][1:])
+    assert EstimatorELBO().loss(pyro.poutine.do(model, data={"z": torch.ones(2)}), guide) > 0

@@ -1095,3 +1095,27 @@ def test_a_program_that_is_the_same_when_traced_again():
     elbo = EstimatorELBO(DisARM())
     step = jax.jit(jax.value_and_grad(lambda p, x: elbo.loss(random.key(0), p, model, guide, x)))
     assert jnp.isfinite(step({"m": 0.2, "unused": jnp.ones(3)}, ROWS)[1]["m"])
+
+
+def test_what_an_intervention_cuts_off():
+    """The site that `do` has put another value in the place of is none of the cost, if the guide lacks it."""
+
+    def model(z=None):
+        with numpyro.plate("data", 2):
+            z = numpyro.sample("z", dist.Bernoulli(0.5)) if z is None else z
+            k = numpyro.sample("k", dist.Bernoulli(0.2 + 0.5 * z))
+            numpyro.sample("x", dist.Normal(k + z, 1.0), obs=jnp.array([1.2, 0.3]))
+
+    def guide(z=None):
+        with numpyro.plate("data", 2):
+            numpyro.sample("k", dist.Bernoulli(logits=numpyro.param("a", jnp.array([0.3, -0.4]))))
+
+    elbo, ones = EstimatorELBO({"k": Enumerate()}), jnp.ones(2)
+
+    def loss(a, model, *args):
+        return elbo.loss(jax.random.key(0), {"a": a}, model, guide, *args)
+
+    programs = ((numpyro.handlers.do(model, data={"z": ones}), ()), (model, (ones,)))
+    found = [jax.value_and_grad(loss)(jnp.array([0.3, -0.4]), program, *args) for program, args in programs]
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-6)
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-5)

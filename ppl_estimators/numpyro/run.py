@@ -168,6 +168,12 @@ class Scan(NamedTuple):
     latent: frozenset[str]
 
 
+def _is_severed(msg: Message, guide: Mapping[str, Message] | None) -> bool:
+    """Is it a latent site of the model whose value goes nowhere, since `do` has put another in its place?"""
+    latent = msg["type"] == "sample" and msg["value"] is None
+    return latent and guide is not None and "_intervener_id" in msg and msg["name"] not in guide
+
+
 class _Conduct(Messenger):
     """Gives out keys by name, asks ``draw`` for the values of latent sites, records sites and ``sizes`` of plates.
 
@@ -230,6 +236,10 @@ class _Conduct(Messenger):
                 raise _not_stepwise(msg["name"])
             nesting = None if self.layout is None else self.layout.nesting
             _same_shape(msg["name"], self.guide[msg["name"]], msg, nesting)  # before the model works with it
+        if _is_severed(msg, self.guide):
+            key = key_of(self.key, f"{self.side} {msg['name']}")
+            msg["value"], msg["severed"] = msg["fn"].sample(key, msg["kwargs"].get("sample_shape", ())), True
+            return
         if kind == "sample" and msg["value"] is None:
             if self.layout is not None:
                 msg["value"] = self.layout.around(msg, self.guide)
@@ -263,7 +273,7 @@ class _Conduct(Messenger):
             if interpreted():  # a branch that was just called leaves sites that no handler hears of
                 msg["value"] = jax.tree.map(lambda x: x, msg["value"])
             self.look_inside(msg)
-        if "name" not in msg:
+        if "name" not in msg or "severed" in msg:
             return
         name, kind = msg["name"], msg["type"]
         if {self.kinds.get(name, kind), kind} & {"sample", "deterministic"} and name in self.kinds:

@@ -72,6 +72,11 @@ class ProgramError(EstimatorError, RuntimeError):
     """Something in guide or model that the stock ELBOs meet with a ValueError or a RuntimeError."""
 
 
+def _is_severed(msg: Message, guide: Mapping[str, Message] | None) -> bool:
+    """Is it a latent site of the model whose value goes nowhere, since `do` has put another in its place?"""
+    return guide is not None and "_intervener_id" in msg and msg["name"] not in guide
+
+
 class _Conduct(Messenger):
     """Asks ``draw`` for the values of latent sites, records every site, shares the minibatch between runs."""
 
@@ -84,8 +89,10 @@ class _Conduct(Messenger):
         provenance: Provenance | None,
         stream: Stream | None,
         layout: Layout | None,
+        guide: Mapping[str, Message] | None = None,
     ):
         super().__init__()
+        self.guide = guide  # what it drew, for a run of the model
         self.side, self.draw, self.record = side, draw, record
         self.subsamples, self.provenance, self.stream, self.layout = subsamples, provenance, stream, layout
         self.parameters: dict[str, Message] = {}
@@ -112,6 +119,9 @@ class _Conduct(Messenger):
                 msg["value"], msg["done"] = self.subsamples[msg["name"]], True
             return
         latent = not (msg["is_observed"] or msg["done"])
+        if latent and _is_severed(msg, self.guide):
+            msg["value"], msg["done"], msg["severed"] = msg["fn"].sample(), True, True
+            return
         if latent and self.layout is None and self.side == "guide" and marked(msg["infer"], "guide"):
             raise Unplaced(msg["name"])
         if self.provenance is not None and not latent and is_enumerated(msg):
@@ -163,6 +173,8 @@ class _Conduct(Messenger):
 
     def _pyro_post_sample(self, msg: Message) -> None:
         name, draws = msg["name"], self.side == "guide" and not msg["is_observed"]
+        if "severed" in msg:
+            return
         if site_is_subsample(msg):
             draws = True
             self.subsamples.setdefault(name, msg["value"])
@@ -289,7 +301,7 @@ def execute(
             provenance.hand_over()
         if stream is not None:
             stream.before(("model", ""))  # all of it
-        with _Conduct("model", replay, traces.model, subsamples, provenance, stream, layout):
+        with _Conduct("model", replay, traces.model, subsamples, provenance, stream, layout, traces.guide):
             model(*args, **kwargs)
         if provenance is not None and subsamples:
             _check_minibatches(traces)
