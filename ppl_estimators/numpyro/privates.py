@@ -39,5 +39,9 @@ PRIVATES: dict[str, tuple[str, Callable[[], Any]]] = {
         "of a masked distribution",
         lambda: numpyro.distributions.Normal(0.0, 1.0).mask(jax.numpy.asarray(True))._mask,
     ),
+    "_intervener_id": (
+        "marks a site that `do` has put another value in the place of",
+        lambda: numpyro.handlers.do(data={})._intervener_id,
+    ),
     "_NumPyroOptim": ("the class of an optimiser of SVI", lambda: numpyro.optim._NumPyroOptim),
 }

@@ -66,6 +66,10 @@ PRIVATES: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "_inv": ("a transform's inverse, likewise", lambda: torch.distributions.ExpTransform()._inv),
     # ---- Pyro ---------------------------------------------------------------------------------------------------
+    "_intervener_id": (
+        "marks a site that `do` has put another value in the place of",
+        lambda: pyro.poutine.do_messenger.DoMessenger({})._intervener_id,
+    ),
     "_PYRO_STACK": ("which handlers are at work", lambda: pyro.poutine.runtime._PYRO_STACK),
     "COERCIONS": (
         "is asked whenever a distribution is made: values are followed into it",
