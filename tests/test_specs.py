@@ -385,7 +385,6 @@ ALONE = {
         "ProgramError": "a mistake where Pyro's own ELBOs raise a RuntimeError or ValueError",
         "traced": "a run as Pyro's own tools take it",
         "shapes": "the table of shapes that Pyro's own ELBOs print",
-        "dependencies": "who is behind each term of a run that was followed; NumPyro's survey has it",
     },
     ("numpyro", "run.py"): {
         "within": "of what a scan or a branch calls, which no handler outside reaches",
@@ -398,10 +397,13 @@ ALONE = {
         "Program": "with its parameters and its key, which Pyro holds by itself",
         "Scan": "Pyro has no scan",
         "in_scans": "Pyro has no scan",
-        "plain_shapes": "Pyro's own ELBO counts plates",
-        "Survey": "what one trace shows; Pyro learns it from the runs themselves",
         "interpreted": "under jax.disable_jit",
-        "survey": "makes it",
+        "is_latent": "a record holds more than sample sites; Pyro's does not",
+    },
+    ("pyro", "survey.py"): {"dependencies": "of each run that is followed, for a plan is kept by them"},
+    ("numpyro", "survey.py"): {
+        "Survey": "what one trace shows beside the structure; Pyro learns it from the runs themselves",
+        "plain_shapes": "Pyro's own ELBO counts plates",
     },
     ("pyro", "enumeration.py"): {"declared": "plates; NumPyro's are looked up in the traces"},
     ("numpyro", "enumeration.py"): {
@@ -463,6 +465,7 @@ TWIN_FILES = (
     "library",
     "memory",
     "run",
+    "survey",
     "enumeration",
     "distributions",
     "elbo",

@@ -34,7 +34,8 @@ from .distributions import family, log_q, sampled_dtype, unwrapped
 from .enumeration import Layout
 from .ops import OPS
 from .randomness import Minibatch
-from .run import Keys, Message, Program, Traces, execute, plain_shapes, survey, terms_of, within
+from .run import Keys, Message, Program, Traces, execute, terms_of, within
+from .survey import plain_shapes, survey
 
 Array = Any
 _CHUNK = 256  # states evaluated side by side

@@ -43,13 +43,12 @@ from .run import (
     interpreted,
     key_of,
     keys_of,
-    plain_shapes,
-    survey,
     tables_of,
     terms_of,
     turned,
     view,
 )
+from .survey import plain_shapes, survey
 
 Array = Any
 

@@ -37,7 +37,8 @@ from .distributions import family, log_q, unwrapped
 from .enumeration import Layout
 from .look import untouched
 from .ops import OPS
-from .run import Message, Traces, dependencies, execute, terms_of
+from .run import Message, Traces, execute, terms_of
+from .survey import dependencies
 
 Array = torch.Tensor
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from ..core import averaging
 from ..core.credit import Graph
-from ..core.enumeration import Unplaced, warn_of_minibatches
+from ..core.enumeration import Unplaced
 from ..core.errors import site_error, warn
 from ..core.estimator import Estimator, Noise
 from ..core.keep import Keeps, Kept
@@ -28,7 +28,6 @@ from ..core.objectives import NAME, check_dreams
 from ..core.plan import Group, Plan, Settings
 from ..core.posterior import Tables, Uniform
 from ..core.site import Plate, Site, Term
-from ..core.structure import Structure
 from ..core.verify import BUDGET, Found, Height, Key, cost_of, cut, equal, look, not_the_same, run_again, warn_of_cuts
 from ..policy import requested
 from .baseline import from_baseline
@@ -41,7 +40,8 @@ from .memory import Memory, code_of, kind_of, shape_of
 from .ops import OPS
 from .particles import Particles, moved
 from .randomness import Randomness, SideBySide, Stream
-from .run import Message, Traces, dependencies, execute, plates_of, tables_of, terms_of, traced, turned, view
+from .run import Message, Traces, execute, plates_of, tables_of, terms_of, traced, turned, view
+from .survey import dependencies, survey
 
 Array = torch.Tensor
 _ALTERNATIVES = "_counterfactual_values"
@@ -152,35 +152,12 @@ class PyroLibrary(Library):
         return plan
 
     def _behind(self, traces: Traces) -> dict[tuple[str, str], int]:
-        """The sites behind each cost term; where that was found to be wrong, all that were drawn before it."""
-        behind = dependencies(traces)
-        if self.program not in self.memory.distrusted:
-            return behind
-        order = self._follow.order
-        before = {n: (2 << i) - 1 for i, n in enumerate(order)}
-        drawn, everything = 0, (1 << len(order)) - 1
-        for side, name in behind:
-            if side == "guide":
-                drawn |= before.get(name, 0)
-                behind[side, name] = drawn
-            else:
-                behind[side, name] = everything
-        return behind
+        return dependencies(traces, self._follow.order if self.program in self.memory.distrusted else None)
 
     def _made(self, traces: Traces, follow: Provenance, settings: Settings | None = None) -> Plan:
-        latents = traces.latents()
-        behind = self._behind(traces)
+        latents, behind = traces.latents(), self._behind(traces)
         self.memory.seen |= latents.keys()
-        bits = {n: 1 << i for i, n in enumerate(follow.order)}
-        found = Structure(
-            [replace(view(m), requested=self.requested(m)) for m in latents.values()],
-            [Term(*k, None, traces.plates(*k), follow.names(d)) for k, d in behind.items()],
-            {n: follow.names(behind["guide", n] & ~bits.get(n, 0)) for n in latents},
-            list(traces.model),
-            follow.names(follow.control),
-        )
-        if traces.values is not None:
-            warn_of_minibatches(traces.values)
+        found = survey(traces, follow, behind, self.requested)
         others = list(self.memory.seen - latents.keys())  # of other structures
         plan = found.plan(settings or self.settings, self.settings.mapping, others)
         if is_validation_enabled():

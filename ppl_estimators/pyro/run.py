@@ -416,19 +416,6 @@ class _LogProbs(LogProbs):
         return support(msg["fn"]) if is_enumerated(msg) else None
 
 
-def dependencies(traces: Traces) -> dict[tuple[str, str], Sites]:
-    """The latent sites behind each cost term, of a run that was followed."""
-    found: dict[tuple[str, str], Sites] = {}
-    values = traces.values
-    for side, record in (("model", traces.model), ("guide", traces.guide)):
-        for name, msg in record.items():
-            key = side, name if values is None else values.term(side, name)
-            found[key] = found.get(key, 0) | msg["behind"]
-            for site in () if values is None else values.deciding(side, name):
-                found[key] |= traces.guide[site]["behind"]
-    return found
-
-
 def view(msg: Message) -> Site:
     """The site's facts and arrays, from its message."""
     return describe(msg["name"], msg["fn"], plates_of(msg), msg["scale"], msg["infer"], msg["value"])

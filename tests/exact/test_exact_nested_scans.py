@@ -16,7 +16,8 @@ from test_exact_scans import ChosenJax
 from ppl_estimators import Constant, DisARM, Enumerate, EstimatorError, MovingAverage, Reinforce
 from ppl_estimators.core.credit import Graph
 from ppl_estimators.numpyro import EstimatorELBO, with_estimators
-from ppl_estimators.numpyro.run import Keys, Program, survey
+from ppl_estimators.numpyro.run import Keys, Program
+from ppl_estimators.numpyro.survey import survey
 from ppl_estimators.testing import exact_gradient
 
 pytestmark = [

@@ -36,7 +36,8 @@ from ppl_estimators import (
 )
 from ppl_estimators.core.credit import Graph
 from ppl_estimators.numpyro import with_estimators
-from ppl_estimators.numpyro.run import Keys, Program, survey
+from ppl_estimators.numpyro.run import Keys, Program
+from ppl_estimators.numpyro.survey import survey
 from ppl_estimators.pyro import with_estimators as torch_hook
 from ppl_estimators.testing import exact_gradient
 
