@@ -203,7 +203,10 @@ class Law:
     @property
     def discrete(self) -> bool:
         support = support_of(self.fn)
-        return support is not None and bool(support.is_discrete)
+        try:
+            return support is not None and bool(support.is_discrete)
+        except NotImplementedError:  # several beside one another
+            return False
 
     def cdf(self, z: Array) -> Array:
         return self.fn.cdf(z)
