@@ -323,6 +323,14 @@ def test_plates_of_other_names() -> None:
         EstimatorELBO().loss(rows("rows"), rows("lines"))
     with pytest.raises(EstimatorError, match="site 'w': plate 'rows' has 5 elements in the guide and 6 in the model"):
         EstimatorELBO().loss(rows("rows"), rows("rows", size=5))
+    with pytest.raises(EstimatorError, match="site 'w': plate 'rows' has 3 elements in the guide and 6 in the model"):
+        EstimatorELBO().loss(rows("rows"), rows("rows", size=3))  # the model's would always be the first three
+
+    def named() -> None:
+        with pyro.plate("rows", 6, subsample=torch.tensor([4, 1, 2])):
+            pyro.sample("w", dist.Normal(0.0, 1.0))
+
+    EstimatorELBO().loss(named, rows("rows", size=3))
     EstimatorELBO().loss(rows("rows"), rows("rows"))
     EstimatorELBO().loss(rows("rows", 6), rows("lines", 6))  # all of them: the same elements
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,6 +96,7 @@ class _Conduct(Messenger):
         self.side, self.draw, self.record = side, draw, record
         self.subsamples, self.provenance, self.stream, self.layout = subsamples, provenance, stream, layout
         self.parameters: dict[str, Message] = {}
+        self.indexed: set[str] = set()  # plates whose elements the program chose itself
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         super().__exit__(kind, error, traceback)
@@ -117,6 +118,8 @@ class _Conduct(Messenger):
         if site_is_subsample(msg):
             if msg["value"] is None and msg["name"] in self.subsamples:
                 msg["value"], msg["done"] = self.subsamples[msg["name"]], True
+            elif msg["value"] is not None:
+                self.indexed.add(msg["name"])
             return
         latent = not (msg["is_observed"] or msg["done"])
         if latent and _is_severed(msg, self.guide):
@@ -301,22 +304,24 @@ def execute(
             provenance.hand_over()
         if stream is not None:
             stream.before(("model", ""))  # all of it
-        with _Conduct("model", replay, traces.model, subsamples, provenance, stream, layout, traces.guide):
+        with _Conduct("model", replay, traces.model, subsamples, provenance, stream, layout, traces.guide) as conduct:
             model(*args, **kwargs)
         if provenance is not None and subsamples:
-            _check_minibatches(traces)
+            _check_minibatches(traces, conduct.indexed)
     if layout is not None:
         traces.values = Enumeration(*({n: cell(m) for n, m in r.items()} for r in (traces.guide, traces.model)))
     return traces
 
 
-def _check_minibatches(traces: Traces) -> None:
-    """Elements of a plate that the guide subsamples must be those of the model."""
+def _check_minibatches(traces: Traces, indexed: Container[str]) -> None:
+    """Elements of a plate that guide or model subsamples must be those of the other; ``indexed``: plates whose elements
+    the model names."""
     sizes = {f.name: f.full_size for msg in traces.model.values() for f in msg["cond_indep_stack"]}
     for name, msg in traces.latents().items():
         for frame in msg["cond_indep_stack"]:
             random = frame.name in traces.subsamples and frame.size != frame.full_size
-            if random and sizes.get(frame.name, frame.full_size) != frame.full_size:
+            taken = frame.name in traces.subsamples and frame.name not in indexed  # by the model, from the guide
+            if (random or taken) and sizes.get(frame.name, frame.full_size) != frame.full_size:
                 raise site_error(
                     name,
                     f"plate '{frame.name}' has {frame.full_size} elements in the guide and {sizes[frame.name]} in the "
