@@ -370,17 +370,19 @@ CHOSEN, PAIRS = covering()
 def test_the_cells_hold_every_pair():
     assert len(CHOSEN) == 40
     assert len(set(CHOSEN)) == 40
+    assert set(CHOSEN) >= QUICK
     assert PAIRS < 40
     for i, of in enumerate(FACTORS.values()):
         assert {c[i] for c in CHOSEN} == set(of)
 
 
-QUICK = 8  # the first hold most pairs
+#: the first hold most pairs; in NumPyro the plates expand the law of this one once more, after the values of its state
+QUICK = {*CHOSEN[:8], Cell("guide", "nested", True, "all", "below", "path", True)}
 
 
 @pytest.mark.parametrize(
     "cell",
-    [pytest.param(c, marks=[pytest.mark.slow] * (i >= QUICK)) for i, c in enumerate(CHOSEN)],
+    [pytest.param(c, marks=[pytest.mark.slow] * (c not in QUICK)) for c in CHOSEN],
     ids=lambda c: ", ".join(str(v) for v in c),
 )
 @pytest.mark.usefixtures("double_precision")

@@ -310,4 +310,4 @@ def log_q(fn: dist.Distribution, value: Array) -> Array:
 
 def sampled_dtype(fn: dist.Distribution) -> Any:
     """The dtype that the distribution's own sampler returns."""
-    return jax.eval_shape(fn.sample, jax.random.key(0)).dtype
+    return jax.eval_shape(unwrapped(fn).sample, jax.random.key(0)).dtype
