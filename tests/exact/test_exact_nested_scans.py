@@ -295,7 +295,8 @@ def test_what_nested_scans_refuse():
         return (lambda: scan(steps, 0.0, None, 3)) if of_guide else lambda: None
 
     def loss(guide, estimators=None, model=program()):  # noqa: B008
-        return EstimatorELBO(estimators).loss(jax.random.key(0), {}, model, guide).shape
+        elbo = EstimatorELBO(estimators)
+        return jax.eval_shape(lambda: elbo.loss(jax.random.key(0), {}, model, guide)).shape
 
     for told in ({}, {"estimators": {"z": Enumerate()}}, {"model": program(**MARK)}):
         with pytest.raises(EstimatorError, match=r"'z': a latent site .* the guide does not draw. Add a") as refused:
