@@ -100,7 +100,8 @@ class Library(Protocol):
         """Of `Plan.differentiated`, sites from whose values a derivative leads to something to learn."""
 
     def tilted(self, run: Run, sites: Sequence[str], step: float, number: int) -> Mapping[tuple[str, str], Any]:
-        """Of every cost term, the `verify.Height` where the values of ``sites`` lie a step along line ``number``."""
+        """Of every cost term, the `verify.Height` where the values of ``sites`` lie a step along line ``number``; with
+        its slope at step 0."""
 
     def check(self, run: Run) -> None:
         """Whether what is known of the program from a particle's first run is true, where that may be in doubt."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -230,7 +231,8 @@ class NumPyroLibrary(CompiledLibrary):
             terms = self.terms(self._execute(run.source, draw, constants=True), plan, soft)
             return {(t.side, t.site): jnp.sum(t.value) for t in terms}, [jnp.sum(jnp.abs(t.value)) for t in terms]
 
-        (heights, sizes), slopes = totals(step), jax.jacrev(lambda x: totals(x)[0])(step)
+        heights, sizes = totals(step)
+        slopes = dict.fromkeys(heights, math.nan) if step else jax.jacrev(lambda x: totals(x)[0])(step)
         return {
             k: Height(float(x), float(slopes[k]), float(size), float(jnp.finfo(x.dtype).eps))
             for (k, x), size in zip(heights.items(), sizes, strict=True)

@@ -717,7 +717,7 @@ class PyroLibrary(Library):
         found = {}
         for t in terms_of(self.run(draw, run.source), plan.depends_on, soft):
             total, slope = t.value.sum(), None
-            if total.requires_grad:
+            if total.requires_grad and not step:
                 (slope,) = torch.autograd.grad(total, along, retain_graph=True, allow_unused=True)
             size, precision = t.value.detach().abs().sum().item(), torch.finfo(t.value.dtype).eps
             found[t.side, t.site] = Height(total.item(), 0.0 if slope is None else slope.item(), size, precision)
