@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ import pyro.distributions as tdist
 import pytest
 import torch
 
-from ppl_estimators import DisARM, EstimatorError, MovingAverage, Reinforce
+from ppl_estimators import DisARM, EstimatorError, EstimatorWarning, MovingAverage, Reinforce
 from ppl_estimators.numpyro import EstimatorELBO as NumPyroELBO
 from ppl_estimators.numpyro import with_estimators
 from ppl_estimators.pyro import EstimatorELBO as PyroELBO
@@ -120,6 +122,51 @@ def test_pyro_is_left_as_it_was():
             pyro.sample("z", tdist.Bernoulli(logits=pyro.param("a", torch.zeros(8))))
 
     random = torch.get_rng_state()
-    check_program(PyroELBO(), model, guide)
+    with pytest.warns(EstimatorWarning, match="plate 'data' moves with"):  # a mean over the bits of all data
+        check_program(PyroELBO(), model, guide)
     assert norm.num_batches_tracked == 0 and torch.equal(norm.running_mean, torch.zeros(1))
     assert torch.equal(torch.get_rng_state(), random) and not pyro.get_param_store().keys()
+
+
+def plated(library, way, between):
+    """Three bits in a plate; ``between``: a Normal below each, by which they move the data."""
+    ppl = zoo.language(library)
+
+    def model():
+        with ppl.plate("N", 3):
+            z = ppl.sample("z", ppl.dist.Bernoulli(ppl.array(0.3)))
+            w = ppl.sample("w", ppl.dist.Normal(z, 1.0)) if between else z
+            ppl.sample("x", ppl.dist.Normal(way(w), 1.0), obs=ppl.array([0.3, 1.0, 2.0]))
+
+    def guide():
+        a = ppl.param("a", {"a": [0.2, -0.5, 0.9]})
+        with ppl.plate("N", 3):
+            z = ppl.sample("z", ppl.dist.Bernoulli(logits=a))
+            if between:
+                ppl.sample("w", ppl.dist.Normal(z, 0.5))
+
+    return model, guide
+
+
+def reversed_(library, z):
+    return torch.flip(z, (-1,)) if library == "pyro" else jnp.flip(z, -1)
+
+
+WAYS = {
+    "sum": lambda library, z: z + z.sum(-1)[..., None],
+    "neighbour": lambda library, z: z + reversed_(library, z),
+    "own": lambda library, z: 2 * z,
+}
+
+
+@both
+@pytest.mark.parametrize("between", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_elements_of_a_plate_that_a_cost_couples(library, way, between):
+    program = plated(library, partial(WAYS[way], library), between)
+    expects = nullcontext() if way == "own" else pytest.warns(EstimatorWarning, match="'x'.* plate 'N' moves with")
+    with expects:
+        check_program(ELBOS[library](), *program)
+    if library == "pyro":
+        with expects:
+            PyroELBO().loss_and_grads(*program)

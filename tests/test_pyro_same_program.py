@@ -181,6 +181,7 @@ def batch_norm(elbo, steps=5):
     return int(encoder[0].num_batches_tracked), int(decoder[1].num_batches_tracked), encoder[0].running_mean
 
 
+@pytest.mark.filterwarnings("ignore:site 'z'.* a plate says that none does")  # and batch normalisation couples them
 @pytest.mark.parametrize("estimator", [DisARM(), Enumerate(), None], ids=repr)
 def test_batch_normalisation_counts_the_batches_of_the_stock_elbo(estimator):
     *stock, mean = batch_norm(Trace_ELBO())

@@ -169,6 +169,7 @@ def test_pathwise_programs_are_trained_bit_for_bit_as_by_the_stock_elbo(kind):
     assert torch.equal(stock[2], ours[2])
 
 
+@pytest.mark.filterwarnings("ignore:site 'y'.* a plate says that none does")  # the decoder's batch normalisation
 def test_labelled_and_unlabelled_batches_leave_the_buffers_of_the_stock_elbo():
     """What is drawn is another value, so parameters stand still; layers that see data only must agree to the bit, and
     all must have seen as many batches: the estimator at the label runs the program several times a step."""

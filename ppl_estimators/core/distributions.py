@@ -16,7 +16,7 @@ from .errors import site_error
 from .ops import Array, Ops
 from .relaxation import unknown
 from .site import Site
-from .verify import elements
+from .verify import Along, elements
 
 
 class Distributions:
@@ -166,6 +166,13 @@ class Distributions:
         if family == families.CATEGORICAL:
             return ops.where(moves, (value + 1) % self.unwrapped(fn).logits.shape[-1], value)
         return ops.where(moves[..., None], ops.roll(value, 1, axis=-1), value)
+
+    def along(self, fn: Any, value: Array, other: Array, part: Along) -> Array:
+        """``other`` in the elements of ``part``, ``value`` elsewhere."""
+        events = len(fn.event_shape)
+        if value.ndim < events - part.dim:
+            return value
+        return self.ops.where(part.moves(self.ops, value, events), other, value)
 
     def line(self, fn: Any, value: Array, number: int) -> Callable[[Array], Array]:
         """Values along a line through ``value``, or through a relaxed one beside it, as a function of the step. All

@@ -88,9 +88,9 @@ class Library(Protocol):
     def uniform(self, source: Any) -> Uniform:
         """Noise of a particle beside that of its runs."""
 
-    def moved(self, run: Run, sites: Sequence[str], pattern: int) -> Mapping[tuple[str, str], Array]:
-        """The cost terms of a further run, by side and site, in which ``sites`` take other values, by a pattern (see
-        `verify.elements`); all others keep those of ``run``."""
+    def moved(self, run: Run, sites: Sequence[str], pattern: Any) -> Mapping[tuple[str, str], Array]:
+        """The cost terms of a further run, by side and site, in which ``sites`` take other values, in the elements of a
+        pattern (`verify.Along`, or the number of one, see `verify.elements`); all others keep those of ``run``."""
 
     def cut(self, run: Run) -> Mapping[str, tuple[str, str]]:
         """Of `Plan.differentiated`, sites with which a term moves that has no derivative in their value, and that

@@ -4,7 +4,8 @@ The same values must give the same cost terms: else a further run is another pro
 can be used. Other values at some sites must move no term that is not credited to one of them: else a dependency was
 lost on the way. Sites are tested in groups, each against the terms that are credited to none of the group. By the same
 search a term is found that moves with a site and has no derivative in its value, where the site's estimator needs one;
-and if there is time (`check_program`), one whose derivative is not what its differences say.
+and one whose element in a plate moves with the values of other elements. If there is time (`check_program`), also one
+whose derivative is not what its differences say.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from .estimator import Estimator
 from .library import Library, Run
 from .ops import Array, Ops
 from .plan import Plan, Settings
+from .site import Plate
 
 #: side and site of a cost term
 Key = tuple[str, str]
-#: the cost terms when some latent sites take other values, by a pattern (see `elements`)
+#: the cost terms when some latent sites take other values, in the elements of a pattern (see `elements`)
 Evaluate = Callable[[Sequence[str], int], Mapping[Key, Array]]
 #: says whether a term has the same value as another time
 Same = Callable[[Array, Array], bool]
@@ -70,6 +72,8 @@ def checked(library: Library, run: Run) -> Checked:
             f"{cost_of(term)} moves with its value, by a way that cannot be followed",
             "Compute it by operations on the value itself, not by code that keeps or copies it out of sight.",
         )
+    if not found.changing:
+        warn_of_coupling(coupled(library, run))
     cuts = library.cut(run)
     warn_of_cuts(library.settings, run.plan, cuts)
     points = {n for n, s in run.plan.sites.items() if s.distribution == "Delta"}  # nowhere else does their log q exist
@@ -104,6 +108,74 @@ def look(library: Library, run: Run, budget: int = BUDGET) -> Found:
     held = [n for n in plan.local if n not in plan.branches]  # other values of those may take another branch
     patterns = 1 + min(_PATTERNS, max(((plan.sites[n].lanes - 1).bit_length() for n in held), default=0))
     return Found([], lost=lost(evaluate, terms, depends_on, held, same, budget, patterns))
+
+
+class Along(NamedTuple):
+    """All elements of a site whose number along batch dimension ``dim`` has this bit."""
+
+    dim: int
+    bit: int
+
+    def moves(self, ops: Ops, x: Array, events: int = 0) -> Array:
+        """Is it one of them? For the axes of ``x`` from that dimension on; ``events``: of its dimensions."""
+        numbers = ops.indices(x.shape[self.dim - events], x)
+        return ops.reshape(numbers // 2**self.bit % 2 == 1, (-1, *(1,) * (events - self.dim - 1)))
+
+    def kept(self, ops: Ops, costs: Array) -> Array:
+        """The costs of the others; of all, where they have one."""
+        if costs.ndim < -self.dim or costs.shape[self.dim] == 1:
+            return costs
+        return ops.where(self.moves(ops, costs), ops.zeros_like(costs), costs)
+
+
+class Coupled(NamedTuple):
+    """A term of which an element in a plate moves with a site's values in other elements."""
+
+    site: str
+    term: Key
+    plate: Plate
+
+
+def coupled(library: Library, run: Run) -> list[Coupled]:
+    """One for each plate with sites that are credited with the costs of their own elements: if these and what depends
+    on them take other values in some elements, the costs of the others stay."""
+    ops, plan, found = library.ops, run.plan, list[Coupled]()
+    terms = {(t.side, t.site): t for t in run.terms}
+    values = {k: ops.stop_gradient(t.value) for k, t in terms.items()}
+    local = [plan.sites[n] for n in plan.local if n not in plan.branches]
+    for plate in sorted({p for s in local for p in s.plates if p.size > 1 and not p.values}):
+        names = frozenset(s.name for s in local if plate in s.plates)
+        below = plan.graph.descendants(names) - plan.branches
+        sites = [n for n in plan.sites if n in names | below and plate in plan.sites[n].plates]
+
+        def moved(sites: Sequence[str], plate: Plate = plate) -> Key | None:
+            for bit in range(min(_PATTERNS, (plate.size - 1).bit_length())):
+                part = Along(plate.dim, bit)
+                elsewhere = library.moved(run, sites, part)
+                for key, term in terms.items():
+                    if plate in term.plates and key in elsewhere:
+                        if not equal(ops, part.kept(ops, values[key]), part.kept(ops, elsewhere[key])):
+                            return key
+            return None
+
+        try:
+            if (term := moved(sites)) is not None:
+                found.append(Coupled(next((n for n in sites if moved([n])), sites[0]), term, plate))
+        except Exception:  # a value that the program does not take
+            continue
+    if found and unstable(partial(library.moved, run), values, partial(equal, ops)):
+        return []  # not by these values
+    return found
+
+
+def warn_of_coupling(found: Sequence[Coupled]) -> None:
+    for site, term, plate in found:
+        warn(
+            f"site '{site}': {cost_of(term)} of an element of plate '{plate.name}' moves with '{site}' of other "
+            "elements, and a plate says that none does: each element is credited with the costs of its own, so the "
+            "gradient is biased. Compute it from values of its own element (batch normalisation: by module.eval()); "
+            f"or sample '{site}' outside of the plate, by dist.expand([{plate.size}]).to_event(1)."
+        )
 
 
 def cut(

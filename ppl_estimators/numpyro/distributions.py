@@ -17,6 +17,7 @@ from numpyro.distributions.transforms import AffineTransform, Transform
 from ..core import distributions, families
 from ..core.distributions import support_of
 from ..core.site import Plate, Site
+from ..core.verify import Along
 from ..policy import requested
 from .dependencies import differentiable, edges
 from .ops import OPS
@@ -296,8 +297,10 @@ def divergence(q: dist.Distribution, p: dist.Distribution) -> Array:
     return jnp.sum(found, axis=tuple(range(len(q.batch_shape), found.ndim)))
 
 
-def another(fn: dist.Distribution, value: Array, key: Array, pattern: int) -> Array:
+def another(fn: dist.Distribution, value: Array, key: Array, pattern: int | Along) -> Array:
     """A value of the support that differs from ``value``, in the elements of a pattern where the support is known."""
+    if isinstance(pattern, Along):
+        return _KNOWN.along(fn, value, another(fn, value, key, 0), pattern)
     return _KNOWN.moved_on(fn, value, pattern) if family(fn) in families.DISCRETE else fn.sample(key)
 
 

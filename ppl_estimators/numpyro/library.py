@@ -27,7 +27,7 @@ from ..core.objectives import NAME, check_dreams
 from ..core.plan import Group, Plan, Settings
 from ..core.posterior import Tables, Uniform
 from ..core.site import Site, Term
-from ..core.verify import Height, Key, not_the_same, run_again, warn_of_cuts
+from ..core.verify import Along, Height, Key, not_the_same, run_again, warn_of_cuts
 from .dependencies import LOOP, forward, without_derivative
 from .distributions import another, divergence, line, log_q, score_norm
 from .enumeration import Layout
@@ -191,7 +191,7 @@ class NumPyroLibrary(CompiledLibrary):
         elif kinds != self._remembered.kinds:
             raise _Unplanned
 
-    def moved(self, run: Run, sites: Sequence[str], pattern: int) -> dict[tuple[str, str], Array]:
+    def moved(self, run: Run, sites: Sequence[str], pattern: int | Along) -> dict[tuple[str, str], Array]:
         latents = run.traces.latents()
         others = {
             n: another(latents[n]["fn"], latents[n]["value"], key_of(self.key, f"another {n}"), pattern) for n in sites

@@ -17,6 +17,7 @@ from ..core import distributions, families
 from ..core.distributions import support_of
 from ..core.plan import requested
 from ..core.site import Plate, Site
+from ..core.verify import Along
 from .dependencies import reachable, tensors
 from .ops import OPS
 
@@ -257,9 +258,11 @@ def divergence(q: TorchDistribution, p: TorchDistribution) -> Array:
     return td.kl_divergence(q, p)
 
 
-def another(fn: TorchDistribution, value: Array, pattern: int) -> Array:
+def another(fn: TorchDistribution, value: Array, pattern: int | Along) -> Array:
     """A value of the support that differs from ``value``, in the elements of a pattern where the support is known; on
     the real line one that lies further away from pattern to pattern."""
+    if isinstance(pattern, Along):
+        return _KNOWN.along(fn, value, another(fn, value, 0), pattern)
     if family(fn) in families.DISCRETE:
         return _KNOWN.moved_on(fn, value, pattern)
     for _ in range(4 + pattern):

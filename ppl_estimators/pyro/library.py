@@ -28,7 +28,22 @@ from ..core.objectives import NAME, check_dreams
 from ..core.plan import Group, Plan, Settings
 from ..core.posterior import Tables, Uniform
 from ..core.site import Plate, Site, Term
-from ..core.verify import BUDGET, Found, Height, Key, cost_of, cut, equal, look, not_the_same, run_again, warn_of_cuts
+from ..core.verify import (
+    BUDGET,
+    Along,
+    Found,
+    Height,
+    Key,
+    cost_of,
+    coupled,
+    cut,
+    equal,
+    look,
+    not_the_same,
+    run_again,
+    warn_of_coupling,
+    warn_of_cuts,
+)
 from ..policy import requested
 from .baseline import from_baseline
 from .buffers import Buffers, Held
@@ -653,8 +668,10 @@ class PyroLibrary(Library):
         else:
             found = Found([])
         if found.lost is None:
-            if plan.differentiated and not found.changing and others < _STRUCTURES:
-                self.memory.undifferentiated.append(plan.sites)
+            if not found.changing and others < _STRUCTURES:
+                warn_of_coupling(coupled(self, run))
+                if plan.differentiated:
+                    self.memory.undifferentiated.append(plan.sites)
             return True
         term, site = found.lost
         warn(
@@ -665,12 +682,12 @@ class PyroLibrary(Library):
         self.memory.distrusted.add(program)
         return False
 
-    def moved(self, run: Run, sites: Sequence[str], pattern: int) -> dict[tuple[str, str], Array]:
+    def moved(self, run: Run, sites: Sequence[str], pattern: int | Along) -> dict[tuple[str, str], Array]:
         with torch.no_grad():
             return self._elsewhere(run, sites, pattern, run.plan.soft)
 
     def _elsewhere(
-        self, run: Run, others: Sequence[str], pattern: int, relaxed: frozenset[str],
+        self, run: Run, others: Sequence[str], pattern: int | Along, relaxed: frozenset[str],
         leaves: dict[str, Array] | None = None,
     ) -> dict[Key, Array]:  # fmt: skip
         """The cost terms where some sites take other values. ``leaves``: sites whose values there a derivative is to
