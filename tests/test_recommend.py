@@ -271,8 +271,7 @@ def test_fifty_sites_share_one_choice(lib, two_candidates, monkeypatch):
 
 def jointly(module, model, guide, told, budget=60):
     """The joint stage after searches that are told their best and second, ``{site: (best, second)}``."""
-    program = module.Program(Library.pyro, model, guide, (), {}, None, 0)
-    plan = module.look(program, 1)
+    program, plan = module.opened("recommend(model, guide, args)", model, guide, (), None)
     reference = module.reference_for(program, plan, "auto", 2000, budget, False)
     search = module._Search(program, plan, reference, budget, 1)
     found = []

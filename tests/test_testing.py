@@ -230,7 +230,7 @@ def test_the_library_is_found_by_whose_statements_run(library):
 def test_a_program_of_neither_library():
     with pytest.raises(EstimatorError, match=r"neither the guide nor the model runs a sample statement.*backend="):
         exact_gradient(lambda: 1.0, lambda: 2.0)
-    with pytest.raises(ValueError, match='takes "pyro" or "numpyro", got \'jax\''):
+    with pytest.raises(EstimatorError, match=r'backend=.jax. is not known. Write "pyro" or "numpyro"'):
         exact_gradient(lambda: 1.0, lambda: 2.0, backend="jax")
 
 
