@@ -52,7 +52,7 @@ def demo(
     - *variance × time*, the noise that a fixed budget of time leaves: lower is better.
 
     **The folder** of `--out` gets every number (`results.json`) and a figure (`figure.png`): learning curves, noise
-    against cost, digits and their reconstructions. The default run takes four to six minutes on two cores.
+    against cost, digits and their reconstructions. The default run takes three to four minutes on two cores.
 
     **Examples**
 

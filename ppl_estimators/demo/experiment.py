@@ -38,7 +38,7 @@ PACKAGES = ("ppl-estimators", "pyro-ppl", "torch", "numpyro", "jax", "jaxlib", "
 @dataclass(frozen=True)
 class Settings:
     """Sizes of a run; `steps` by backend, because a step of NumPyro's is compiled and a step of Pyro's is not. The
-    defaults take both libraries four to six minutes on two cores."""
+    defaults take both libraries three to four minutes on two cores."""
 
     steps: dict[str, int] = field(default_factory=lambda: {"numpyro": 3_000, "pyro": 400})
     batch_size: int = 100
