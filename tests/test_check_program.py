@@ -170,3 +170,18 @@ def test_elements_of_a_plate_that_a_cost_couples(library, way, between):
     if library == "pyro":
         with expects:
             PyroELBO().loss_and_grads(*program)
+
+
+@pytest.mark.parametrize("apart", [1, 3, 8, 16, 32, 64])
+def test_elements_that_are_coupled_at_any_distance(apart):
+    def model():
+        with pyro.plate("N", 128):
+            z = pyro.sample("z", tdist.Bernoulli(0.3))
+            pyro.sample("x", tdist.Normal(z + z.roll(apart, -1), 1.0), obs=torch.ones(128))
+
+    def guide():
+        with pyro.plate("N", 128):
+            pyro.sample("z", tdist.Bernoulli(logits=pyro.param("a", torch.zeros(128))))
+
+    with pytest.warns(EstimatorWarning, match="plate 'N' moves with"):
+        PyroELBO().loss_and_grads(model, guide)

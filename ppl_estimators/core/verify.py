@@ -111,14 +111,16 @@ def look(library: Library, run: Run, budget: int = BUDGET) -> Found:
 
 
 class Along(NamedTuple):
-    """All elements of a site whose number along batch dimension ``dim`` has this bit."""
+    """All elements of a site whose number along batch dimension ``dim`` has this bit. To the number its multiples of 8,
+    64, ... are added, so that elements that far apart differ in one of the lowest bits too."""
 
     dim: int
     bit: int
 
     def moves(self, ops: Ops, x: Array, events: int = 0) -> Array:
         """Is it one of them? For the axes of ``x`` from that dimension on; ``events``: of its dimensions."""
-        numbers = ops.indices(x.shape[self.dim - events], x)
+        count = x.shape[self.dim - events]
+        numbers = sum(ops.indices(count, x) // 8**i for i in range(1 + int(math.log(count, 8))))
         return ops.reshape(numbers // 2**self.bit % 2 == 1, (-1, *(1,) * (events - self.dim - 1)))
 
     def kept(self, ops: Ops, costs: Array) -> Array:
