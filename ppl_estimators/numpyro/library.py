@@ -196,16 +196,20 @@ class NumPyroLibrary(CompiledLibrary):
         others = {
             n: another(latents[n]["fn"], latents[n]["value"], key_of(self.key, f"another {n}"), pattern) for n in sites
         }
+        return {(t.side, t.site): t.value for t in self._with(run, others, run.plan.soft)}
+
+    def _with(self, run: Run, values: Mapping[str, Array], relaxed: frozenset[str]) -> list[Term]:
+        """The cost terms where some sites have other values."""
+        latents = run.traces.latents()
 
         def draw(msg: Message) -> Array:
             name = msg["name"]
-            if name not in others:
+            if name not in values:
                 return self.again(msg, latents[name], constants=True)
             msg["intermediates"] = []
-            return self.part(msg, others[name])
+            return self.part(msg, values[name])
 
-        traces = self._execute(run.source, draw, constants=True)
-        return {(t.side, t.site): t.value for t in self.terms(traces, run.plan, run.plan.soft)}
+        return self.terms(self._execute(run.source, draw, constants=True), run.plan, relaxed)
 
     def leading(self, run: Run) -> list[str]:
         plan, latents = run.plan, run.traces.latents()
@@ -219,16 +223,7 @@ class NumPyroLibrary(CompiledLibrary):
         soft = plan.soft | frozenset(n for n in sites if plan.relaxable(n))
 
         def totals(step: Array) -> tuple[dict[tuple[str, str], Array], list[Array]]:
-            values = {n: to(step) for n, to in lines.items()}
-
-            def draw(msg: Message) -> Array:
-                name = msg["name"]
-                if name not in values:
-                    return self.again(msg, latents[name], constants=True)
-                msg["intermediates"] = []
-                return self.part(msg, values[name])
-
-            terms = self.terms(self._execute(run.source, draw, constants=True), plan, soft)
+            terms = self._with(run, {n: to(step) for n, to in lines.items()}, soft)
             return {(t.side, t.site): jnp.sum(t.value) for t in terms}, [jnp.sum(jnp.abs(t.value)) for t in terms]
 
         heights, sizes = totals(step)
