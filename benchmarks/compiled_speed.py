@@ -170,13 +170,13 @@ def main() -> None:
     steps["Trace_ELBO"] = network(Trace_ELBO(), "stock", x)
     first(steps["Trace_ELBO"])  # imports
     begun = {}
-    for n, e in specs.items():
-        for kind, loss in (("uncompiled", EstimatorELBO({"z": e})), ("", EstimatorELBO({"z": e}, compile=True))):
-            name = f"{n} {kind}".strip()
-            steps[name] = network(loss, f"network {name}", x)
-            begun[name] = first(steps[name])
+    kinds = {" uncompiled": False, "": True} | ({", inductor": "inductor"} if options.inductor else {})
+    for name, (e, compile) in {n + k: (e, c) for n, e in specs.items() for k, c in kinds.items()}.items():
+        steps[name] = network(EstimatorELBO({"z": e}, compile=compile), f"network {name}", x)
+        begun[name] = first(steps[name])
     times = take_turns("network", steps, rounds, repeats=2, clock=time.process_time)
-    pairs = [(n, f"{n} by hand", 1.15) for n in specs] + [(n, "Trace_ELBO", 0.7) for n in specs]
+    compiled = [n + k for n in specs for k in kinds if k != " uncompiled"]
+    pairs = [(n, f"{n.partition(',')[0]} by hand", 1.15) for n in compiled] + [(n, "Trace_ELBO", 0.7) for n in compiled]
     report.table(f"{PIXELS}-200-{PIXELS} sigmoid belief network, batch {BATCH}", columns, rows(times, pairs))
     saved = []
     for n in specs:

@@ -23,6 +23,8 @@ from ppl_estimators import DisARM, LeaveOneOut, Reinforce
 from ppl_estimators.numpyro import EstimatorELBO as NumPyroELBO
 from ppl_estimators.pyro import EstimatorELBO as PyroELBO
 
+CARD = torch.cuda.is_available()
+
 
 def pyro_steps(batch: int) -> dict[str, Callable[[], object]]:
     x = (torch.rand(batch, in_torch.PIXELS) < 0.3).float()
@@ -67,15 +69,15 @@ def main() -> None:
     options = arguments(__doc__, rounds=20)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    card = torch.cuda.is_available()
-    torch.set_default_device("cuda" if card else "cpu")
-    names = torch.cuda.get_device_name() if card else "cpu", jax.devices()[0].device_kind
+    names = torch.cuda.get_device_name() if CARD else "cpu", jax.devices()[0].device_kind
     report = Report("on_device", f"Steps on a device: Pyro on {names[0]}, NumPyro on {names[1]}")
     columns = ("contestant", "µs a step", "against by hand (quartiles)", "target")
     for batch, rounds, bar in ((50, options.rounds, 0.0), (2000, max(2, options.rounds // 4), 1.05)):
         pyro.clear_param_store()
-        times = take_turns("Pyro", pyro_steps(batch), rounds, warmup=15)  # after these steps the notes run
-        compiled = {n: 1.0 for n in times if card and n.endswith("compiled")}
+        with torch.device("cuda" if CARD else "cpu"):
+            steps = pyro_steps(batch)
+        times = take_turns("Pyro", steps, rounds, warmup=15)  # after these steps the notes run
+        compiled = {n: 1.0 for n in times if CARD and n.endswith("compiled")}
         report.table(f"Pyro on {names[0]}, batch {batch}", columns, rows(times, 1, compiled))
         times = take_turns("NumPyro", numpyro_steps(batch), rounds)
         ours = {n: bar for n in times if bar and f"{n} by hand" in times}

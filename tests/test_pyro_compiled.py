@@ -35,7 +35,8 @@ Program = Callable[..., Any]
 
 
 def data(seed: int, n: int = 6) -> torch.Tensor:
-    return torch.randn(n, 3, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(n, 3, generator=generator, device="cpu").to(torch.get_default_device())
 
 
 class Deep(torch.nn.Module):
@@ -82,7 +83,8 @@ def train(
     owner = getattr(model, "__self__", None)
     if isinstance(owner, torch.nn.Module):
         held |= {n: b.clone() for n, b in owner.named_buffers()}
-    return losses, held | {"random state": torch.get_rng_state()}
+    held["random state"] = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else torch.get_rng_state()
+    return losses, held
 
 
 def uses(elbo: EstimatorELBO) -> list[int]:

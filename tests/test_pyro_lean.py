@@ -1,5 +1,5 @@
 """A Pyro step on a device: no tensor of ours is made elsewhere, and nothing waits for the device but ``.item()`` of the
-loss. Here the processor plays the device, and torch's default is a device without data."""
+loss. Where there is no card the processor plays it, and torch's default is a device without data."""
 
 from __future__ import annotations
 
@@ -11,11 +11,48 @@ from pyro.infer import SVI
 from pyro.optim import Adam
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppl_estimators import RELAX, DisARM, Enumerate, LeaveOneOut, MovingAverage, Reinforce
+from ppl_estimators import (
+    ARM,
+    ARMS,
+    ARSM,
+    REBAR,
+    RELAX,
+    UGC,
+    Antithetic,
+    Average,
+    BitFlip,
+    Combine,
+    Constant,
+    CoupledImportance,
+    DisARM,
+    DisARMStickBreaking,
+    DisARMTree,
+    DoubleControlVariate,
+    Enumerate,
+    GumbelSoftmax,
+    ImportanceSampled,
+    Learned,
+    LeaveOneOut,
+    MeasureValued,
+    MovingAverage,
+    MuProp,
+    OptimalConstant,
+    Pathwise,
+    Reinforce,
+    RELAXWithModel,
+    Repeat,
+    Stein,
+    StickingTheLanding,
+    StochasticTriple,
+    StraightThrough,
+    SumAndSample,
+    SumAroundMode,
+    UnorderedSet,
+)
 from ppl_estimators.pyro import EstimatorELBO, with_estimators
 
-HERE = torch.device("cpu")
-X = (torch.rand(6, 5, generator=torch.Generator().manual_seed(0)) < 0.4).float()
+HERE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+X = (torch.rand(6, 5, generator=torch.Generator().manual_seed(0)) < 0.4).float().to(HERE)
 
 
 def model(x):
@@ -32,18 +69,19 @@ def guide(x):
 
 
 class Reads(TorchDispatchMode):
-    """Counts numbers that are read out of tensors."""
+    """Counts numbers that are read out of tensors, and tensors that are made of numbers."""
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.count = self.made = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func is torch.ops.aten._local_scalar_dense.default
+        self.made += func is torch.ops.aten.lift_fresh.default
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(
+steps = pytest.mark.parametrize(
     ("estimator", "settings"),
     [
         (DisARM(), {}),
@@ -56,6 +94,9 @@ class Reads(TorchDispatchMode):
     ],
     ids=lambda x: None if isinstance(x, dict) else repr(x),
 )
+
+
+@steps
 def test_steps_read_one_number_and_make_no_tensor_elsewhere(estimator, settings):
     pyro.clear_param_store()
     pyro.set_rng_seed(1)
@@ -70,3 +111,82 @@ def test_steps_read_one_number_and_make_no_tensor_elsewhere(estimator, settings)
     assert loss > 0
     assert reads.count == 1
     assert all(x.device == HERE for x in pyro.get_param_store().values())
+
+
+BITS = [
+    *(DisARM(), ARM(), ARMS(3), BitFlip(), BitFlip(2), UGC(), StochasticTriple(), REBAR(), RELAX(), RELAXWithModel()),
+    *(MuProp(), StraightThrough(), GumbelSoftmax(), Stein(), DoubleControlVariate(), Enumerate(), Repeat(3, DisARM())),
+    *(Reinforce(b) for b in (MovingAverage() + Learned(), LeaveOneOut(), OptimalConstant(), Constant(1.0))),
+    *(Antithetic(Reinforce()), Average((DisARM(), Enumerate())), Combine((DisARM(), REBAR(), Reinforce()))),
+    *(ImportanceSampled(Reinforce()), None),
+]
+LABELS = [
+    *(Enumerate(), UnorderedSet(2), SumAndSample(1), DisARMStickBreaking(), DisARMTree(), CoupledImportance(), ARSM()),
+    *(RELAX(), MeasureValued(), Reinforce()),
+]
+COUNTS = [Reinforce(), StochasticTriple(), MeasureValued(), SumAroundMode(3)]
+REALS = [Pathwise(), StickingTheLanding(), MeasureValued(), Reinforce(LeaveOneOut())]
+EVERY = [*((s, e) for s, several in zip("bkcy", (BITS, LABELS, COUNTS, REALS), strict=True) for e in several)]
+
+
+@pytest.fixture(scope="module")
+def several():
+    """A bit, a label, a count and a number for each of four data."""
+    zero, one, three = torch.zeros((), device=HERE), torch.ones((), device=HERE), torch.zeros(3, device=HERE)
+    plate = pyro.plate("data", 4, device=HERE)
+
+    def model(x):
+        w = pyro.param("w", lambda: one.clone())
+        with plate:
+            b, k = pyro.sample("b", dist.Bernoulli(logits=zero)), pyro.sample("k", dist.Categorical(logits=three))
+            c, y = pyro.sample("c", dist.Poisson(one)), pyro.sample("y", dist.Normal(zero, one))
+            pyro.sample("x", dist.Normal(w * b + k + c + y, one), obs=x)
+
+    def guide(x):
+        a, k, c = (pyro.param(n, lambda v=v: v.clone()) for n, v in (("a", zero), ("l", three), ("r", one)))
+        with plate:
+            pyro.sample("b", dist.Bernoulli(logits=a))
+            pyro.sample("k", dist.Categorical(logits=k))
+            pyro.sample("c", dist.Poisson(c))
+            pyro.sample("y", dist.Normal(a, one))
+
+    return model, guide, torch.arange(4.0, device=HERE)
+
+
+@pytest.mark.parametrize(("site", "estimator"), EVERY, ids=map(repr, EVERY))
+def test_no_estimator_sends_anything_to_the_device(site, estimator, several):
+    """Numbers that become tensors at every step wait for it."""
+    model, guide, x = several
+    if estimator is not None:
+        guide = with_estimators(guide, {site: estimator, "[bkcy]": Reinforce(Constant(1.0))})
+    elbo = EstimatorELBO(num_particles=3)
+    with pyro.validation_enabled(False):
+        for _ in range(3):
+            elbo.loss_and_grads(model, guide, x)
+        if HERE.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            with Reads() as reads:
+                elbo.differentiable_loss(model, guide, x).backward()
+        finally:
+            if HERE.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    assert reads.made == 0
+
+
+@pytest.mark.skipif(HERE.type != "cuda", reason="there is no CUDA device")
+@steps
+def test_a_compiled_step_waits_for_nothing(estimator, settings):
+    wrapped = guide if estimator is None else with_estimators(guide, {"z": estimator})
+    elbo = EstimatorELBO(**settings, compile=True)
+    with pyro.validation_enabled(False):
+        for _ in range(5):
+            elbo.loss_and_grads(model, wrapped, X)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                loss = elbo.differentiable_loss(model, wrapped, X)
+                loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert loss > 0

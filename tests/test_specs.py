@@ -347,6 +347,7 @@ ONLY_PYRO = {
     "baseline.py",  # Pyro's own words for a baseline
     "compiled.py",  # NumPyro's steps are compiled by JAX; here operations are noted, and done again
     "tape.py",  # the notes
+    "graphs.py",  # the notes as one call of a card
     "guards.py",  # are they still true?
     "particles.py",  # an axis of theirs in arrays of all shapes; JAX maps over it
     "buffers.py",  # torch modules hold what they count; in JAX that is mutable state, which the caller passes on

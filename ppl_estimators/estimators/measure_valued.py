@@ -74,11 +74,11 @@ class MeasureValued(Estimator):
             return lanes.shifted(ops, site, draw.value, index)
         x, count = draw.value, self._per_lane(site)
         here = lanes.numbers(ops, site, x) == index // count
-        which = index % count
+        which = ops.indices(1, x)[0] + index % count  # on the device of the values
         if site.family == POISSON:
             return ops.where(here, x + 1, x)
         if site.family == NORMAL:
-            picked = ops.stack([ops.where(ops.asarray(which == i), draw.extra[str(i)], 0 * x) for i in range(3)])
+            picked = ops.stack([ops.where(which == i, draw.extra[str(i)], 0 * x) for i in range(3)])
             return ops.where(here, ops.sum(picked, axis=0), x)
         return ops.where(here, x + draw.extra["e"], x)
 

@@ -102,18 +102,15 @@ class Several(Estimator):
         return Moves(count, self.weights if known else None)
 
     def alternative(self, ops: Ops, site: Site, draw: Draw, index: Array) -> Array:
-        number, value = ops.asarray(index) + 1, draw.value
-
-        def pick(condition: Array, x: Array, y: Array) -> Array:
-            return ops.where(ops.like(condition, y) > 0, x, y)  # on the device of the values
-
+        value = draw.value
+        number = ops.indices(1, value)[0] + index + 1  # on the device of the values
         for j, (p, start) in enumerate(zip(self.parts, self._offsets(site), strict=False)):
             mine, count = self.part_draw(draw, j), p.alternatives(site).count
-            value = pick(number == start, mine.value, value)
+            value = ops.where(number == start, mine.value, value)
             if count:
                 inside = number - start - 1
                 other = p.alternative(ops, site, mine, ops.clip(inside, 0, count - 1))
-                value = pick((inside >= 0) & (inside < count), other, value)
+                value = ops.where((inside >= 0) & (inside < count), other, value)
         return value
 
     def weights(self, ops: Ops, site: Site, draw: Draw) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -36,7 +36,12 @@ class JaxOps:
         return getattr(jnp, name)
 
     def total(self, arrays: Sequence[Array]) -> Array:
-        sums = [jnp.sum(x) if x.ndim else x for x in arrays]
+        """Those of one shape are added first. Of the sum of each alone XLA would make another pass over whatever its
+        elements are the sums of."""
+        alike: dict[tuple[int, ...], list[Array]] = {}
+        for x in arrays:
+            alike.setdefault(x.shape, []).append(x)
+        sums = [*alike.pop((), []), *(jnp.sum(reduce(jnp.add, several)) for several in alike.values())]
         return sums[0] if len(sums) == 1 else jnp.sum(jnp.stack(sums))
 
     def matmul(self, x: Array, y: Array) -> Array:

@@ -1,9 +1,9 @@
 """Compiled steps: what a step did is noted, and done again without Python, Pyro or autograd.
 
 The first step of a program, for the shapes of its arguments, runs as ever; the second is noted (`tape.py`); the third
-runs both ways under the same random numbers, and the two must agree. After that the tape runs, as long as all that the
-program reads beside its arguments is what it was (`guards.py`), and is compared again from time to time. A program that
-cannot be noted runs as ever, and says why once.
+runs both ways under the same random numbers, and the two must agree. After that the tape runs, on a card as one graph
+(`graphs.py`), as long as all that the program reads beside its arguments is what it was (`guards.py`), and is compared
+again from time to time. A program that cannot be noted runs as ever, and says why once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch.utils._pytree import tree_map
 
 from ..core.errors import EstimatorWarning
+from .graphs import Graph
 from .guards import Guard
 from .memory import Memory, Recent
 from .ops import CONSTANTS
@@ -231,7 +232,8 @@ class Compiler:
     ) -> Result | None:
         generators, program = self.memory.generators, noted.program
         self._unknown = 0
-        check, start = steps.uses == steps.next_check, generators.state()
+        new = isinstance(program.run, Graph) and program.run.captures_next
+        check, start = new or steps.uses == steps.next_check, generators.state()
         before = [x.clone() for x in program.written] if check else []
         if _PYRO_STACK:
             for name, *_ in noted.stored:
@@ -246,7 +248,8 @@ class Compiler:
         result = Result(loss, noted.leaves, gradients, start=start)
         if not check:
             return result
-        steps.next_check = max(10, 10 * steps.next_check)
+        if steps.uses > steps.next_check:
+            steps.next_check = max(10, 10 * steps.next_check)
         found = [*_ordered(result), *(x.clone() for x in program.written), *_held(generators.state())]
         with torch.no_grad():
             for x, value in zip(program.written, before, strict=True):

@@ -82,6 +82,11 @@ class TorchOps:
         return x.expand(*shape, x.shape[-1]).gather(-1, index.long().expand(*shape, index.shape[-1]))
 
     def like(self, x: Any, template: Array) -> Array:
+        """Numbers of ours are not sent to a device at every step: it would be waited for."""
+        if isinstance(x, (bool, int, float)):
+            return torch.full((), x, dtype=template.dtype, device=template.device)
+        if isinstance(x, (list, tuple)):
+            return _constant(_fixed(x), template.dtype, template.device)
         return torch.as_tensor(x, dtype=template.dtype, device=template.device)
 
     def memberships(self, sets: tuple[frozenset[int], ...], n: int, like: Array) -> Array:
@@ -98,10 +103,19 @@ class TorchOps:
         return slope
 
 
+def _fixed(x: Any) -> Any:
+    return tuple(map(_fixed, x)) if isinstance(x, (list, tuple)) else x
+
+
 @lru_cache(maxsize=64)
 def _memberships(sets: tuple[frozenset[int], ...], n: int, dtype: torch.dtype, device: torch.device) -> Array:
+    return _constant(tuple(tuple(i in s for s in sets) for i in range(n)), dtype, device)
+
+
+@lru_cache(maxsize=256)
+def _constant(x: Any, dtype: torch.dtype, device: torch.device) -> Array:
     with torch.inference_mode(False):  # to be of use outside too
-        found = torch.tensor([[i in s for s in sets] for i in range(n)], dtype=dtype, device=device)
+        found = torch.tensor(x, dtype=dtype, device=device)
     CONSTANTS[id(found)] = found
     return found
 

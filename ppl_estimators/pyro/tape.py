@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import dependencies
+from .graphs import Graph, card_of
 from .randomness import Generators, State
 
 Array = torch.Tensor
@@ -470,15 +471,27 @@ class _Writer:
         written = [v for v in inputs if v not in made and tape.memory[v] in tape.written]
         tensors = tape.tensors
         run = self.names["run"]
+        card = self._card(operations, [v for v in inputs if v not in made], constants)
         if self.backend is not None:
             # the draws of torch
             options: dict[str, Any] | None = {"fallback_random": True} if self.backend == "inductor" else None
             checks = torch.distributions.Distribution._validate_args
             run = torch.compile(run, backend=self.backend, dynamic=False, options=options)
             torch.distributions.Distribution.set_default_validate_args(checks)  # the compiler has switched them off
+        if card is not None and not (self.backend and returns):  # compilers leave calls to generators to Python
+            run = Graph(run, self.names, len(tape.given), card, trials=1 if self.backend else 0)
         return Program(
             run, source, [op.func for op in operations], [tensors[v] for v in constants], [tensors[v] for v in written]
         )
+
+    def _card(self, operations: Sequence[Operation], inputs: Iterable[Value], constants: Iterable[Value]) -> Any:
+        """That on which the whole step is, if there is one, and its arguments stay what they are."""
+        tape = self.tape
+        if any(tape.memory[v] in tape.written for v in tape.given):
+            return None
+        fixed = {v for v in constants if v in tape.fixed and tape.memory[v] not in tape.written}
+        made = {*inputs, *(v for op in operations for v in op.found)} - {*tape.given, *fixed}
+        return card_of(*([tape.tensors[v] for v in some] for some in (made, tape.given, fixed)))
 
     def _line(self, op: Operation) -> str:
         func = op.func if self.backend is not None else _binding(op.func)  # which compilers know
