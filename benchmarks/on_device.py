@@ -1,4 +1,5 @@
-"""Both libraries on whatever device they find, a GPU if there is one: a step of the belief network, 784-200-784.
+"""Both libraries on whatever device they find, a GPU if there is one: a step of the belief network, 784-200-784, and in
+Pyro one of a chain of 50 bits.
 
 Each library is held against the same estimators written by hand on the same device, in one run. Times are by the clock,
 until the device has answered; on two idle cores without a card it takes three minutes.
@@ -37,6 +38,16 @@ def pyro_steps(batch: int) -> dict[str, Callable[[], object]]:
     return steps
 
 
+def chain_steps() -> dict[str, Callable[[], object]]:
+    y = torch.randn(in_torch.SITES)
+    losses = {
+        "Trace_ELBO": pyro.infer.Trace_ELBO(),
+        "Reinforce()": PyroELBO(default=Reinforce()),
+        "Reinforce(), compiled": PyroELBO(default=Reinforce(), compile=True),
+    }
+    return {n: in_torch.svi(in_torch.chain_model, in_torch.chain_guide, loss, y) for n, loss in losses.items()}
+
+
 def numpyro_steps(batch: int) -> dict[str, Callable[[], object]]:
     """Each a compiled loop of `in_jax.LOOP` updates."""
     x = (jax.random.uniform(jax.random.key(2), (batch, in_jax.PIXELS)) < 0.3).astype(float)
@@ -54,12 +65,12 @@ def numpyro_steps(batch: int) -> dict[str, Callable[[], object]]:
     return steps
 
 
-def rows(times: Times, loop: int, targets: Mapping[str, float]) -> list[tuple[str, ...]]:
-    """Of each contestant its time a step and, of ours, the ratio to the same by hand."""
+def rows(times: Times, loop: int, targets: Mapping[str, float], other: str = "") -> list[tuple[str, ...]]:
+    """Of each contestant its time a step and, of ours, the ratio to ``other``, or to the same by hand."""
     found: list[tuple[str, ...]] = []
     for name in times:
-        by_hand = f"{name.partition(',')[0]} by hand"
-        text, value = ratio(times, name, by_hand) if by_hand in times else ("", 0.0)
+        theirs = other or f"{name.partition(',')[0]} by hand"
+        text, value = ratio(times, name, theirs) if theirs in times and name != other else ("", 0.0)
         target = verdict(value, targets[name]) if name in targets else ""
         found.append((name, f"{1e3 * float(milliseconds(times, name)) / loop:.0f}", text, target))
     return found
@@ -82,6 +93,12 @@ def main() -> None:
         times = take_turns("NumPyro", numpyro_steps(batch), rounds)
         ours = {n: bar for n in times if bar and f"{n} by hand" in times}
         report.table(f"NumPyro on {names[1]}, batch {batch}", columns, rows(times, in_jax.LOOP, ours))
+    pyro.clear_param_store()
+    with torch.device("cuda" if CARD else "cpu"):
+        steps = chain_steps()
+    times = take_turns("chain", steps, options.rounds, warmup=15)
+    heads = (*columns[:2], "against Trace_ELBO (quartiles)", columns[3])
+    report.table(f"Pyro on {names[0]}, chain of {in_torch.SITES} bits", heads, rows(times, 1, {}, "Trace_ELBO"))
     report.write()
 
 

@@ -33,16 +33,16 @@ Program = Callable[..., None]
 
 
 def chain_model(x: torch.Tensor) -> None:
-    z = torch.tensor(0.0)
+    z = x.new_zeros(())
     for t in range(len(x)):
         z = pyro.sample(f"z_{t}", dist.Bernoulli(logits=2 * z - 1))
         pyro.sample(f"x_{t}", dist.Normal(z, 1.0), obs=x[t])
 
 
 def chain_guide(x: torch.Tensor) -> None:
-    a = pyro.param("a", torch.linspace(-1, 1, len(x)))
-    b = pyro.param("b", torch.linspace(1, 0, len(x)))
-    z = torch.tensor(0.0)
+    a = pyro.param("a", lambda: torch.linspace(-1, 1, len(x), device=x.device))
+    b = pyro.param("b", lambda: torch.linspace(1, 0, len(x), device=x.device))
+    z = x.new_zeros(())
     for t in range(len(x)):
         z = pyro.sample(f"z_{t}", dist.Bernoulli(logits=a[t] + b[t] * z))
 

@@ -245,6 +245,18 @@ def test_a_card_draws_again_what_is_evaluated_again(there):
 
 
 @card
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiler_on_a_card(there):
+    found = []
+    for compile in (False, "inductor"):
+        elbo = EstimatorELBO(default=DisARM(), compile=compile, verify=False)
+        found.append(train(lambda: (bits, bits_guide), elbo, flat(*[5] * 8)))
+    assert graphs(elbo)[0].captures == 1
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert torch.equal(found[1][1]["random state"], found[0][1]["random state"])
+
+
+@card
 def test_what_waits_for_the_card_is_not_captured_and_what_fails_leaves_the_generator_as_it_was(there):
     state = torch.cuda.get_rng_state()
     on = Card(torch.device("cuda", 0))

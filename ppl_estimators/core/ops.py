@@ -60,6 +60,9 @@ class Ops(Protocol):
     def take_last(self, x: Array, index: Array) -> Array:
         """``x [..., C]`` and integer ``index [..., C']``: entries picked along the last axis."""
 
+    def solve(self, a: Array, b: Array) -> Array:
+        """``a⁻¹ b``, for a matrix that surely has an inverse."""
+
     def like(self, x: Array, template: Array) -> Array:
         """``x`` (array or number) in the dtype and on the device of ``template``."""
 

@@ -94,5 +94,5 @@ def _weights(ops: Ops, moments: Array) -> Array:
     eye = ops.like([[float(i == j) for j in range(n)] for i in range(n)], moments)
     known = scale > 0
     relative = moments / ops.where(known, scale, ops.ones_like(scale))
-    solved = ops.linalg.solve(relative + 1e-4 * eye, ops.ones_like(moments[:, :1]))[:, 0]
+    solved = ops.solve(relative + 1e-4 * eye, ops.ones_like(moments[:, :1]))[:, 0]
     return ops.where(known, solved / ops.sum(solved), ops.ones_like(solved) / n)

@@ -80,6 +80,9 @@ class JaxOps:
         x, index = (a.reshape(*(1,) * (rank - a.ndim), *a.shape) for a in (x, index))
         return jnp.take_along_axis(x, index, axis=-1)
 
+    def solve(self, a: Array, b: Array) -> Array:
+        return jnp.linalg.solve(a, b)
+
     def like(self, x: Array, template: Array) -> Array:
         return jnp.asarray(x, dtype=template.dtype)
 

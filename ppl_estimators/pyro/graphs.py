@@ -73,15 +73,17 @@ class Card:
             graph.register_generator_state(state)
         further, calls = iter(states[1:]), {k: names[k] for k in ("save", "restore")}
         names.update(save=lambda: None, restore=lambda _: generator.graphsafe_set_state(next(further)))
-        own, stream = generator.graphsafe_get_state(), torch.cuda.current_stream()
+        own = generator.graphsafe_get_state()
         generator.graphsafe_set_state(states[0])
-        try:
-            with torch.cuda.device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                results = run()
-        finally:
-            torch.cuda.set_stream(stream)
-            generator.graphsafe_set_state(own)
-            names.update(calls)
+        with torch.cuda.device(self.device):
+            before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+            try:
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    results = run()
+            finally:
+                torch.cuda.set_stream(before)  # after an error it would be the other
+                generator.graphsafe_set_state(own)
+                names.update(calls)
 
         def replay() -> list[Array]:
             seed, now = generator.initial_seed(), generator.get_offset()
@@ -168,4 +170,5 @@ def card_of(made: Iterable[Array], given: Iterable[Array], fixed: Iterable[Array
     if any(n > 1 and s == 0 for x in given for n, s in zip(x.shape, x.stride(), strict=True)):
         return None  # nothing can be copied to memory of that kind
     (device,) = devices
-    return Card(device) if device.type == "cuda" else None
+    known = torch.__version__ >= "2.4"  # before, generators have no states that can be exchanged
+    return Card(device) if device.type == "cuda" and known else None

@@ -81,6 +81,9 @@ class TorchOps:
         shape = torch.broadcast_shapes(x.shape[:-1], index.shape[:-1])
         return x.expand(*shape, x.shape[-1]).gather(-1, index.long().expand(*shape, index.shape[-1]))
 
+    def solve(self, a: Array, b: Array) -> Array:
+        return torch.linalg.solve_ex(a, b)[0]  # `solve` asks the device whether it could
+
     def like(self, x: Any, template: Array) -> Array:
         """Numbers of ours are not sent to a device at every step: it would be waited for."""
         if isinstance(x, (bool, int, float)):
