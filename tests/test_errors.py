@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import warnings
 
@@ -14,10 +15,12 @@ import pyro
 import pyro.distributions as tdist
 import pytest
 import torch
+from numpyro.contrib.control_flow import scan
 
 from ppl_estimators import (
     REBAR,
     RELAX,
+    AnalyticKL,
     ControlVariate,
     DeltaMethod,
     DisARM,
@@ -441,3 +444,74 @@ def test_what_a_site_asks_for_must_be_an_estimator(library, wrong, hint):
             ours_torch.EstimatorELBO().loss(model, guide)
         else:
             ours_jax.EstimatorELBO().loss(jax.random.key(0), {}, model, guide)
+
+
+MEANT_FOR_THE_GUIDE = [
+    ({"estimator": DisARM()}, r'or guide = with_estimators\(guide, \{"z": DisARM\(\)\}\)'),
+    ({"estimators": DisARM()}, r"with_estimators"),
+    ({"kl": "analytic"}, r'EstimatorELBO\(objective=AnalyticKL\("z"\)\)'),
+    ({"baseline": {"use_decaying_avg_baseline": True}}, r"guide's site 'z'\."),
+]
+
+
+@pytest.mark.parametrize(("infer", "fix"), MEANT_FOR_THE_GUIDE, ids=["estimator", "misspelt", "kl", "baseline"])
+def test_what_the_models_site_asks_for_is_not_ignored(lib, infer, fix):
+    """Unless it is said where it counts, too; the fix works as it stands."""
+    model = program(lib, DISTRIBUTIONS["Bernoulli"], infer)[1]
+    guide = program(lib, DISTRIBUTIONS["Bernoulli"])[1]
+    with pytest.raises(EstimatorError, match=rf"site 'z': infer=.* stands at the site of the model.* {fix}"):
+        lib.loss(lib.ELBO(), model, guide)
+    if "kl" in infer:
+        lib.loss(lib.ELBO(objective=AnalyticKL("z")), model, guide)
+    elif "estimators" not in infer:
+        lib.loss(lib.ELBO({"z": DisARM()}), model, guide)
+        lib.loss(lib.ELBO(), model, lib.hook(guide, {"z": DisARM()}))
+        lib.loss(lib.ELBO(), model, program(lib, DISTRIBUTIONS["Bernoulli"], {"estimator": Enumerate()})[1])
+
+
+def test_what_a_step_of_the_models_scan_asks_for_is_not_ignored():
+    def part(**infer):
+        def step(carry, x):
+            numpyro.sample("z", jdist.Bernoulli(0.3 + 0.2 * x), infer=infer)
+            return carry, None
+
+        return lambda: scan(step, 0.0, jnp.ones(2))
+
+    with pytest.raises(EstimatorError, match=r"site 'z': infer=.* stands at the site of the model"):
+        Jax.loss(Jax.ELBO(), part(estimator=DisARM()), part())
+
+
+WORDS = [
+    ({"estimators": DisARM()}, r'by a word that nothing reads\. Write infer=\{"estimator": DisARM\(\)\}'),
+    ({"kl": "analytical"}, r'is not known. Write infer=\{"kl": "analytic"\}'),
+    ({"baseline": MovingAverage()}, r'of Pyro.*Write infer=\{"estimator": Reinforce\('),
+    (
+        {"enumerate": "parallel", "estimator": DisARM()},
+        r"marked .*sums over all its values, beside .*Leave one",
+    ),
+]
+
+
+@pytest.mark.parametrize(("infer", "message"), WORDS, ids=["misspelt", "kl", "baseline", "mark"])
+def test_words_that_nothing_reads(lib, infer, message):
+    with pytest.raises(EstimatorError, match=rf"site 'z': .*{message}"):
+        lib.loss(lib.ELBO(), *program(lib, DISTRIBUTIONS["Bernoulli"], infer))
+
+
+def test_numpyro_reads_no_baseline():
+    with pytest.raises(EstimatorError, match=r"site 'z': .* a word of Pyro's"):
+        Jax.loss(Jax.ELBO(), *program(Jax, DISTRIBUTIONS["Bernoulli"], {"baseline": {"baseline_beta": 0.5}}))
+
+
+def test_a_site_that_only_the_model_has_may_ask_to_be_summed_out(lib):
+    """As the ELBO may for it."""
+
+    def model(infer):
+        z = lib.sample("z", lib.dist.Bernoulli(lib.array(0.3)), infer=infer)
+        lib.sample("x", lib.dist.Bernoulli(0.2 + 0.6 * z), obs=lib.array(1.0))
+
+    wanted = -math.log(0.7 * 0.2 + 0.3 * 0.8)
+    for infer, elbo in (({"estimator": Enumerate()}, lib.ELBO()), ({}, lib.ELBO({"z": Enumerate()}))):
+        assert float(lib.loss(elbo, lambda infer=infer: model(infer), lambda: None)) == pytest.approx(wanted, rel=1e-6)
+    with pytest.raises(EstimatorError, match="site 'z': a latent site of the model that the guide does not draw"):
+        lib.loss(lib.ELBO(), lambda: model({"estimator": DisARM()}), lambda: None)

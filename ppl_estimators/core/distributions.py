@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from . import families
 from .errors import site_error
 from .ops import Array, Ops
+from .plan import check_words
 from .relaxation import unknown
 from .site import Site
 from .verify import Along, elements
@@ -79,6 +80,7 @@ class Distributions:
 
     def described(self, name: str, fn: Any, infer: Mapping[str, Any], **facts: Any) -> Site:
         """The site's facts and arrays, without lead axes: those that both libraries tell alike, beside ``facts``."""
+        check_words(name, infer)
         family = self.family(fn)
         logits = self.natural_parameters(fn, family)
         return Site(

@@ -16,6 +16,7 @@ from . import elimination
 from .elimination import Axis, Factor, Time, blocks, chain, factor, log_probability, marginal, remaining
 from .errors import EstimatorError, site_error, warn
 from .ops import Array, Ops
+from .plan import requested
 from .site import Plate, Term, weighed
 
 
@@ -58,6 +59,13 @@ def check_mark(name: str, infer: Mapping[str, Any]) -> None:
             name,
             f"marked {mark}, and values are summed side by side; one after another only for a site of the guide",
             'Write infer={"enumerate": "parallel"}.',
+        )
+    asked = None if "_with_estimators" in infer else requested(name, infer)  # a hook's pattern is for all
+    if asked is not None and not asked.sums:
+        raise site_error(
+            name,
+            f'marked {mark}, which sums over all its values, beside infer={{"estimator": {asked!r}}}, which draws one',
+            'Leave one of them out; where config_enumerate sets the mark, write infer={"enumerate": None, ...}.',
         )
 
 

@@ -34,6 +34,10 @@ class Traces(Protocol):
     @property
     def model(self) -> Mapping[str, Message]: ...
 
+    @property
+    def asked(self) -> Mapping[str, Mapping[str, Any]]:
+        """What latent sites of the model ask for in their infer, see `plan.words`."""
+
     def latents(self) -> Mapping[str, Message]: ...
 
 

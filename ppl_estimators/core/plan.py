@@ -16,6 +16,9 @@ from .keep import Hooked
 from .site import Plate, Site, Term
 from .spec import Spec
 
+#: of a site's infer; the last is Pyro's own
+_WORDS = ("estimator", "kl", "baseline")
+
 
 def match(mapping: Mapping[str, Any], name: str) -> str | None:
     """The key of ``mapping`` that applies to a site: its exact name, else the first glob pattern that matches."""
@@ -50,7 +53,10 @@ def hooked(
 
 def requested(name: str, infer: Mapping[str, Any]) -> Estimator | None:
     """What ``infer={"estimator": ...}`` at a site asks for."""
-    asked = infer.get("estimator")
+    asked, baseline = infer.get("estimator"), infer.get("baseline")
+    if baseline is not None and not isinstance(baseline, Mapping):
+        fact = f'infer={{"baseline": ...}} is a dictionary of Pyro\'s, got {baseline!r}'
+        raise site_error(name, fact, 'Write infer={"estimator": Reinforce(...)} with the baseline inside.')
     if asked is None or isinstance(asked, Estimator):
         return asked
     raise site_error(
@@ -58,6 +64,56 @@ def requested(name: str, infer: Mapping[str, Any]) -> Estimator | None:
         f'infer={{"estimator": ...}} is not an estimator: {asked!r}{_hint(asked)}',
         'Give one, such as infer={"estimator": DisARM()}.',
     )
+
+
+def to_sum(name: str, infer: Mapping[str, Any]) -> bool:
+    """Does a site that only the model has ask to be summed out, without a mark?"""
+    asked = requested(name, infer)
+    return asked is not None and asked.sums
+
+
+def words(infer: Mapping[str, Any]) -> dict[str, Any]:
+    """What a site's infer says to us."""
+    ours = {k: v for k, v in infer.items() if k in _WORDS or isinstance(v, Estimator)}
+    return {k: v for k, v in ours.items() if v is not None}
+
+
+def check_words(name: str, infer: Mapping[str, Any]) -> None:
+    """A word of ours must be one that is read."""
+    for key, value in words(infer).items():
+        if key not in _WORDS:
+            raise site_error(
+                name,
+                f'infer={{"{key}": {value!r}}} names an estimator by a word that nothing reads',
+                f'Write infer={{"estimator": {value!r}}}.',
+            )
+    if (kl := infer.get("kl")) not in (None, "analytic"):
+        fact = f'infer={{"kl": {kl!r}}} is not known'
+        raise site_error(name, fact, 'Write infer={"kl": "analytic"}, or leave it out.')
+
+
+def check_unheard(
+    settings: Settings, asked: Mapping[str, Mapping[str, Any]], guide: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """What a site of the model asks for must be said where it counts too: at the guide's site, which is the one that is
+    drawn, or to the ELBO. ``asked``: of sites of the model; ``guide``: the infer of the guide's sites."""
+    for name in asked.keys() & guide.keys():
+        heard = {*words(guide[name])}
+        if settings.asked(name, None) is not None or heard & {"estimator", "baseline"}:
+            heard |= {"estimator", "baseline"}
+        if settings.objective.analytic(name):
+            heard.add("kl")
+        for key in asked[name].keys() - heard:
+            said, or_else = asked[name][key], ""
+            if key == "kl":
+                or_else = f', or EstimatorELBO(objective=AnalyticKL("{name}"))'
+            elif isinstance(said, Estimator):
+                or_else = f', or guide = with_estimators(guide, {{"{name}": {said!r}}})'
+            raise site_error(
+                name,
+                f'infer={{"{key}": {said!r}}} stands at the site of the model, and the guide\'s is drawn',
+                f"Write it at the guide's site '{name}'{or_else}.",
+            )
 
 
 def _hint(value: Any) -> str:
@@ -145,9 +201,9 @@ class Settings:
         key = match(self.mapping, name)
         return requested if key is None else self.mapping[key]
 
-    def sums(self, name: str) -> bool:
+    def sums(self, name: str, infer: Mapping[str, Any]) -> bool:
         """Is a site that only the model has to be summed out, though no mark says so?"""
-        asked = self.asked(name, None)
+        asked = self.asked(name, requested(name, infer))
         return asked is not None and asked.sums
 
     def alone(self, site: Site) -> Estimator:

@@ -26,7 +26,7 @@ from .keep import Kept
 from .library import CompiledLibrary, Joined, Library, Message, Run, Traces, Values
 from .objectives import Elsewhere, Locally, Weighted
 from .ops import Array, Ops
-from .plan import Group, Plan, Settings
+from .plan import Group, Plan, Settings, check_unheard
 from .posterior import Posterior, posterior
 from .site import Costs, Draw, Site, Term, weighed
 
@@ -151,6 +151,8 @@ class Step:
         """The particle itself: its values and its cost terms."""
         library, run = self.library, Run(source, self.library.plan())
         run.traces = library.run(partial(self._draw, run), source, first=True)
+        if run.traces.asked:
+            check_unheard(self.settings, run.traces.asked, {n: m["infer"] for n, m in run.traces.guide.items()})
         latents = run.traces.latents()
         expected, run.plan = run.plan, library.plan(run.traces)
         drawn, run.sites = run.sites, {}

@@ -16,6 +16,7 @@ from numpyro.distributions.transforms import AffineTransform, Transform
 
 from ..core import distributions, families
 from ..core.distributions import support_of
+from ..core.errors import site_error
 from ..core.site import Plate, Site
 from ..core.verify import Along
 from ..policy import requested
@@ -106,6 +107,12 @@ def describe(
     name: str, fn: dist.Distribution, plates: frozenset[Plate], scale: Any, infer: dict[str, Any], value: Array = None
 ) -> Site:
     """The site's facts and arrays, without lead axes."""
+    if infer.get("baseline"):
+        raise site_error(
+            name,
+            'infer={"baseline": ...} is a word of Pyro\'s, which NumPyro does not read',
+            'Write infer={"estimator": Reinforce(MovingAverage())}, say.',
+        )
     site = _KNOWN.described(
         name,
         fn,

@@ -33,7 +33,9 @@ class Layout:
     what it has to. ``asked``: is a site that only the model has to be summed out, though no mark says so?
     """
 
-    def __init__(self, shapes: Mapping[tuple[str, str], tuple[int, ...]] | None, asked: Callable[[str], bool]):
+    def __init__(
+        self, shapes: Mapping[tuple[str, str], tuple[int, ...]] | None, asked: Callable[[str, Mapping[str, Any]], bool]
+    ):
         self.shapes, self.asked = shapes, asked
         self.nesting = None if shapes is None else max(map(len, shapes.values()), default=0)  # dimensions of plates
         self.axes: dict[int, Axis] = {}  # by dimension
@@ -79,7 +81,7 @@ class Layout:
         if marked(msg["infer"], "guide" if drawn is None else "model"):
             check_mark(name, msg["infer"])
             return True
-        return drawn is not None and (unmarked or self.asked(name)) and countable(msg["fn"])
+        return drawn is not None and (unmarked or self.asked(name, msg["infer"])) and countable(msg["fn"])
 
     # ---- scans -----------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from ..core import families
 from ..core.enumeration import Unplaced
 from ..core.errors import EstimatorError
 from ..core.ops import Ops
+from ..core.plan import to_sum
 from ..measure.choices import rule_of
 from ..measure.states import (
     Asked,
@@ -85,7 +86,7 @@ def point(
 
 def _layout(shapes: Mapping[tuple[str, str], tuple[int, ...]] | None) -> Layout | None:
     """Where the values of sites go that the model sums out, in a program that has some."""
-    return None if shapes is None else Layout(shapes, lambda name: False)
+    return None if shapes is None else Layout(shapes, to_sum)
 
 
 def _own_draw(msg: Message) -> Array:

@@ -26,6 +26,7 @@ from numpyro.util import format_shapes
 from ..core import objectives
 from ..core.enumeration import Enumeration, Unplaced, marked, missing
 from ..core.errors import EstimatorError, site_error
+from ..core.plan import words
 from ..core.posterior import Tables
 from ..core.site import Plate, Site, Term
 from ..core.terms import LogProbs
@@ -53,12 +54,14 @@ _ALONG = ("noise", "given")
 @dataclass
 class Traces:
     """Messages of one run, by site name in order of appearance; ``values`` if some take all their values. ``sizes`` of
-    the plates of either side, those inside scans and conds too: how many elements there are in all, and in this run."""
+    the plates of either side, those inside scans and conds too: how many elements there are in all, and in this run.
+    ``asked``: by latent sites of the model, see `plan.words`."""
 
     guide: dict[str, Message] = field(default_factory=dict)
     model: dict[str, Message] = field(default_factory=dict)
     values: Enumeration | None = None
     sizes: dict[str, dict[str, tuple[int, int]]] = field(default_factory=lambda: {"guide": {}, "model": {}})
+    asked: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def latents(self) -> dict[str, Message]:
         """Sites whose value was drawn."""
@@ -151,6 +154,23 @@ class DuplicateName(EstimatorError, AssertionError):
     """Two sites of one name: an `AssertionError` too, as NumPyro's own."""
 
 
+class _Replay(replay):
+    """NumPyro's own, which puts the guide's infer in place of the model's: notes what that asks for."""
+
+    def __init__(self, fn: Callable[..., Any], trace: Mapping[str, Message], asked: dict[str, dict[str, Any]]):
+        self.asked = asked
+        super().__init__(fn, trace)
+
+    def process_message(self, msg: Message) -> None:
+        _note_words(msg, self.asked)
+        super().process_message(msg)
+
+
+def _note_words(msg: Message, asked: dict[str, dict[str, Any]]) -> None:
+    if is_latent(msg) and (said := words(msg["infer"])):
+        asked[msg["name"]] = said
+
+
 class Scan(NamedTuple):
     """One of NumPyro's scans: the how manieth of its side, how many steps it has, whether it runs from the last to the
     first, and the names of the sites inside that are not observed."""
@@ -193,6 +213,7 @@ class _Conduct(Messenger):
         self.anonymous = self.scans = 0
         self.at: tuple[Array, ...] = ()  # inside scans: the numbers of their steps
         self.inner: dict[str, Scan | None] = {}  # the scan inside a step of another that a site is in
+        self.asked: dict[str, dict[str, Any]] = {}  # by latent sites of the model
         super().__init__()
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
@@ -372,6 +393,8 @@ class _Within(Messenger):
             self.at = above
 
     def process_message(self, msg: Message) -> None:
+        if self.conduct.guide is not None:
+            _note_words(msg, self.conduct.asked)
         in_scans(msg, self.scans)
         self.conduct.at = self.at
         if msg["type"] == "control_flow":
@@ -471,13 +494,15 @@ def execute(
     if model is not None:
         own = {**params, **{n: m["value"] for n, m in traces.guide.items() if m["type"] == "mutable"}}
         refuse = partial(_refuse, layout=layout)
-        with promoting(allowed), _Conduct(
+        conduct = _Conduct(
             keys.key, key, refuse, traces.model, traces.sizes["model"], params,
             guide=traces.guide, layout=layout, handed_over=handed_over,
-        ):  # fmt: skip
+        )  # fmt: skip
+        with promoting(allowed), conduct:
             kinds = ("sample", "plate")
             drawn = {n: m for n, m in traces.guide.items() if m["type"] in kinds and not is_stepwise(m)}
-            replay(substitute(model, data=own), trace=drawn)(*args, **kwargs)
+            _Replay(substitute(model, data=own), drawn, conduct.asked)(*args, **kwargs)
+        traces.asked = conduct.asked
         _same_sizes(traces)
     if layout is not None and layout.nesting is not None:
         cells = [

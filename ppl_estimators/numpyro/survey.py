@@ -57,7 +57,7 @@ def plain_shapes(program: Program, keys: Keys) -> dict[tuple[str, str], tuple[in
         return msg["fn"].sample(msg["kwargs"]["rng_key"])
 
     def look() -> None:
-        look_only = Layout(None, lambda name: False)
+        look_only = Layout(None, lambda *_: False)
         traces = execute(program, keys, draw=draw, layout=look_only)
         for side, record in (("guide", traces.guide), ("model", traces.model)):
             sites = {n: m for n, m in record.items() if m["type"] == "sample"}

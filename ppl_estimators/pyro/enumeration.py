@@ -27,7 +27,7 @@ class Layout:
     though no mark says so?
     """
 
-    def __init__(self, nesting: int, asked: Callable[[str], bool]):
+    def __init__(self, nesting: int, asked: Callable[[str, Mapping[str, Any]], bool]):
         self.nesting, self.asked = nesting, asked
         self.axes: dict[int, Axis] = {}  # by Pyro's number
         self._guide, self._model = _Side(self, -1 - nesting, None), _Side(self, None, {})
@@ -88,7 +88,7 @@ class _Side(EnumMessenger):
             return False
         if marked(msg["infer"], "guide" if self.drawn is None else "model"):
             check_mark(name, msg["infer"])
-        elif self.drawn is None or not self.layout.asked(name) or not countable(msg["fn"]):
+        elif self.drawn is None or not self.layout.asked(name, msg["infer"]) or not countable(msg["fn"]):
             return False
         dims = frozenset(f.dim for f in msg["cond_indep_stack"] if f.dim is not None)
         base = unwrapped(msg["fn"])

@@ -20,6 +20,7 @@ from torch.distributions import constraints, transform_to
 from ..core.enumeration import Unplaced
 from ..core.errors import EstimatorError
 from ..core.ops import Ops
+from ..core.plan import to_sum
 from ..measure.choices import Rule, rule_of
 from ..measure.states import (
     Asked,
@@ -140,7 +141,7 @@ class _Program:
         try:
             traces = execute(
                 self.model, self.guide, self.args, self.kwargs, draw=draw, subsamples=subsamples,
-                observes=self.observes, layout=Layout(_DEEP, lambda name: False) if self.summing else None,
+                observes=self.observes, layout=Layout(_DEEP, to_sum) if self.summing else None,
             )  # fmt: skip
         except Unplaced:
             self.summing = True

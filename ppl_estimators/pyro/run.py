@@ -17,6 +17,7 @@ from pyro.poutine.util import site_is_subsample
 from ..core import families, objectives
 from ..core.enumeration import Enumeration, Unplaced, marked, missing
 from ..core.errors import EstimatorError, site_error
+from ..core.plan import words
 from ..core.posterior import Tables
 from ..core.site import Plate, Site, Term
 from ..core.terms import LogProbs
@@ -41,6 +42,7 @@ class Traces:
     model: dict[str, Message] = field(default_factory=dict)
     subsamples: dict[str, Array] = field(default_factory=dict)
     values: Enumeration | None = None
+    asked: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def latents(self) -> dict[str, Message]:
         """Sites whose value was drawn."""
@@ -97,6 +99,7 @@ class _Conduct(Messenger):
         self.subsamples, self.provenance, self.stream, self.layout = subsamples, provenance, stream, layout
         self.parameters: dict[str, Message] = {}
         self.indexed: set[str] = set()  # plates whose elements the program chose itself
+        self.asked: dict[str, dict[str, Any]] = {}  # by latent sites of the model
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         super().__exit__(kind, error, traceback)
@@ -121,6 +124,8 @@ class _Conduct(Messenger):
             elif msg["value"] is not None:
                 self.indexed.add(msg["name"])
             return
+        if msg["infer"] and self.side == "model" and not msg["is_observed"] and (said := words(msg["infer"])):
+            self.asked[msg["name"]] = said
         latent = not (msg["is_observed"] or msg["done"])
         if latent and _is_severed(msg, self.guide):
             msg["value"], msg["done"], msg["severed"] = msg["fn"].sample(), True, True
@@ -306,6 +311,7 @@ def execute(
             stream.before(("model", ""))  # all of it
         with _Conduct("model", replay, traces.model, subsamples, provenance, stream, layout, traces.guide) as conduct:
             model(*args, **kwargs)
+        traces.asked = conduct.asked
         if provenance is not None and subsamples:
             _check_minibatches(traces, conduct.indexed)
     if layout is not None:
