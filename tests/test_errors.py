@@ -118,7 +118,13 @@ UNSUITABLE = [
     ("Normal", DisARM(), 1, r"site 'z': DisARM needs a Bernoulli site, got Normal\. Use Pathwise\(\)"),
     ("Categorical", DisARM(), 1, r"site 'z': DisARM needs a Bernoulli site, got Categorical"),
     ("Normal", Enumerate(), 1, r"Enumerate needs a Bernoulli or Categorical or OneHotCategorical site, got Normal"),
-    ("Poisson", Enumerate(), 1, r"site 'z': Enumerate needs .* got Poisson.*Reinforce\(LeaveOneOut\(\)\)"),
+    (
+        "Poisson",
+        Enumerate(),
+        1,
+        r"Enumerate needs .* got Poisson.*Reinforce\(LeaveOneOut\(\)\) with num_particles=2 or more\.",
+    ),
+    ("Poisson", Enumerate(), 2, r"site 'z': Enumerate needs .* got Poisson.*Reinforce\(LeaveOneOut\(\)\)\."),
     (
         "Bernoulli",
         Pathwise(),
@@ -126,7 +132,12 @@ UNSUITABLE = [
         r"site 'z': Pathwise needs a reparameterisable distribution, got Bernoulli\. Use DisARM",
     ),
     ("Poisson", StickingTheLanding(), 1, r"StickingTheLanding needs a reparameterisable distribution, got Poisson"),
-    ("Categorical", REBAR(), 1, r"REBAR needs .* got Categorical\. Use OneHotCategorical here, RELAX\(\), or"),
+    (
+        "Categorical",
+        REBAR(),
+        1,
+        r"REBAR needs .* got Categorical\. Use OneHotCategorical here, RELAX\(\), or.* of ppl_estimators\.numpyro\.",
+    ),
     ("Categorical", RELAXWithModel(), 1, r"RELAXWithModel needs .* Use OneHotCategorical here, RELAX\(\), or"),
     ("Normal", RELAX(), 1, r"RELAX needs a Bernoulli or Categorical or OneHotCategorical site, got Normal"),
     ("Bernoulli", Reinforce(LeaveOneOut()), 1, r"site 'z': LeaveOneOut needs at least two particles.*num_particles=2"),
@@ -148,6 +159,13 @@ def test_an_estimator_that_does_not_suit_the_site(lib, kind, estimator, particle
     model, guide = program(lib, DISTRIBUTIONS[kind], {"estimator": estimator})
     with pytest.raises(EstimatorError, match=message):
         lib.loss(lib.ELBO(num_particles=particles), model, lib.hook(guide))
+
+
+def test_a_closed_divergence_of_no_site(lib):
+    model, guide = program(lib, DISTRIBUTIONS["Normal"])
+    with pytest.raises(EstimatorError, match=r"AnalyticKL: 'w' matches no latent site of the guide\. Sites: 'z'"):
+        lib.loss(lib.ELBO(objective=AnalyticKL("z", "w")), model, guide)
+    lib.loss(lib.ELBO(objective=AnalyticKL("z*")), model, guide)
 
 
 def test_a_key_that_matches_no_site(lib):
@@ -261,7 +279,7 @@ def test_a_name_used_twice(lib):
 
 def test_bounds_refuse_what_estimates_the_elbo(lib):
     model, guide = program(lib, DISTRIBUTIONS["Bernoulli"])
-    with pytest.raises(EstimatorError, match=r"bound of several particles, got num_particles=1"):
+    with pytest.raises(EstimatorError, match=r"bound of several particles, got num_particles=1\. Pass num_particles=2"):
         lib.loss(lib.ELBO(objective=ImportanceWeighted()), model, guide)
     for estimator in (Reinforce(OptimalConstant()), Reinforce(LeaveOneOut() + MovingAverage())):
         elbo = lib.ELBO({"z": estimator}, objective=ImportanceWeighted(), num_particles=2)

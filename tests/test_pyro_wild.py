@@ -423,6 +423,20 @@ def test_an_error_in_the_program() -> None:
     assert other.value.__notes__[0].startswith("Raised in the guide, before its first site.")
 
 
+def test_an_error_of_a_program_that_was_written_for_one_particle() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        pyro.sample("x", dist.Normal(1.0 if z else 0.0, 1.0), obs=torch.tensor(1.4))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Bernoulli(logits=pyro.param("a", torch.tensor(0.0))))
+
+    side_by_side = {"num_particles": 2, "vectorize_particles": True, "max_plate_nesting": 1}
+    with pytest.raises(RuntimeError, match=r"ambiguous(?s:.*)All particles run at once.*torch\.where\(z > 0"):
+        EstimatorELBO(**side_by_side).loss(model, guide)
+    EstimatorELBO(num_particles=2).loss(model, guide)
+
+
 def test_programs_written_for_enumeration() -> None:
     def coin(expected: int) -> None:
         k = pyro.sample("k", dist.Categorical(torch.ones(3)))

@@ -37,7 +37,9 @@ class MultiSample(Objective):
         name = type(self).__name__
         if particles < 2:
             raise site_error(
-                site.name, f"{name} is a bound of several particles, got num_particles={particles}", "Pass 2 or more."
+                site.name,
+                f"{name} is a bound of several particles, got num_particles={particles}",
+                "Pass num_particles=2 or more.",
             )
         if estimator.sticks and site.time:
             raise site_error(
@@ -306,7 +308,7 @@ class WakeSleep(MultiSample):
                 site.name,
                 "WakeSleep(wake_phi=...) weighs several particles, and of one the gradient has mean zero, got "
                 f"num_particles={particles}",
-                f"Pass 2 or more, or {replace(self, wake_phi=0.0, sleep_phi=self.sleep_phi or 1.0)!r}.",
+                f"Pass num_particles=2 or more, or {replace(self, wake_phi=0.0, sleep_phi=self.sleep_phi or 1.0)!r}.",
             )
 
     def dreams(self) -> float:

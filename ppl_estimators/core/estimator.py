@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any, ClassVar
 
 from .errors import site_error
-from .families import NAMES
+from .families import CATEGORICAL, NAMES, ONEHOT
 from .keep import Initial, Keeps, Kept
 from .ops import Array, Ops
 from .site import Costs, Draw, Local, Site
@@ -154,7 +154,7 @@ class Estimator(Spec):
     control: ClassVar[Control] = Control.OWN
     #: named for a site that only the model has: does that ask for the sum over its values?
     sums: ClassVar[bool] = False
-    #: what to use instead, for the error that `check` raises
+    #: what to use instead, for the error that `check` raises: see `advice`
     instead: ClassVar[str] = "Use Pathwise() if the distribution is reparameterisable, or Reinforce(LeaveOneOut())"
 
     # ---- facts that depend on the site --------------------------------------------------------------------------
@@ -164,7 +164,9 @@ class Estimator(Spec):
         name = type(self).__name__
         if self.families is not None and site.family not in self.families:
             wanted = " or ".join(NAMES[f] for f in self.families)
-            raise site_error(site.name, f"{name} needs a {wanted} site, got {site.distribution}", self.instead + ".")
+            raise site_error(
+                site.name, f"{name} needs a {wanted} site, got {site.distribution}", self.advice(site, particles)
+            )
         if self.compares and particles < 2:
             raise site_error(
                 site.name,
@@ -178,6 +180,13 @@ class Estimator(Spec):
                 "a cost of its own, may be each other's parents",
                 "Use RELAX() or DisARM() here, or Reinforce(LeaveOneOut()) with several particles.",
             )
+
+    def advice(self, site: Site, particles: int) -> str:
+        """The fix for a site that the estimator does not suit, such that it works when typed."""
+        several = "" if particles > 1 else " with num_particles=2 or more"
+        one_hot = site.family == CATEGORICAL and ONEHOT in (self.families or ())
+        where = " In NumPyro OneHotCategorical is that of ppl_estimators.numpyro." if one_hot else ""
+        return f"{self.instead}{several}.{where}"
 
     def alternatives(self, site: Site) -> Draws | Moves:
         """Counterfactual values per step at which the cost is evaluated (beside the drawn one)."""

@@ -71,6 +71,10 @@ class Objective(Spec):
         """Is KL(q ‖ p) of this site wanted in closed form, in place of log p − log q?"""
         return False
 
+    def names(self) -> Sequence[str]:
+        """Sites that it was told of, by name or pattern."""
+        return ()
+
     def joint(self, particles: int) -> int:
         """How many of so many particles it is a function of at once: each by itself, if it is their mean."""
         return particles
@@ -260,6 +264,9 @@ class AnalyticKL(Additive):
 
     def __repr__(self) -> str:
         return "AnalyticKL(" + ", ".join(f'"{s}"' for s in self.sites) + ")"
+
+    def names(self) -> Sequence[str]:
+        return self.sites
 
     def analytic(self, site: str) -> bool:
         return not self.sites or any(fnmatchcase(site, s) for s in self.sites)

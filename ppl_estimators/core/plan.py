@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -126,10 +126,10 @@ def _hint(value: Any) -> str:
     return ""
 
 
-def check_keys(mapping: Mapping[str, Any], sites: Sequence[str], where: str, others: Sequence[str] = ()) -> None:
+def check_keys(keys: Iterable[str], sites: Sequence[str], where: str, others: Sequence[str] = ()) -> None:
     """Every key must match a latent site of the guide; or one of ``others``, which are latent at another time; or be
     numbered as some of them are: a longer sequence may come. A call without latent sites says nothing of the rest."""
-    for key in mapping:
+    for key in keys:
         if any(fnmatchcase(name, key) or name == key for name in (*sites, *others)):
             continue
         known = ", ".join(f"'{s}'" for s in sites) or "none"
@@ -477,5 +477,5 @@ def _check_relaxable(name: str, views: Mapping[str, Site], chosen: Mapping[str, 
                 name,
                 f"{type(chosen[name]).__name__} differentiates the cost at relaxed values, but site '{down}' "
                 f"({views[down].distribution}) depends on it and cannot be relaxed",
-                "Use RELAX() here, or Reinforce(LeaveOneOut()).",
+                "Use RELAX() here, or Reinforce(LeaveOneOut()) with num_particles=2 or more.",
             )

@@ -56,5 +56,5 @@ def unknown(site: str, side: str, distribution: str) -> EstimatorError:
     return site_error(
         site,
         f"its {side} distribution {distribution} has no log probability at relaxed values",
-        "Use a Bernoulli or one-hot categorical there, RELAX() without the model term, or Reinforce(LeaveOneOut()).",
+        "Use a Bernoulli or one-hot categorical there, RELAX(), or Reinforce(LeaveOneOut()) with several particles.",
     )

@@ -32,11 +32,13 @@ class Structure:
     def plan(self, settings: Settings, keys: Mapping[str, Estimator], others: Sequence[str] = ()) -> Plan:
         """The plan under some settings. ``keys``: the user's own, which may name ``others`` that are latent at another
         time."""
-        names, others = [s.name for s in self.sites], [*others, *self.in_model]
+        names, objective = [s.name for s in self.sites], settings.objective
+        check_keys(objective.names(), names, type(objective).__name__, others)
+        others = [*others, *self.in_model]
         check_keys(keys, names, "EstimatorELBO", others)
         for hooked in {id(h): h for s in self.sites if (h := s.declared) is not None}.values():
             check_keys(hooked.estimators, names, "with_estimators", others)
-        check_objective(settings.objective, self.terms, self.in_model)
+        check_objective(objective, self.terms, self.in_model)
         own = [t for t in self.terms if t.side == "guide" and any(p.values and p.name == t.site for p in t.plates)]
         enumerated = {t.site: t for t in own}
         graph = Graph(self.ancestors, {s.name: s.plates for s in self.sites}, self.steps, enumerated)

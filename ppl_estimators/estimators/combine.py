@@ -52,7 +52,7 @@ class Combine(Mixture):
             raise site_error(
                 site.name,
                 f"Combine weighs gradients in the logits of a discrete site, got {site.distribution}",
-                "Use Average(...), or Reinforce(LeaveOneOut()).",
+                "Use Average(...), or Reinforce(LeaveOneOut()) with num_particles=2 or more.",
             )
 
     def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:

@@ -20,7 +20,6 @@ class CorrectedGamma(Estimator):
 
     families: ClassVar[tuple[str, ...] | None] = (GAMMA, BETA, DIRICHLET)
     value: ClassVar[Value] = Value.PARTIAL
-    instead: ClassVar[str] = "Use Pathwise() if the distribution is reparameterisable, or Reinforce(LeaveOneOut())"
 
     #: how far above the site's own concentration the gammas are drawn
     boost: int

@@ -36,7 +36,6 @@ class Enumerate(Estimator):
 
     families: ClassVar[tuple[str, ...] | None] = DISCRETE
     sums: ClassVar[bool] = True
-    instead: ClassVar[str] = "Use Pathwise() if the distribution is reparameterisable, or Reinforce(LeaveOneOut())"
 
     def alternatives(self, site: Site) -> Moves:
         return Moves(site.lanes * (site.categories - 1), self.weights)

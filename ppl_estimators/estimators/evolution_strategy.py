@@ -35,7 +35,9 @@ class EvolutionStrategy(WithBaseline):
     baseline: Baseline | None = field(default=MovingAverage(), kw_only=True)
 
     families: ClassVar[tuple[str, ...] | None] = (NORMAL, LAPLACE, LOGISTIC, CAUCHY)
-    instead: ClassVar[str] = "Use Antithetic(...) for discrete sites, Pathwise() or Reinforce(LeaveOneOut()) for others"
+    instead: ClassVar[str] = (
+        "Use Antithetic(...) for discrete sites; for others Pathwise(), or Reinforce(LeaveOneOut())"
+    )
 
     def alternatives(self, site: Site) -> Draws:
         return Draws(1)

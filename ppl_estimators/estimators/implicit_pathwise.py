@@ -34,22 +34,23 @@ class ImplicitPathwise(Estimator):
     """
 
     value: ClassVar[Value] = Value.OWN
-    instead: ClassVar[str] = "Use Pathwise() if the distribution is reparameterisable, or Reinforce(LeaveOneOut())"
 
     def check(self, site: Site, particles: int) -> None:
         """Asks the distribution: there is no list of those that have a cdf with a derivative."""
         if site.family in DISCRETE or site.law.discrete:
-            self._refuse(site, "needs a continuous distribution", "discrete")
+            self._refuse(site, particles, "needs a continuous distribution", "discrete")
         if site.law.event_shape:
-            self._refuse(site, "needs a univariate distribution", f"of event shape {site.law.event_shape}")
+            self._refuse(site, particles, "needs a univariate distribution", f"of event shape {site.law.event_shape}")
         try:
             site.law.slope(site.value)
         except Exception as error:  # whatever the library says when it cannot
-            self._refuse(site, "needs a cdf with a derivative", f"without one ({type(error).__name__}: {error})")
+            self._refuse(
+                site, particles, "needs a cdf with a derivative", f"without one ({type(error).__name__}: {error})"
+            )
 
-    def _refuse(self, site: Site, wants: str, fact: str) -> None:
+    def _refuse(self, site: Site, particles: int, wants: str, fact: str) -> None:
         raise site_error(
-            site.name, f"{type(self).__name__} {wants}, got {site.distribution}, {fact}", self.instead + "."
+            site.name, f"{type(self).__name__} {wants}, got {site.distribution}, {fact}", self.advice(site, particles)
         )
 
     def draw(self, ops: Ops, site: Site, noise: Mapping[str, Array]) -> Draw:

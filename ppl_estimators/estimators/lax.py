@@ -43,7 +43,7 @@ class LAX(WithLevel):
     baseline: Baseline | None = field(default=MovingAverage(), kw_only=True)
 
     families: ClassVar[tuple[str, ...] | None] = LOCATION_SCALE
-    instead: ClassVar[str] = "Use RELAX() for discrete sites, Pathwise() or Reinforce(LeaveOneOut()) for others"
+    instead: ClassVar[str] = "Use RELAX() for discrete sites; for others Pathwise(), or Reinforce(LeaveOneOut())"
 
     def keeps(self, site: Site, given: Mapping[str, Array]) -> Keeps:
         declared = {"control": Network(3 * site.opened.feature_count(site.named["loc"]), self.hidden, self.network)}

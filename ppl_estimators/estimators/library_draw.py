@@ -12,12 +12,12 @@ class LibraryDraw(Estimator):
     """Base: the value comes from the distribution's `rsample`, and carries its gradient."""
 
     value: ClassVar[Value] = Value.LIBRARY
-    instead: ClassVar[str] = "Use DisARM() for Bernoulli sites, or Reinforce(LeaveOneOut()) for any"
+    instead: ClassVar[str] = "Use DisARM() for Bernoulli sites, or, for any, Reinforce(LeaveOneOut())"
 
     def check(self, site: Site, particles: int) -> None:
         if not site.reparameterised:
             raise site_error(
                 site.name,
                 f"{type(self).__name__} needs a reparameterisable distribution, got {site.distribution}",
-                self.instead + ".",
+                self.advice(site, particles),
             )

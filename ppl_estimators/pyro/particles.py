@@ -13,7 +13,7 @@ from ..core.errors import EstimatorError
 from ..core.site import Plate, Site
 
 Array = torch.Tensor
-_PARTICLES = "num_particles_vectorized"  # Pyro's name of their plate
+PARTICLES = "num_particles_vectorized"  # Pyro's name of their plate
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Particles:
         """Plates and batch shape of a vectorised site, the particle axis being its leading one."""
         left, shape = self._left(site), site.batch_shape
         return {
-            "plates": frozenset(moved(p, 1) if p.values else p for p in site.plates if p.name != _PARTICLES),
+            "plates": frozenset(moved(p, 1) if p.values else p for p in site.plates if p.name != PARTICLES),
             "batch_shape": (*shape[:left], *shape[left + 1 :]),
         }
 

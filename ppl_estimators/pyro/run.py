@@ -25,6 +25,7 @@ from .dependencies import Provenance, Sites
 from .distributions import constant, describe, family, is_masked, log_q, relaxed_log_prob, unmasked, unwrapped
 from .enumeration import Layout, cell, countable, declared, is_enumerated, is_summed, support
 from .ops import OPS
+from .particles import PARTICLES
 from .randomness import Stream
 
 Array = torch.Tensor
@@ -110,6 +111,11 @@ class _Conduct(Messenger):
         """Where the program was when it raised, and why it may see other shapes than it was written for."""
         after = f"after site '{next(reversed(self.record))}'" if self.record else "before its first site"
         where = f"Raised in the {self.side}, {after}.\n{shapes(self.record, self.parameters)}"
+        if any(f.name == PARTICLES for msg in self.record.values() for f in msg["cond_indep_stack"]):
+            where += (
+                "\nAll particles run at once (vectorize_particles=True): values have an axis more, in front. Leave it "
+                "out, or write z[..., 0] for z[0], torch.where(z > 0, ...) for `if z:`, z @ w for torch.mv(w.T, z)."
+            )
         if type(error) in (ValueError, RuntimeError):
             error.args = (f"{error}\n{where}",)  # as the stock ELBOs do
         else:
