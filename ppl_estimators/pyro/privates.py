@@ -38,6 +38,7 @@ PRIVATES: dict[str, tuple[str, Callable[[], Any]]] = {
     "_schema": ("does an operation write in place?", lambda: torch.ops.aten.add_.Tensor._schema.is_mutable),
     "_pytree": ("maps over arguments of any structure", lambda: torch.utils._pytree.tree_map),
     # ---- torch: compiled steps ------------------------------------------------------------------------------------
+    "_foreach_copy_": ("copies many tensors by one launch", lambda: torch._foreach_copy_),
     "_backward_hooks": ("a parameter's hooks, which run once", lambda: torch.zeros(())._backward_hooks),
     "_post_accumulate_grad_hooks": ("likewise", lambda: torch.zeros(())._post_accumulate_grad_hooks),
     "_C": (
