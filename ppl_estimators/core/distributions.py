@@ -160,9 +160,7 @@ class Distributions:
         """A discrete value with the elements of a pattern one category further."""
         ops, family = self.ops, self.family(fn)
         shape = value.shape[: value.ndim - (family == families.ONEHOT)]
-        count = math.prod(shape)
-        chosen = ops.memberships((frozenset(elements(pattern, count)),), count, value)
-        moves = ops.reshape(chosen, shape) > 0
+        moves = ops.reshape(elements(ops, pattern, math.prod(shape), value), shape)
         if family == families.BERNOULLI:
             return ops.where(moves, 1 - value, value)
         if family == families.CATEGORICAL:

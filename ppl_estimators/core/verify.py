@@ -377,10 +377,12 @@ def _moved(
     return next((k for k in silent if k in elsewhere and not same(terms[k], elsewhere[k])), None)
 
 
-def elements(pattern: int, count: int) -> list[int]:
-    """Which of a site's elements take another value. Pattern 0: all; what depends on whether two are alike is then what
-    it was. Pattern k: those whose number has the bit k - 1. Any two of 2^k elements differ in one of k patterns."""
-    return [i for i in range(count) if pattern == 0 or i >> (pattern - 1) & 1]
+def elements(ops: Ops, pattern: int, count: int, like: Array) -> Array:
+    """Whether each of a site's elements takes another value, ``[count]``. Pattern 0: all; what depends on whether two
+    are alike is then what it was. Pattern k: those whose number has the bit k - 1. Any two of 2^k elements differ in
+    one of k patterns."""
+    numbers = ops.indices(count, like)
+    return numbers >= 0 if pattern == 0 else numbers // 2 ** (pattern - 1) % 2 == 1
 
 
 def groups(
