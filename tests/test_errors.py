@@ -29,6 +29,7 @@ from ppl_estimators import (
     EstimatorError,
     EstimatorWarning,
     ImportanceWeighted,
+    KLAnnealed,
     Learned,
     LeaveOneOut,
     MovingAverage,
@@ -43,6 +44,7 @@ from ppl_estimators import (
 )
 from ppl_estimators import numpyro as ours_jax
 from ppl_estimators import pyro as ours_torch
+from ppl_estimators.testing import assert_unbiased
 
 
 class Jax:
@@ -161,6 +163,23 @@ def test_an_estimator_that_does_not_suit_the_site(lib, kind, estimator, particle
         lib.loss(lib.ELBO(num_particles=particles), model, lib.hook(guide))
 
 
+def test_an_objective_that_counts_steps_is_declared_as_advised():
+    model, guide = program(Jax, DISTRIBUTIONS["Normal"])
+    elbo = Jax.ELBO(objective=KLAnnealed(lambda step: step / 10))
+    with pytest.raises(EstimatorError, match=r"with_estimators\(guide, objective=elbo\.objective\)\."):
+        Jax.loss(elbo, model, guide)
+    svi = numpyro.infer.SVI(model, Jax.hook(guide, objective=elbo.objective), numpyro.optim.Adam(0.1), elbo)
+    svi.update(svi.init(jax.random.key(0)))
+
+
+def test_arguments_in_another_order(lib):
+    model, guide = program(lib, DISTRIBUTIONS["Bernoulli"])
+    with pytest.raises(EstimatorError, match=r"Pass \(elbo, model, guide, \*args\)\."):
+        assert_unbiased(model, "guide", lib.ELBO())
+    with pytest.raises(EstimatorError, match=r"elbo is the class EstimatorELBO, not an ELBO\. Write EstimatorELBO\(\)"):
+        assert_unbiased(lib.ELBO, model, guide)
+
+
 def test_a_closed_divergence_of_no_site(lib):
     model, guide = program(lib, DISTRIBUTIONS["Normal"])
     with pytest.raises(EstimatorError, match=r"AnalyticKL: 'w' matches no latent site of the guide\. Sites: 'z'"):
@@ -184,6 +203,8 @@ def test_things_that_are_no_estimators(lib):
         lib.ELBO(["z"])
     with pytest.raises(TypeError, match=r"takes a mapping.*got .*DisARM'> \(write it with parentheses\)\."):
         lib.ELBO(DisARM)
+    with pytest.raises(TypeError, match=r"takes a mapping.*got 5 \(particles are num_particles=5\)\."):
+        lib.ELBO(5)  # as Trace_ELBO(5)
     with pytest.raises(TypeError, match=r'takes "auto" or an estimator'):
         lib.ELBO(default="automatic")
     with pytest.raises(ValueError, match=r"max_parallel=...\) needs 1 or more"):

@@ -121,6 +121,8 @@ def _hint(value: Any) -> str:
         return " (write it with parentheses)"
     if isinstance(value, str):
         return " (write the estimator itself, not its name)"
+    if isinstance(value, int):
+        return f" (particles are num_particles={value})"
     if isinstance(value, Spec):
         return f" (a baseline goes inside: Reinforce({value!r}))"
     return ""

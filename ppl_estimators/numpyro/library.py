@@ -323,10 +323,9 @@ class NumPyroLibrary(CompiledLibrary):
     def past(self, declared: Keeps) -> Values:
         name = state_name(NAME)
         if name not in self.program.params:
-            objective = self.settings.objective
             raise EstimatorError(
-                f"{objective!r} counts the steps, and the guide does not declare what counts them. Wrap the guide: "
-                f"guide = with_estimators(guide, objective={objective!r})."
+                f"{self.settings.objective!r} counts the steps, and the guide does not declare what counts them. Wrap "
+                "the guide: guide = with_estimators(guide, objective=elbo.objective)."
             )
         found: Values = self.program.params[name]
         return found

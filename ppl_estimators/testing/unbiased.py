@@ -11,7 +11,7 @@ import numpy as np
 from ..backends import of_elbo, of_program
 from ..core.errors import EstimatorError
 from ..core.objectives import Objective
-from ..measure.gradients import kept_by_estimators
+from ..measure.gradients import check_program, kept_by_estimators
 from ..measure.states import Exact, Minibatches
 from .draws import Differences
 from .exact import exact_gradient
@@ -90,6 +90,7 @@ def assert_unbiased(
     wanted = Wanted(able_to_see, false_alarms, detection)
     if max_draws < 2:
         raise ValueError(f"assert_unbiased(max_draws=...) needs 2 or more, got {max_draws!r}.")
+    check_program(elbo, model, guide)
     library = of_elbo(elbo) or of_program(model, guide, args, kwargs)
     if reference is None:
         objective = _objective(elbo)
