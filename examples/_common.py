@@ -68,8 +68,9 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    for i, column in enumerate(columns):
-        view.add_column(column, justify="right" if i else "left", no_wrap=True)
+    view.add_column(columns[0], overflow="fold")  # gives way in a narrow terminal, which a number must not
+    for column in columns[1:]:
+        view.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         view.add_row(*map(escape, row))
     console.print(view, highlight=False)
