@@ -355,8 +355,8 @@ ENTRIES = (
 LEGEND = (
     "Evaluations are runs of model and guide per step and particle; a slope is one that is differentiated in z. D is "
     "the number of dependent elements of a site, C of categories, A of other values for each element (1; of categories "
-    "C − 1, of a Normal 3); other letters are the estimator's own arguments. Categorical sites are integers or one-hot, location and scale families "
-    "Normal, Laplace, Logistic, Gumbel and Cauchy."
+    "C − 1, of a Normal 3); other letters are the estimator's own arguments. Categorical sites are integers or "
+    "one-hot, location and scale families Normal, Laplace, Logistic, Gumbel and Cauchy."
 )
 
 
