@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
+from numbers import Real
 from typing import Any, ClassVar
 
 from . import families
@@ -131,6 +132,29 @@ class Distributions:
                 masks.append(mask.reshape(*mask.shape, *(1,) * (events - reinterpreted)) if mask.ndim else mask)
             fn = fn.base_dist
         return masks
+
+    def unlike(self, *sides: tuple[Any, Any, Any]) -> bool | Array:
+        """Of two distributions, each with a scale and a mask (or None) beside: does any element weigh otherwise? An
+        array where one of these is an array."""
+        ops, weights = self.ops, []
+        scales = [1.0 if scale is None else scale for _, scale, _ in sides]
+        masks = [
+            [*([] if mask is None else [self._behind(fn, mask)]), *self.masks(fn, len(fn.event_shape))]
+            for fn, _, mask in sides
+        ]
+        if all(isinstance(scale, Real) for scale in scales) and not any(masks):
+            return not math.isclose(*scales)
+        for (fn, *_), scale, its in zip(sides, scales, masks, strict=True):
+            weight = self._behind(fn, scale)
+            for m in its:
+                weight = ops.where(m, weight, ops.zeros_like(weight))
+            weights.append(weight)
+        return ops.any(ops.abs(weights[0] - weights[1]) > 1e-5 * ops.abs(weights[1]))
+
+    def _behind(self, fn: Any, x: Any) -> Array:
+        """``x [*batch]`` with a dimension for each of the events'."""
+        x = self.ops.asarray(x)
+        return x.reshape(*x.shape, *(1,) * len(fn.event_shape)) if x.ndim else x
 
     def is_masked(self, fn: Any) -> bool:
         while self.wraps(type(fn)):

@@ -152,6 +152,10 @@ class Library(Protocol):
     def keep(self, site: Site, estimator: Estimator, given: Values, like: Array) -> Kept:
         """Declare what the estimator keeps; its present values."""
 
+    def unlike(self, ours: Message, theirs: Message) -> bool | Array:
+        """Is a site scaled or masked in the guide otherwise than in the model? An array where values are not known, or
+        not to be waited for."""
+
     def divergence(self, ours: Message, theirs: Message) -> Array:
         """KL(q ‖ p) of a site of the guide from that of the model, scaled and masked; `NotImplementedError` where no
         closed form is known."""

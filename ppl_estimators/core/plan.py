@@ -449,6 +449,14 @@ def _check_analytic(site: Site, terms: Sequence[Term], graph: Graph, objective: 
         )
 
 
+def weighed_apart(name: str) -> EstimatorError:
+    return site_error(
+        name,
+        "a closed divergence was asked for, and guide and model scale it differently, or mask it",
+        "Leave the site out of AnalyticKL(...), or scale and mask both sides alike.",
+    )
+
+
 def _check_sticking(chosen: Mapping[str, Estimator], graph: Graph) -> None:
     """The path of such a value has a weight of its own, from its site's parameters on: nothing that moves may come in
     from above with another, and no score function below would see it."""

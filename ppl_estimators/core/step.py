@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Real
 from typing import Any, NamedTuple
 
 from . import averaging, bounds, objectives, relaxation, verify
@@ -26,7 +25,7 @@ from .keep import Kept
 from .library import CompiledLibrary, Joined, Library, Message, Run, Traces, Values
 from .objectives import Elsewhere, Locally, Weighted
 from .ops import Array, Ops
-from .plan import Group, Plan, Settings, check_unheard
+from .plan import Group, Plan, Settings, check_unheard, weighed_apart
 from .posterior import Posterior, posterior
 from .site import Costs, Draw, Site, Term, weighed
 
@@ -185,12 +184,9 @@ class Step:
                     "a closed divergence was asked for, and it depends on values that are summed over",
                     "Leave the site out of AnalyticKL(...).",
                 )
-            if not _alike(ours["scale"], theirs["scale"]):
-                raise site_error(
-                    name,
-                    "a closed divergence was asked for, and guide and model scale it differently",
-                    "Leave the site out of AnalyticKL(...), or scale both sides alike.",
-                )
+            unlike = self.library.unlike(ours, theirs)
+            if unlike is True:
+                raise weighed_apart(name)
             try:
                 value = -self.library.divergence(ours, theirs)
             except NotImplementedError as error:
@@ -200,6 +196,8 @@ class Step:
                     f"no divergence of {kinds[0]} from {kinds[1]} is known in closed form",
                     "Leave the site out of AnalyticKL(...).",
                 ) from error
+            if unlike is not False:
+                value = self.library.ops.where(unlike, math.nan, value)
             deps = plan.depends_on["model", name] | plan.depends_on["guide", name]
             plates = frozenset().union(*(t.plates for t in terms if t.site == name))
             found.append(Term("model", name, value, plates, deps - {name}))
@@ -618,10 +616,3 @@ def _each_turn(ops: Ops, site: Site, costs: Array) -> Array:
 
 def _held(ops: Ops, draw: Draw) -> Draw:
     return Draw(ops.stop_gradient(draw.value), {k: ops.stop_gradient(x) for k, x in draw.extra.items()})
-
-
-def _alike(ours: Any, theirs: Any) -> bool:
-    """Two scales, as far as that shows without a look at arrays."""
-    ours, theirs = (1.0 if scale is None else scale for scale in (ours, theirs))
-    numbers = [isinstance(scale, Real) for scale in (ours, theirs)]
-    return math.isclose(ours, theirs) if all(numbers) else not any(numbers)

@@ -74,7 +74,7 @@ class _Distributions(distributions.Distributions):
 _KNOWN = _Distributions()
 unwrapped, unmasked, family = _KNOWN.unwrapped, _KNOWN.unmasked, _KNOWN.family
 natural_parameters, relaxed_log_prob, score_norm = _KNOWN.natural_parameters, _KNOWN.relaxed_log_prob, _KNOWN.score_norm
-line = _KNOWN.line
+line, unlike = _KNOWN.line, _KNOWN.unlike
 
 
 def _draws_one(fn: Any) -> bool:

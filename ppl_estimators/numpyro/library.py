@@ -29,7 +29,7 @@ from ..core.posterior import Tables, Uniform
 from ..core.site import Site, Term
 from ..core.verify import Along, Height, Key, not_the_same, run_again, warn_of_cuts
 from .dependencies import LOOP, forward, without_derivative
-from .distributions import another, divergence, line, log_q, score_norm
+from .distributions import another, divergence, line, log_q, score_norm, unlike
 from .enumeration import Layout
 from .keep import declare, state_name
 from .memory import Memory, kinds_of
@@ -316,6 +316,10 @@ class NumPyroLibrary(CompiledLibrary):
             )
         with substitute(data=self.program.params):
             return declare(site, declared, given)
+
+    def unlike(self, ours: Message, theirs: Message) -> bool | Array:
+        found = unlike(*((m["fn"], m["scale"], None) for m in (ours, theirs)))
+        return found if isinstance(found, jax.core.Tracer) else bool(found)
 
     def divergence(self, ours: Message, theirs: Message) -> Array:
         return scale_and_mask(divergence(ours["fn"], theirs["fn"]), ours["scale"])

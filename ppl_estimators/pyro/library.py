@@ -25,7 +25,7 @@ from ..core.estimator import Estimator, Noise
 from ..core.keep import Keeps, Kept
 from ..core.library import Joined, Library, Run, Values
 from ..core.objectives import NAME, check_dreams
-from ..core.plan import Group, Plan, Settings
+from ..core.plan import Group, Plan, Settings, weighed_apart
 from ..core.posterior import Tables, Uniform
 from ..core.site import Plate, Site, Term
 from ..core.verify import (
@@ -48,7 +48,18 @@ from ..policy import requested
 from .baseline import from_baseline
 from .buffers import Buffers, Held
 from .dependencies import Provenance, StopParameters, Threads, as_written, led, reachable
-from .distributions import Law, another, divergence, is_point, line, log_q, named, natural_parameters, score_norm
+from .distributions import (
+    Law,
+    another,
+    divergence,
+    is_point,
+    line,
+    log_q,
+    named,
+    natural_parameters,
+    score_norm,
+    unlike,
+)
 from .enumeration import Layout
 from .keep import Keeper, read_state
 from .memory import Memory, code_of, kind_of, shape_of
@@ -424,10 +435,11 @@ class PyroLibrary(Library):
                 f'Wrap the guide: guide = with_estimators(guide, {{"{site.name}": {estimator!r}}}).',
             )
 
+    def unlike(self, ours: Message, theirs: Message) -> bool | Array:
+        one_side = (ours["mask"] is None) != (theirs["mask"] is None)
+        return one_side or unlike(*((m["fn"], m["scale"], m["mask"]) for m in (ours, theirs)))
+
     def divergence(self, ours: Message, theirs: Message) -> Array:
-        if (ours["mask"] is None) != (theirs["mask"] is None):
-            what = "a closed divergence was asked for, and it is masked on one side only"
-            raise site_error(ours["name"], what, "Leave the site out of AnalyticKL(...).")
         found = divergence(ours["fn"], theirs["fn"])
         return scale_and_mask(scale_and_mask(found, ours["scale"], ours["mask"]), 1.0, theirs["mask"])
 
@@ -651,6 +663,9 @@ class PyroLibrary(Library):
     def _verified(self, run: Run) -> bool:
         self._new = False
         plan = run.plan
+        for name in plan.analytic:
+            if self.unlike(run.traces.guide[name], run.traces.model[name]):
+                raise weighed_apart(name)
         structure: Any = (*self._structure(plan), self._threads.started)
         known: Any = self.memory.verified
         program = structure[0]
