@@ -509,15 +509,23 @@ def test_what_the_models_site_asks_for_is_not_ignored(lib, infer, fix):
 
 
 def test_what_a_step_of_the_models_scan_asks_for_is_not_ignored():
+    """Beside a plate."""
+
     def part(**infer):
         def step(carry, x):
             numpyro.sample("z", jdist.Bernoulli(0.3 + 0.2 * x), infer=infer)
             return carry, None
 
-        return lambda: scan(step, 0.0, jnp.ones(2))
+        def both():
+            with numpyro.plate("n", 2):
+                numpyro.sample("w", jdist.Normal(0.0, 1.0))
+            scan(step, 0.0, jnp.ones(2))
+
+        return both
 
     with pytest.raises(EstimatorError, match=r"site 'z': infer=.* stands at the site of the model"):
         Jax.loss(Jax.ELBO(), part(estimator=DisARM()), part())
+    Jax.loss(Jax.ELBO(), part(estimator=DisARM()), part(estimator=Enumerate()))
 
 
 WORDS = [

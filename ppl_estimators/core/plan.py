@@ -96,9 +96,9 @@ def check_unheard(
     settings: Settings, asked: Mapping[str, Mapping[str, Any]], guide: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """What a site of the model asks for must be said where it counts too: at the guide's site, which is the one that is
-    drawn, or to the ELBO. ``asked``: of sites of the model; ``guide``: the infer of the guide's sites."""
+    drawn, or to the ELBO. ``asked``: of sites of the model; ``guide``: the guide's messages."""
     for name in asked.keys() & guide.keys():
-        heard = {*words(guide[name])}
+        heard = {*words(guide[name]["infer"])}
         if settings.asked(name, None) is not None or heard & {"estimator", "baseline"}:
             heard |= {"estimator", "baseline"}
         if settings.objective.analytic(name):

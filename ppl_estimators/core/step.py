@@ -151,7 +151,7 @@ class Step:
         library, run = self.library, Run(source, self.library.plan())
         run.traces = library.run(partial(self._draw, run), source, first=True)
         if run.traces.asked:
-            check_unheard(self.settings, run.traces.asked, {n: m["infer"] for n, m in run.traces.guide.items()})
+            check_unheard(self.settings, run.traces.asked, run.traces.guide)
         latents = run.traces.latents()
         expected, run.plan = run.plan, library.plan(run.traces)
         drawn, run.sites = run.sites, {}
