@@ -18,6 +18,7 @@ from ppl_estimators import (
     REBAR,
     RELAX,
     UGC,
+    VIMCO,
     Antithetic,
     Average,
     BitFlip,
@@ -31,6 +32,8 @@ from ppl_estimators import (
     Enumerate,
     GumbelSoftmax,
     ImportanceSampled,
+    ImportanceWeighted,
+    KLAnnealed,
     Learned,
     LeaveOneOut,
     MeasureValued,
@@ -40,6 +43,7 @@ from ppl_estimators import (
     Pathwise,
     Reinforce,
     RELAXWithModel,
+    Renyi,
     Repeat,
     Stein,
     StickingTheLanding,
@@ -48,6 +52,7 @@ from ppl_estimators import (
     SumAndSample,
     SumAroundMode,
     UnorderedSet,
+    WakeSleep,
 )
 from ppl_estimators.pyro import EstimatorELBO, with_estimators
 
@@ -69,16 +74,18 @@ def guide(x):
 
 
 class Reads(TorchDispatchMode):
-    """Counts numbers that are read out of tensors, and tensors that are made of numbers."""
+    """Counts numbers that are read out of tensors, tensors that are made of numbers, and those that are elsewhere."""
 
     def __init__(self):
         super().__init__()
-        self.count = self.made = 0
+        self.count = self.made = self.elsewhere = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func is torch.ops.aten._local_scalar_dense.default
         self.made += func is torch.ops.aten.lift_fresh.default
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self.elsewhere += isinstance(result, torch.Tensor) and result.device != HERE
+        return result
 
 
 steps = pytest.mark.parametrize(
@@ -166,12 +173,42 @@ def test_no_estimator_sends_anything_to_the_device(site, estimator, several):
         if HERE.type == "cuda":
             torch.cuda.set_sync_debug_mode("error")
         try:
-            with Reads() as reads:
+            with torch.device("meta"), Reads() as reads:
                 elbo.differentiable_loss(model, guide, x).backward()
         finally:
             if HERE.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-    assert reads.made == 0
+    assert (reads.made, reads.elsewhere) == (0, 0)
+
+
+def chain(x):
+    """Summed along time."""
+    w, z = pyro.param("w", lambda: torch.zeros(3, 3, device=HERE)), 0
+    for t in pyro.markov(range(3)):
+        z = pyro.sample(f"z{t}", dist.Categorical(logits=w[z]), infer={"enumerate": "parallel"})
+        pyro.sample(f"x{t}", dist.Normal(1.0 * z, x.new_ones(())), obs=x[t, 0])
+
+
+SETTINGS = [
+    (model, {"objective": ImportanceWeighted(), "default": Reinforce(LeaveOneOut()), "num_particles": 3}),
+    (model, {"objective": Renyi(0.5), "default": Reinforce(VIMCO()), "num_particles": 3}),
+    (model, {"objective": KLAnnealed(0.3), "default": DisARM()}),
+    (model, {"objective": WakeSleep(), "num_particles": 3}),
+    (model, {"average_model": True, "default": DisARM()}),
+    (chain, {}),
+]
+
+
+@pytest.mark.parametrize(("model", "settings"), SETTINGS, ids=lambda x: repr(x) if isinstance(x, dict) else x.__name__)
+def test_no_objective_and_no_sum_sends_anything_to_the_device(model, settings):
+    within = guide if model is not chain else lambda x: None
+    elbo = EstimatorELBO(**settings, verify=False)
+    with pyro.validation_enabled(False):
+        for _ in range(2):
+            elbo.loss_and_grads(model, within, X)
+        with torch.device("meta"), Reads() as reads:
+            elbo.differentiable_loss(model, within, X).backward()
+    assert (reads.count, reads.made, reads.elsewhere) == (0, 0, 0)
 
 
 @pytest.mark.skipif(HERE.type != "cuda", reason="there is no CUDA device")

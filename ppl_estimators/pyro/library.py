@@ -117,7 +117,7 @@ class PyroLibrary(Library):
         self.axis = Particles(self.vectorized, self.max_plate_nesting)
         self.subsamples: dict[str, Array] = {}
         self._plan: Plan | None = self.memory.expected.recall(self.call)
-        self._like: Array = torch.zeros(())
+        self._term: Array | None = None  # of the run, whose device and type others take
         self._used: dict[str, Estimator] = {}
         self._credits = self._plan is None or not self._plan.saturated  # may it matter who depends on whom?
         self._follow: Any = None  # the `Provenance` of the last first run; None if it was not followed
@@ -322,7 +322,7 @@ class PyroLibrary(Library):
         score_only = frozenset() if self.settings.objective.keeps_score else local
         terms = terms_of(traces, plan.depends_on, relaxed, score_only, local=local, hard=plan.hard)
         if terms:
-            self._like = terms[0].value
+            self._term = terms[0].value
         if self._unchecked and is_validation_enabled():
             for record in (traces.model, traces.guide):
                 for msg in record.values():
@@ -406,12 +406,10 @@ class PyroLibrary(Library):
         return first["value"].detach() if constants else first["value"]
 
     def noise(self, source: Stream, msg: Message, site: Site, label: str, noise: Noise, number: int) -> Array:
-        like = site.logits if site.logits is not None else next(iter(site.named.values()), torch.empty(()))
-        return self.randomness.noise(site.name, label, noise, like)
+        return self.randomness.noise(site.name, label, noise, _of(site))
 
     def state(self, site: Site, estimator: Estimator, label: str) -> Array:
-        like = site.logits if site.logits is not None else next(iter(site.named.values()), torch.empty(()))
-        present = read_state(site.name, label, estimator.keeps(site, {}).state[label], like)
+        present = read_state(site.name, label, estimator.keeps(site, {}).state[label], _of(site))
         return present.detach().clone()  # the step ends by writing the new one in its place
 
     def keep(self, site: Site, estimator: Estimator, given: Values, like: Array) -> Kept:
@@ -423,7 +421,7 @@ class PyroLibrary(Library):
         if site.declared is None:
             self._check_trained(site, estimator, declared)
         keeper = self.keeper if site.declared is None else site.declared.keeper
-        like = like if like.is_floating_point() else self._like
+        like = like if like.is_floating_point() else self._like()
         return keeper.declare(site, declared, given, like.detach())
 
     def _check_trained(self, site: Site, estimator: Estimator, declared: Keeps) -> None:
@@ -444,7 +442,7 @@ class PyroLibrary(Library):
         return scale_and_mask(scale_and_mask(found, ours["scale"], ours["mask"]), 1.0, theirs["mask"])
 
     def past(self, declared: Keeps) -> Values:
-        return {k: read_state(NAME, k, v, self._like).detach().clone() for k, v in declared.state.items()}
+        return {k: read_state(NAME, k, v, self._like()).detach().clone() for k, v in declared.state.items()}
 
     def log_q(self, msg: Message, value: Array) -> Array:
         return msg["log_q"] if value is msg["value"] and "log_q" in msg else log_q(msg["fn"], value)
@@ -456,7 +454,10 @@ class PyroLibrary(Library):
         return site.arrays(OPS, site.scale)
 
     def zero(self, site: Site | None = None) -> Array:
-        return self._like.new_zeros(site.plate_shape if site is not None else ())
+        return self._like().new_zeros(site.plate_shape if site is not None else ())
+
+    def _like(self) -> Array:
+        return torch.zeros(()) if self._term is None else self._term
 
     def differentiating(self, yes: bool) -> AbstractContextManager[Any]:
         return nullcontext() if yes else torch.no_grad()
@@ -792,6 +793,13 @@ class PyroLibrary(Library):
         given = (*self.args, *self.kwargs.items())
         flags = tuple(x for x in given if x is None or isinstance(x, (bool, str)))
         return self.program, sites, tuple(plan.depends_on.items()), flags
+
+
+def _of(site: Site) -> Array:
+    """A parameter of a site's, for its device and type."""
+    if site.logits is not None:
+        return site.logits
+    return next(iter(site.named.values())) if site.named else torch.empty(())
 
 
 def _stacked(rows: Sequence[Mapping[Any, Array]]) -> dict[Any, Array]:
