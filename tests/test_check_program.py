@@ -14,6 +14,8 @@ import pyro
 import pyro.distributions as tdist
 import pytest
 import torch
+from numpyro.infer import SVI
+from numpyro.optim import SGD
 
 from ppl_estimators import DisARM, EstimatorError, EstimatorWarning, MovingAverage, Reinforce
 from ppl_estimators.numpyro import EstimatorELBO as NumPyroELBO
@@ -167,9 +169,35 @@ def test_elements_of_a_plate_that_a_cost_couples(library, way, between):
     expects = nullcontext() if way == "own" else pytest.warns(EstimatorWarning, match="'x'.* plate 'N' moves with")
     with expects:
         check_program(ELBOS[library](), *program)
-    if library == "pyro":
-        with expects:
+    with expects:
+        if library == "pyro":
             PyroELBO().loss_and_grads(*program)
+        else:
+            svi = SVI(*program, SGD(0.1), NumPyroELBO())
+            jax.eval_shape(lambda key: svi.update(svi.init(key)), jax.random.key(0))
+
+
+@both
+def test_what_decides_on_enumerated_values_counts_for_all_elements(library):
+    """Each cost is weighed by a probability that all move, and is credited to all: no claim is broken."""
+    ppl = zoo.language(library)
+    marked = {"enumerate": "parallel"}
+
+    def model():
+        plate = ppl.plate("N", 3, dim=-1)
+        with plate:
+            z = ppl.sample("z", ppl.dist.Bernoulli(ppl.array(0.3)))
+        k = ppl.sample("k", ppl.dist.Bernoulli(ppl.array(0.4)), infer=marked)
+        with plate:
+            ppl.sample("x", ppl.dist.Normal(z + k, 1.0), obs=ppl.array([0.3, 1.0, 2.0]))
+
+    def guide():
+        a = ppl.param("a", {"a": [0.2, -0.5, 0.9]})
+        with ppl.plate("N", 3, dim=-1):
+            z = ppl.sample("z", ppl.dist.Bernoulli(logits=a))
+        ppl.sample("k", ppl.dist.Bernoulli(logits=z.sum(-1) - 1.0), infer=marked)
+
+    check_program(ELBOS[library](), model, guide)  # warnings are errors
 
 
 @pytest.mark.parametrize("apart", [1, 3, 8, 16, 32, 64])

@@ -23,7 +23,7 @@ from .estimator import Estimator
 from .library import Library, Run
 from .ops import Array, Ops
 from .plan import Plan, Settings
-from .site import Plate
+from .site import Plate, Term
 
 #: side and site of a cost term
 Key = tuple[str, str]
@@ -73,7 +73,7 @@ def checked(library: Library, run: Run) -> Checked:
             "Compute it by operations on the value itself, not by code that keeps or copies it out of sight.",
         )
     if not found.changing:
-        warn_of_coupling(coupled(library, run))
+        warn_of_coupling(coupled_by_values(library, run))
     cuts = library.cut(run)
     warn_of_cuts(library.settings, run.plan, cuts)
     points = {n for n, s in run.plan.sites.items() if s.distribution == "Delta"}  # nowhere else does their log q exist
@@ -136,47 +136,60 @@ class Coupled(NamedTuple):
     site: str
     term: Key
     plate: Plate
+    where: str  # by which operation, as far as it is known
 
 
-def coupled(library: Library, run: Run) -> list[Coupled]:
+#: of a plate, some sites in it and some cost terms: a term of which an element moves with other elements of the sites,
+#: and by which operation
+Moved = Callable[[Plate, Sequence[str], Sequence[Term]], tuple[Key, str] | None]
+
+
+def coupled(plan: Plan, moved: Moved) -> list[Coupled]:
     """One for each plate with sites that are credited with the costs of their own elements: if these and what depends
-    on them take other values in some elements, the costs of the others stay."""
-    ops, plan, found = library.ops, run.plan, list[Coupled]()
-    terms = {(t.side, t.site): t for t in run.terms}
-    values = {k: ops.stop_gradient(t.value) for k, t in terms.items()}
+    on them take other values in some elements, those costs of the others stay."""
+    graph, found = plan.graph, list[Coupled]()
     local = [plan.sites[n] for n in plan.local if n not in plan.branches]
     for plate in sorted({p for s in local for p in s.plates if p.size > 1 and not p.values}):
         names = frozenset(s.name for s in local if plate in s.plates)
-        below = plan.graph.descendants(names) - plan.branches
+        below = graph.descendants(names) - plan.branches
         sites = [n for n in plan.sites if n in names | below and plate in plan.sites[n].plates]
-
-        def moved(sites: Sequence[str], plate: Plate = plate) -> Key | None:
-            for bit in range(min(_PATTERNS, (plate.size - 1).bit_length())):
-                part = Along(plate.dim, bit)
-                elsewhere = library.moved(run, sites, part)
-                for key, term in terms.items():
-                    if plate in term.plates and key in elsewhere:
-                        if not equal(ops, part.kept(ops, values[key]), part.kept(ops, elsewhere[key])):
-                            return key
-            return None
-
+        terms = [t for t in plan.terms if any(plate in graph.shared_plates(n, t) for n in names & t.depends_on)]
         try:
-            if (term := moved(sites)) is not None:
-                found.append(Coupled(next((n for n in sites if moved([n])), sites[0]), term, plate))
+            if (term := moved(plate, sites, terms)) is not None:
+                site = next((n for n in sites if moved(plate, [n], terms)), sites[0])
+                found.append(Coupled(site, term[0], plate, term[1]))
         except Exception:  # a value that the program does not take
             continue
+    return found
+
+
+def coupled_by_values(library: Library, run: Run) -> list[Coupled]:
+    """As further runs of the program show it."""
+    ops = library.ops
+    values = {(t.side, t.site): ops.stop_gradient(t.value) for t in run.terms}
+
+    def moved(plate: Plate, sites: Sequence[str], terms: Sequence[Term]) -> tuple[Key, str] | None:
+        for bit in range(min(_PATTERNS, (plate.size - 1).bit_length())):
+            part = Along(plate.dim, bit)
+            elsewhere = library.moved(run, sites, part)
+            for key in [(t.side, t.site) for t in terms]:
+                if key in elsewhere and not equal(ops, part.kept(ops, values[key]), part.kept(ops, elsewhere[key])):
+                    return key, ""
+        return None
+
+    found = coupled(run.plan, moved)
     if found and unstable(partial(library.moved, run), values, partial(equal, ops)):
         return []  # not by these values
     return found
 
 
 def warn_of_coupling(found: Sequence[Coupled]) -> None:
-    for site, term, plate in found:
+    for site, term, plate, where in found:
         warn(
             f"site '{site}': {cost_of(term)} of an element of plate '{plate.name}' moves with '{site}' of other "
-            "elements, and a plate says that none does: each element is credited with the costs of its own, so the "
-            "gradient is biased. Compute it from values of its own element (batch normalisation: by module.eval()); "
-            f"or sample '{site}' outside of the plate, by dist.expand([{plate.size}]).to_event(1)."
+            f"elements{where}, and a plate says that none does: each element is credited with the costs of its own, "
+            "so the gradient is biased. Compute it from values of its own element (batch normalisation: by "
+            f"module.eval()); or sample '{site}' outside of the plate, by dist.expand([{plate.size}]).to_event(1)."
         )
 
 

@@ -9,9 +9,11 @@ effects (a mutable array, a callback that may keep something) also on all that w
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -41,13 +43,16 @@ class Found(NamedTuple):
     and that operation. ``traced``: the program itself, to compare with what another tracing gives. ``reads``: as
     ``of``, the nearest sites on the way, with how many steps of the scan ago these were drawn, and how many of a scan
     inside its steps. ``cuts``: as
-    ``of``, the nearest sites to which no derivative leads, without those that are named: values pass through these."""
+    ``of``, the nearest sites to which no derivative leads, without those that are named: values pass through these.
+    ``elements``: as ``of``, of which elements of a plate each element of an array is made, given the `codes` of sites,
+    and the sites whose values stay; and where one joined several."""
 
     of: Any
     stuck: dict[str, str]
     traced: ClosedJaxpr
     reads: Callable[[], Any]
     cuts: Callable[[Deps], Any]
+    elements: Callable[[Mapping[str, Any], Deps], tuple[Any, Callable[[Any], str]]]
 
 
 def mark(value: Any, site: str) -> Any:
@@ -59,13 +64,12 @@ def dependencies(fn: Callable[[], Any]) -> Found:
     """What the arrays that ``fn()`` returns depend on."""
     closed, shape = jax.make_jaxpr(fn, return_shape=True)()
     jaxpr, slopes = closed.jaxpr, _Slopes()
-    nothing = [_NOTHING] * len(jaxpr.invars)
 
     def found(walk: _Walk) -> Any:
-        return jax.tree.unflatten(jax.tree.structure(shape), walk.walk(jaxpr, nothing))
+        return jax.tree.unflatten(jax.tree.structure(shape), walk.walk(jaxpr, []))
 
     of = found(_Values())
-    for site, loop in _NOTHING.union(*slopes.walk(jaxpr, nothing)):
+    for site, loop in _NOTHING.union(*slopes.walk(jaxpr, [])):
         if loop is not None:
             slopes.stuck.setdefault(site, loop)
 
@@ -73,7 +77,11 @@ def dependencies(fn: Callable[[], Any]) -> Found:
         depends, leads = found(_Edges(through)), found(_Slopes(through))
         return jax.tree.map(lambda a, b: a - _OUTSIDE - {site for site, _ in b}, depends, leads, is_leaf=_is_deps)
 
-    return Found(of, slopes.stuck, closed, lambda: found(_Reads()), cuts)
+    def elements(codes: Mapping[str, Any], held: Deps) -> tuple[Any, Callable[[Any], str]]:
+        walk = _Elements(codes, held)
+        return found(walk), walk.where
+
+    return Found(of, slopes.stuck, closed, lambda: found(_Reads()), cuts, elements)
 
 
 def same(a: ClosedJaxpr, b: ClosedJaxpr) -> bool:
@@ -194,7 +202,7 @@ class _Walk:
         raise NotImplementedError
 
     def literal(self, value: Any) -> Deps:
-        return _NOTHING
+        return self.nothing
 
     def next_step(self, body: Jaxpr, carry: Deps) -> Deps:
         """What a step puts into the carry, as the next one finds it."""
@@ -206,12 +214,18 @@ class _Walk:
     #: does what decides (the predicate of a branch, the test of a loop) reach what is decided?
     control = True
 
+    #: what is carried where no site is
+    nothing: Any = _NOTHING
+
+    #: are functions with a derivative of their own followed inside?
+    custom = False
+
     def walk(self, jaxpr: Jaxpr, inputs: Sequence[Deps]) -> list[Deps]:
         env: dict[Any, Deps] = dict(zip(jaxpr.invars, inputs, strict=True))
-        world = _NOTHING
+        world = self.nothing
 
         def read(v: Any) -> Deps:
-            return self.literal(v.val) if isinstance(v, Literal) else env.get(v, _NOTHING)
+            return self.literal(v.val) if isinstance(v, Literal) else env.get(v, self.nothing)
 
         for eqn in jaxpr.eqns:
             values = [read(v) for v in eqn.invars]
@@ -236,7 +250,7 @@ class _Walk:
             followed = self.loop(eqn, inputs)
         elif name == "cond":
             followed = self.branches(eqn, inputs)
-        elif not name.startswith("custom_"):
+        elif self.custom or not name.startswith("custom_"):
             inner = [j for p in eqn.params.values() if (j := _open(p)) is not None]
             if len(inner) == 1 and _fits(inner[0], len(inputs), len(eqn.outvars)):  # jit, remat, ...
                 followed = self.walk(inner[0], inputs)
@@ -408,6 +422,229 @@ class _Slopes(_Walk):
         stuck = [frozenset((site, LOOP) for site, _ in c) for c in carry]
         return [c if a is b else s for a, b, c, s in zip(own, body.outvars, carry, stuck, strict=True)]
 
+
+def codes(size: int) -> Any:
+    """A number for each element of a plate: its own, and above that the complement of its bits. What is made of two
+    elements has the bits of both, and so more than either."""
+    bits, numbers = np.uint64((size - 1).bit_length()), np.arange(size, dtype=np.uint64)
+    return numbers << bits | (np.uint64(1) << bits) - np.uint64(1) - numbers
+
+
+class _Elements(_Walk):
+    """Of which elements of a plate each element of an array is made: their `codes`, joined. Zero where it is of none,
+    or an operation is not known. Arrays are aligned at their last axes; one element may stand for all along an axis."""
+
+    nothing, custom = np.zeros((), np.uint64), True
+
+    def __init__(self, codes: Mapping[str, Any], held: Deps) -> None:
+        self.codes, self.held = codes, held
+        self.bits = max(int(x.max()).bit_length() for x in codes.values()) // 2
+        self.joint: dict[int, tuple[Any, Any]] = {}  # arrays with elements of several, and what first joined them
+
+    def equation(self, eqn: Any, inputs: list[Any]) -> list[Any]:
+        if all(x is self.nothing for x in inputs) and not _markers(eqn):
+            return [self.nothing] * len(eqn.outvars)
+        outputs = super().equation(eqn, inputs)
+        _, first = next((self.joint[id(x)] for x in inputs if id(x) in self.joint), (None, eqn))
+        bits: Any = np.uint64(self.bits)
+        for x in outputs:
+            if (x & x >> bits & (1 << self.bits) - 1).any():
+                self.joint[id(x)] = x, first
+        return outputs
+
+    def where(self, x: Any) -> str:
+        """What first joined several elements, and its line, if it stands in a user's program."""
+        _, eqn = self.joint.get(id(x), (None, None))
+        traceback = eqn and eqn.source_info.traceback
+        for frame in traceback.frames if traceback else ():  # the innermost first
+            file = Path(frame.file_name)
+            if Path(__file__).parent in file.parents:
+                break
+            if _LIBRARIES.isdisjoint(file.parents):
+                return f" (by {eqn.params.get('name', eqn.primitive.name)} in {file.name}, line {frame.line_num})"
+        return ""
+
+    def marker(self, site: str, value: Any) -> Any:
+        return self.codes.get(site, self.nothing if site in self.held else value)
+
+    def effect(self, eqn: Any, inputs: list[Any], world: Any) -> Any:
+        return self.nothing
+
+    def leaf(self, eqn: Any, inputs: list[Any]) -> list[Any]:
+        name, nothing = eqn.primitive.name, [self.nothing] * len(eqn.outvars)
+        if name == "is_finite" or (name in ("eq", "ne") and eqn.invars[0] is eqn.invars[1]):
+            return nothing  # who asks for NaN asks all elements
+        if name in ("concatenate", "pad") and math.prod(_shape(eqn.outvars[0])) > _LARGE:
+            return nothing  # these write all elements out
+        if rule := _RULES.get(name):
+            outputs = rule(eqn, *map(_ranked, inputs, eqn.invars))
+            return outputs if isinstance(outputs, list) else [outputs]
+        if len(nothing) > 1 or name.startswith(("scatter", "dynamic_update")):
+            return nothing
+        out, shapes = _shape(*eqn.outvars), {_shape(v) for v in eqn.invars}
+        alike = all(len(s) in (0, len(out)) and all(n in (1, m) for n, m in zip(s, out, strict=False)) for s in shapes)
+        return [_joined(inputs)] if alike else nothing  # element by element
+
+    def scan(self, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+        """Two steps, which show what one tells the next."""
+        body, layout, steps = _open(eqn.params["jaxpr"]), scan_layout(eqn.params), eqn.params["length"]
+        if layout is None or not steps:
+            return [self.nothing] * len(eqn.outvars)
+        first, last = layout[0], sum(layout)
+        carry, rows = inputs[first:last], list(map(_ranked, inputs[last:], eqn.invars[last:]))
+        found, uniform = dict[int, list[Any]](), all(len(x) == 1 for x in rows)
+        for step in range(min(2, steps)):
+            number = steps - 1 - step if eqn.params["reverse"] else step
+            outputs = self.walk(body, [*inputs[:first], *carry, *(x[number % len(x)] for x in rows)])
+            carry, found[number] = outputs[: layout[1]], outputs[layout[1] :]
+        stacked = []
+        for i, v in enumerate(body.outvars[layout[1] :]):
+            each = {number: _ranked(made[i], v) for number, made in found.items()}
+            all_ = [_joined(each.values())] if uniform else [each.get(n, self.nothing) for n in range(steps)]
+            stacked.append(np.stack(np.broadcast_arrays(*all_)))
+        return [*carry, *stacked]
+
+    def loop(self, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+        return [self.nothing] * len(eqn.outvars)
+
+    def branches(self, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+        each = [self.walk(_open(b), inputs[1:]) for b in eqn.params["branches"]]
+        return [_joined((inputs[0], *outs)) for outs in zip(*each, strict=True)]
+
+
+def _shape(v: Any) -> tuple[int, ...]:
+    return tuple(getattr(v.aval, "shape", ()))
+
+
+def _joined(xs: Iterable[Any]) -> Any:
+    return functools.reduce(np.bitwise_or, xs)
+
+
+def _over(x: Any, axes: Iterable[int]) -> Any:
+    """Joined along axes, which stay."""
+    return np.bitwise_or.reduce(x, axis=tuple(axes), keepdims=True)
+
+
+def _ranked(x: Any, v: Any) -> Any:
+    """With as many dimensions as a variable."""
+    return x.reshape((1,) * (len(_shape(v)) - x.ndim) + x.shape)
+
+
+def _placed(x: Any, to: Mapping[int, int], v: Any) -> Any:
+    """Its axes where they go in ``v``; along others there is one element."""
+    shape = [1] * len(_shape(v))
+    for a, b in to.items():
+        shape[b] = x.shape[a]
+    order = [*sorted(to, key=lambda a: to[a]), *(a for a in range(x.ndim) if a not in to)]
+    return x.transpose(order).reshape(shape)
+
+
+def _short(x: Any) -> Any:
+    """With one element along axes on which all are alike."""
+    for axis in range(x.ndim):
+        first = x.take([0], axis)
+        x = first if (x == first).all() else x
+    return x
+
+
+def _reshaped(eqn: Any, x: Any) -> Any:
+    old, new = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
+    same = next((i for i, (n, m) in enumerate(zip_longest(old, new)) if n != m), len(old))
+    if math.prod(x.shape[same:]) == 1:
+        return x.reshape(*x.shape[:same], *(1,) * len(new[same:]))
+    return _short(np.broadcast_to(x, old).reshape(new)) if math.prod(new) <= _LARGE else _Elements.nothing
+
+
+def _sliced(eqn: Any, x: Any) -> Any:
+    starts, ends, strides = (eqn.params[k] for k in ("start_indices", "limit_indices", "strides"))
+    cut = map(slice, starts, ends, strides or [1] * x.ndim)
+    return x[tuple(c if n > 1 else slice(None) for c, n in zip(cut, x.shape, strict=True))]
+
+
+def _split(eqn: Any, x: Any) -> Any:
+    axis, sizes = eqn.params["axis"], eqn.params["sizes"]
+    return np.split(x, np.cumsum(sizes)[:-1], axis) if x.shape[axis] > 1 else [x] * len(sizes)
+
+
+def _picked(eqn: Any, x: Any, *starts: Any) -> Any:
+    whole = all(n in (1, size) for n, size in zip(x.shape, eqn.params["slice_sizes"], strict=True))
+    return _joined((x, *starts)) if whole else _Elements.nothing
+
+
+def _in_a_row(eqn: Any, *xs: Any) -> Any:
+    axis = eqn.params["dimension"]
+    common = np.broadcast_shapes(*(_over(x, [axis]).shape for x in xs))
+    parts = [(*common[:axis], _shape(v)[axis], *common[axis + 1 :]) for v in eqn.invars]
+    return _short(np.concatenate(list(map(np.broadcast_to, xs, parts)), axis))
+
+
+def _padded(eqn: Any, x: Any, value: Any) -> Any:
+    found = np.zeros(_shape(eqn.outvars[0]), x.dtype)
+    if min(min(edges) for edges in eqn.params["padding_config"]) >= 0:
+        sizes = zip(eqn.params["padding_config"], _shape(eqn.invars[0]), strict=True)
+        found[tuple(slice(low, low + n * (gap + 1), gap + 1) for (low, _, gap), n in sizes)] = x
+    return _short(found)
+
+
+def _product(eqn: Any, x: Any, y: Any) -> Any:
+    contracted, batch = eqn.params["dimension_numbers"]
+    found, free = [], len(batch[0])
+    for z, over, along in zip((x, y), contracted, batch, strict=True):
+        others = [a for a in range(z.ndim) if a not in over and a not in along]
+        to = {a: i for i, a in enumerate(along)} | {a: free + i for i, a in enumerate(others)}
+        found.append(_placed(_over(z, over), to, eqn.outvars[0]))
+        free += len(others)
+    return _joined(found)
+
+
+def _convolved(eqn: Any, x: Any, kernel: Any) -> Any:
+    at = eqn.params["dimension_numbers"]
+    if eqn.params["feature_group_count"] > 1 or kernel.any():
+        return _Elements.nothing
+    return _placed(_over(x, at.lhs_spec[1:]), {at.lhs_spec[0]: at.out_spec[0]}, eqn.outvars[0])
+
+
+def _gathered(eqn: Any, x: Any, index: Any) -> Any:
+    """Of an axis along which elements differ it is not known which are taken."""
+    at, (out,), sizes = eqn.params["dimension_numbers"], eqn.outvars, eqn.params["slice_sizes"]
+    batch = [a for a in range(len(_shape(out))) if a not in at.offset_dims]
+    chosen = _placed(_over(index, [-1]), dict(enumerate(batch)), out)
+    dropped = (*at.collapsed_slice_dims, *at.operand_batching_dims)
+    to = dict(zip((a for a in range(x.ndim) if a not in dropped), at.offset_dims, strict=True))
+    whole = all(n == 1 or n == sizes[a] or a in at.operand_batching_dims for a, n in enumerate(x.shape))
+    to |= {a: batch[b] for a, b in zip(at.operand_batching_dims, at.start_indices_batching_dims, strict=True)}
+    return chosen | _placed(x, to, out) if whole else chosen
+
+
+_LARGE = 2**22  # elements
+#: where a program of the user's is not
+_LIBRARIES = {Path(jax.__file__).parents[1], Path(functools.__file__).parent}
+
+#: what becomes of codes in operations that are not element by element
+_RULES: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(
+        ("reduce_sum", "reduce_prod", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax", "argmin"),
+        lambda eqn, x: np.bitwise_or.reduce(x, axis=tuple(eqn.params["axes"])),
+    ),
+    **dict.fromkeys(
+        ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), lambda eqn, x: _over(x, [eqn.params["axis"]])
+    ),
+    "sort": lambda eqn, *xs: [_over(_joined(xs), [eqn.params["dimension"]])] * len(xs),
+    "broadcast_in_dim": lambda eqn, x: _placed(x, dict(enumerate(eqn.params["broadcast_dimensions"])), *eqn.outvars),
+    "transpose": lambda eqn, x: x.transpose(eqn.params["permutation"]),
+    "squeeze": lambda eqn, x: x.squeeze(tuple(eqn.params["dimensions"])),
+    "reshape": _reshaped,
+    "rev": lambda eqn, x: np.flip(x, eqn.params["dimensions"]),
+    "slice": _sliced,
+    "dynamic_slice": _picked,
+    "split": _split,
+    "concatenate": _in_a_row,
+    "stack": lambda eqn, *xs: _short(np.stack(np.broadcast_arrays(*xs), eqn.params["axis"])),
+    "pad": _padded,
+    "dot_general": _product,
+    "conv_general_dilated": _convolved,
+    "gather": _gathered,
+}  # fmt: skip
 
 #: their derivative is zero everywhere
 _FLAT = frozenset(["stop_gradient", "floor", "ceil", "round", "sign", "is_finite", "nextafter", "bitcast_convert_type"])

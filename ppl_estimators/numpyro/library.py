@@ -27,7 +27,7 @@ from ..core.objectives import NAME, check_dreams
 from ..core.plan import Group, Plan, Settings
 from ..core.posterior import Tables, Uniform
 from ..core.site import Site, Term
-from ..core.verify import Along, Height, Key, not_the_same, run_again, warn_of_cuts
+from ..core.verify import Along, Height, Key, coupled, not_the_same, run_again, warn_of_coupling, warn_of_cuts
 from .dependencies import LOOP, forward, without_derivative
 from .distributions import another, divergence, line, log_q, score_norm, unlike
 from .enumeration import Layout
@@ -114,6 +114,7 @@ class NumPyroLibrary(CompiledLibrary):
         if needing := plan.differentiated if self.settings.objective.moves else []:
             cuts = found.cuts(frozenset(n for n in needing if plan.sites[n].family in RELAXABLE))
             warn_of_cuts(self.settings, plan, {n: t for n in needing for t, there in cuts.items() if n in there})
+        warn_of_coupling(coupled(plan, found.coupled))
         if plan.reruns and not found.again():  # particles share one tracing
             names = run_again(self, plan)
             raise not_the_same(self, plan, names, names)

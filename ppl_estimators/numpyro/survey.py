@@ -16,9 +16,10 @@ from numpyro.distributions.distribution import Delta
 from ..core.credit import Steps
 from ..core.enumeration import warn_of_minibatches
 from ..core.errors import site_error, warn
-from ..core.site import NO_STEP, Site, Term, Window
+from ..core.site import NO_STEP, Plate, Site, Term, Window
 from ..core.structure import Structure
-from .dependencies import COUNTED, HANDED_OVER, dependencies, mark, same
+from ..core.verify import Moved
+from .dependencies import COUNTED, HANDED_OVER, codes, dependencies, mark, same
 from .distributions import SCANS, ends, sampled_dtype, still, unwrapped
 from .enumeration import Layout, is_enumerated
 from .run import Keys, Message, Program, Scan, Traces, execute, interpreted, is_latent, terms_of, view
@@ -33,7 +34,7 @@ class Survey:
     are concrete and cannot be followed (`jax.disable_jit`); then everything depends on all that was drawn before it,
     and any value may have decided something. ``again``: whether the program is the same when it is traced again.
     ``cuts``: of each cost term, the sites whose value it depends on and has no derivative in, though parameters move
-    it, if the sites that are named take relaxed values.
+    it, if the sites that are named take relaxed values. ``coupled``: see `core.verify`.
     """
 
     structure: Structure
@@ -42,6 +43,7 @@ class Survey:
     followed: bool
     again: Callable[[], bool]
     cuts: Callable[[frozenset[str]], dict[tuple[str, str], frozenset[str]]]
+    coupled: Moved
 
     @property
     def depends_on(self) -> dict[tuple[str, str], frozenset[str]]:
@@ -135,8 +137,17 @@ def survey(program: Program, keys: Keys, layout: Callable[[], Layout | None]) ->
             for t, deps in zip(seen["terms"], missing, strict=True)
         }
 
+    def coupled(plate: Plate, sites: Sequence[str], terms: Sequence[Term]) -> tuple[tuple[str, str], str] | None:
+        if not followed:
+            return None
+        own = codes(plate.size).reshape(-1, *(1,) * (-plate.dim - 1))
+        moved = {n: own.reshape(*own.shape, *(1,) * len(seen["sites"][n].event_shape)) for n in sites}
+        (of_terms, *_), where = elements(moved, drawn)
+        made = dict(zip(((t.side, t.site) for t in seen["terms"]), of_terms, strict=True))
+        return next(((k, where(made[k])) for t in terms if (made[k := (t.side, t.site)] & ~own).any()), None)
+
     if followed:
-        (of_terms, of_values, of_ends), stuck, traced, reads, found_cuts = dependencies(run)
+        (of_terms, of_values, of_ends), stuck, traced, reads, found_cuts, elements = dependencies(run)
         of = seen["scan"], seen["inner"]
         steps = _steps(seen["terms"], *of, reads()[0], frozenset(unclear)) if seen["scan"] else {}
     else:
@@ -161,7 +172,7 @@ def survey(program: Program, keys: Keys, layout: Callable[[], Layout | None]) ->
         steps,
     )
     stuck = {n: operation for n, operation in stuck.items() if n in drawn}
-    return Survey(structure, seen["dtypes"], stuck, followed, again, cuts)
+    return Survey(structure, seen["dtypes"], stuck, followed, again, cuts, coupled)
 
 
 def _in_order(order: Sequence[str], sites: Mapping[str, Site], terms: Sequence[Term]) -> tuple[Any, Any, Any]:

@@ -35,7 +35,7 @@ from ..core.verify import (
     Height,
     Key,
     cost_of,
-    coupled,
+    coupled_by_values,
     cut,
     equal,
     look,
@@ -685,7 +685,7 @@ class PyroLibrary(Library):
             found = Found([])
         if found.lost is None:
             if not found.changing and others < _STRUCTURES:
-                warn_of_coupling(coupled(self, run))
+                warn_of_coupling(coupled_by_values(self, run))
                 if plan.differentiated:
                     self.memory.undifferentiated.append(plan.sites)
             return True

@@ -316,7 +316,7 @@ def test_a_site_is_charged_with_nothing_that_it_cannot_move(number: int) -> None
         assert set(distance.argmin(-1)) == {0, 1}
 
 
-@pytest.mark.xfail(strict=True, reason="no library notices; docs/why.md says so")
+@pytest.mark.xfail(strict=True, reason="a broken promise, of which a warning says so; docs/why.md")
 def test_total_of_a_plate_by_arithmetic() -> None:
     """z_e acts on x_e' of its own plate through z.sum(), with no site on the way."""
     case = CASES["summed"]
