@@ -25,7 +25,7 @@ class Library(StrEnum):
 
     @property
     def compiles(self) -> bool:
-        """Is the first step of a program dearer than the others?"""
+        """Is the first step of a program slower than the others?"""
         return self is Library.numpyro
 
     @property

@@ -20,7 +20,7 @@ class Repeat(Repeated):
 
     The repeats are to the estimator what particles are: ``Repeat(4, Reinforce(LeaveOneOut()))`` is leave-one-out with
     four draws of this site and one particle. Cheaper than particles if only the part of the program downstream of the
-    site is dear to evaluate again, and it spends the draws where the noise is.
+    site is slow to evaluate again, and it spends the draws where the noise is.
 
     >>> from ppl_estimators import DisARM
     >>> Repeat(2, DisARM())
