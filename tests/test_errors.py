@@ -279,6 +279,20 @@ def test_marks_that_cannot_be_meant(lib, side):
             lib.loss(lib.ELBO(), marked, marked if side == "guide" else lambda: None)
 
 
+def test_a_name_for_a_site_that_a_mark_sums_over(lib):
+    def bit(**infer):
+        return lambda: lib.sample("k", lib.dist.Bernoulli(logits=lib.array(0.3)), infer=infer)
+
+    message = r"site 'k': EstimatorELBO names DisARM\(\) for it.*sums over all\. Leave one of them out"
+    marked = bit(enumerate="parallel")
+    for guide in (marked, lambda: None):
+        with pytest.raises(EstimatorError, match=message):
+            lib.loss(lib.ELBO({"k": DisARM()}), marked, guide)
+        lib.loss(lib.ELBO({"*": DisARM()}), marked, guide)  # a pattern is for those that are drawn
+        lib.loss(lib.ELBO({"k": Enumerate()}), marked, guide)
+    lib.loss(lib.ELBO({"k": DisARM()}), marked, bit())  # the model's mark is of no account there
+
+
 def test_relaxed_values_upstream_of_a_site_that_cannot_be_relaxed(lib):
     def program():
         z = lib.sample("z", lib.dist.Bernoulli(logits=lib.array(0.3)))

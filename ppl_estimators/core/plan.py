@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -90,6 +90,21 @@ def check_words(name: str, infer: Mapping[str, Any]) -> None:
     if (kl := infer.get("kl")) not in (None, "analytic"):
         fact = f'infer={{"kl": {kl!r}}} is not known'
         raise site_error(name, fact, 'Write infer={"kl": "analytic"}, or leave it out.')
+
+
+def check_summed(
+    settings: Settings, guide: Mapping[str, Any], model: Mapping[str, Any], drawn: Container[str]
+) -> None:  # fmt: skip
+    """A site that the ELBO names is not one that a mark sums over. ``guide``, ``model``: messages of a run."""
+    for name, estimator in settings.estimators:
+        msg = guide.get(name) or model.get(name)
+        if msg and msg["infer"].get("enumerate") and not (msg["is_observed"] or name in drawn or estimator.sums):
+            raise site_error(
+                name,
+                f'EstimatorELBO names {estimator!r} for it, which draws a value, and it is marked infer={{"enumerate": '
+                f'"{msg["infer"]["enumerate"]}"}}, which sums over all',
+                'Leave one of them out; where config_enumerate sets the mark, write infer={"enumerate": None}.',
+            )
 
 
 def check_unheard(

@@ -25,7 +25,7 @@ from .keep import Kept
 from .library import CompiledLibrary, Joined, Library, Message, Run, Traces, Values
 from .objectives import Elsewhere, Locally, Weighted
 from .ops import Array, Ops
-from .plan import Group, Plan, Settings, check_unheard, weighed_apart
+from .plan import Group, Plan, Settings, check_summed, check_unheard, weighed_apart
 from .posterior import Posterior, posterior
 from .site import Costs, Draw, Site, Term, weighed
 
@@ -153,6 +153,7 @@ class Step:
         if run.traces.asked:
             check_unheard(self.settings, run.traces.asked, run.traces.guide)
         latents = run.traces.latents()
+        check_summed(self.settings, run.traces.guide, run.traces.model, latents)
         expected, run.plan = run.plan, library.plan(run.traces)
         drawn, run.sites = run.sites, {}
         for name in run.plan.local:
