@@ -55,7 +55,6 @@ COUPLED = {
     "threshold": lambda z: jnp.where(z > z.mean(), 1.0, 0.0),
     "feature": lambda z: jnp.stack([z, jnp.full(N, z.mean())], -1) @ jnp.ones(2),
     "picked": lambda z: jnp.arange(3.0)[z.astype(int)].mean() * DATA,
-    "decided": lambda z: jax.lax.cond(z.sum() > 2, lambda: DATA, lambda: -DATA),
 }
 
 #: that reads its own, or too little is known
@@ -76,6 +75,7 @@ APART = {
     "there_and_back": lambda z: jnp.roll(jnp.roll(z, 1), -1),
     "beside_a_total": lambda z: jnp.concatenate([z, z.sum()[None]])[:N],
     "if_finite": lambda z: jnp.where(jnp.all(jnp.isfinite(z)), z, 0.0),
+    "unless_wrong": lambda z: jax.lax.cond(jnp.any(z > 1), lambda z: z * jnp.nan, lambda z: z, z),
     "until": lambda z: jax.lax.while_loop(lambda x: jnp.any(x < 1), lambda x: x + 0.5, z),
     "for": lambda z: jax.lax.fori_loop(0, 3, lambda i, x: 0.5 * x + DATA, z),
 }

@@ -189,7 +189,8 @@ def warn_of_coupling(found: Sequence[Coupled]) -> None:
             f"site '{site}': {cost_of(term)} of an element of plate '{plate.name}' moves with '{site}' of other "
             f"elements{where}, and a plate says that none does: each element is credited with the costs of its own, "
             "so the gradient is biased. Compute it from values of its own element (batch normalisation: by "
-            f"module.eval()); or sample '{site}' outside of the plate, by dist.expand([{plate.size}]).to_event(1)."
+            "module.eval(), in flax use_running_average=True); "
+            f"or sample '{site}' outside of the plate, by dist.expand([{plate.size}]).to_event(1)."
         )
 
 

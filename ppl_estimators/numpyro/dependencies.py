@@ -508,8 +508,9 @@ class _Elements(_Walk):
         return [self.nothing] * len(eqn.outvars)
 
     def branches(self, eqn: Any, inputs: list[Any]) -> list[Any] | None:
+        """Not what decides: who asks whether all is well asks all elements."""
         each = [self.walk(_open(b), inputs[1:]) for b in eqn.params["branches"]]
-        return [_joined((inputs[0], *outs)) for outs in zip(*each, strict=True)]
+        return [_joined(outs) for outs in zip(*each, strict=True)]
 
 
 def _shape(v: Any) -> tuple[int, ...]:
