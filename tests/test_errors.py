@@ -187,6 +187,16 @@ def test_a_closed_divergence_of_no_site(lib):
     lib.loss(lib.ELBO(objective=AnalyticKL("z*")), model, guide)
 
 
+def test_the_elbo_of_the_other_library():
+    def program():
+        numpyro.sample("z", jdist.Normal(0.0, 1.0))
+
+    with pytest.raises(EstimatorError, match=r"SVI .* is NumPyro's\. Type: from ppl_estimators\.numpyro import"):
+        numpyro.infer.SVI(program, program, numpyro.optim.Adam(0.1), ours_torch.EstimatorELBO()).init(jax.random.key(0))
+    with pytest.raises(EstimatorError, match=r"SVI .* is Pyro's\. Type: from ppl_estimators\.pyro import"):
+        pyro.infer.SVI(lambda: None, lambda: None, pyro.optim.Adam({}), ours_jax.EstimatorELBO()).step()
+
+
 def test_a_key_that_matches_no_site(lib):
     model, guide = program(lib, DISTRIBUTIONS["Normal"])
     message = r"'w_\*' matches no latent site of the guide\. Sites: 'z'"

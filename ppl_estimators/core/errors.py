@@ -22,6 +22,14 @@ def site_error(site: str, fact: str, fix: str) -> EstimatorError:
     return EstimatorError(f"site '{site}': {fact}. {fix}")
 
 
+def of_the_other_library(mine: str, theirs: str) -> EstimatorError:
+    """For an ELBO in the other library's SVI."""
+    return EstimatorError(
+        f"this EstimatorELBO is {mine}'s, and the SVI that asks is {theirs}'s. "
+        f"Type: from ppl_estimators.{theirs.lower()} import EstimatorELBO"
+    )
+
+
 def warn(message: str) -> None:
     """An `EstimatorWarning` that points at the line of the user's own code that led here."""
     level, frame = 2, sys._getframe(1)

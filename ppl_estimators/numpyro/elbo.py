@@ -13,7 +13,7 @@ import numpy as np
 from numpyro.infer.elbo import Trace_ELBO
 
 from ..core.elbo import Configured, name_of, warn_of_costs
-from ..core.errors import EstimatorError
+from ..core.errors import EstimatorError, of_the_other_library
 from ..core.estimator import Estimator
 from ..core.objectives import Objective
 from ..core.posterior import Posterior
@@ -96,6 +96,10 @@ class EstimatorELBO(Configured, Trace_ELBO):
         self._configure(estimators, default, objective, max_parallel, average_model)
         self.debug = debug
         self.randomness, self._memory = Randomness(), Memory()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """As Pyro's `SVI` calls a loss that it does not know."""
+        raise of_the_other_library("NumPyro", "Pyro")
 
     def loss_with_mutable_state(
         self,

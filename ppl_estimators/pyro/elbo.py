@@ -13,6 +13,7 @@ from pyro.infer import ELBO
 from pyro.poutine.trace_struct import Trace
 
 from ..core.elbo import Configured, name_of, warn_of_costs
+from ..core.errors import of_the_other_library
 from ..core.estimator import Estimator
 from ..core.objectives import Objective
 from ..core.posterior import Posterior
@@ -93,6 +94,11 @@ class EstimatorELBO(Configured, ELBO):
         self.verify = verify
         self.memory = Memory()
         self.compiler = Compiler(self.memory, compile if isinstance(compile, str) else None) if compile else None
+
+    @property
+    def can_infer_discrete(self) -> bool:
+        """What NumPyro's `SVI` asks of a loss."""
+        raise of_the_other_library("Pyro", "NumPyro")
 
     # ---- Pyro's interface ---------------------------------------------------------------------------------------
 
