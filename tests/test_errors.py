@@ -189,7 +189,7 @@ def test_a_closed_divergence_of_no_site(lib):
 
 def test_the_elbo_of_the_other_library():
     def program():
-        numpyro.sample("z", jdist.Normal(0.0, 1.0))
+        numpyro.sample("z", jdist.Bernoulli(0.4))
 
     with pytest.raises(EstimatorError, match=r"SVI .* is NumPyro's\. Type: from ppl_estimators\.numpyro import"):
         numpyro.infer.SVI(program, program, numpyro.optim.Adam(0.1), ours_torch.EstimatorELBO()).init(jax.random.key(0))
