@@ -97,7 +97,7 @@ class EstimatorELBO(Configured, ELBO):
 
     @property
     def can_infer_discrete(self) -> bool:
-        """What NumPyro's `SVI` asks of a loss."""
+        """What NumPyro's `SVI` asks of its loss where a program has discrete sites."""
         raise of_the_other_library("Pyro", "NumPyro")
 
     # ---- Pyro's interface ---------------------------------------------------------------------------------------
