@@ -206,6 +206,8 @@ class Keeping(torch.nn.Module):
         self.calls, self.average, self.in_place = 0, torch.tensor(0.0), torch.tensor(0.0)
         self.log, self.last, self.of = [], deque(maxlen=3), {"calls": 0}
         self.running = torch.zeros(4), torch.ones(4)
+        self.even, self.words, self.met, self.pairs, self.built = True, "", set(), [], False
+        self.late, self.late_log = 0, []
         self.count, self.counted = self.counter()
 
     def counter(self):
@@ -236,18 +238,30 @@ class Keeping(torch.nn.Module):
         self.new = self.new + self.calls
         self.average = 0.9 * self.average + 0.1 * self.calls
         self.in_place.mul_(0.9).add_(self.calls)
+        self.even, self.words = not self.even, self.words + "w"
+        self.met.add(len(self.met))
+        self.pairs.append({"call": (self.calls, "w")})
+        if not self.built:  # the first call makes something that stays
+            self.made, self.built = torch.nn.Linear(1, 1), True
+            self.first = getattr(self, "first", self.made)
+        if self.calls > 5:  # in the second step
+            self.late += 1
+            self.late_log.append(self.calls)
+            self.begun_late = getattr(self, "begun_late", 0) + 1
         return torch.nn.functional.batch_norm(x, *self.running, training=True).mean()
 
     def kept(self):
         own = (self.calls, self.of["calls"], self.counted(), len(self.log), *self.log, *self.last, CALLS, FLOATS.item())
+        own += (self.even, len(self.words), *sorted(self.met), len(self.pairs), self.built)
+        own += (self.late, *self.late_log, self.begun_late)
         own += (self.begun, Keeping.total, self.state, self.tally["calls"], self.array[1], self.of["late"])
         return torch.tensor([*own, self.new, self.average, self.in_place, *self.running[0], *self.running[1]])
 
 
 @pytest.mark.parametrize("estimator", [DisARM(), Enumerate(), REBAR(), Reinforce(MovingAverage()), None], ids=repr)
 def test_what_a_program_keeps_is_what_one_run_a_step_leaves(estimator):
-    """Numbers, arrays and lists in attributes, dictionaries, closures and globals; the first step, which looks at the
-    program, included, and a loss without a gradient."""
+    """Numbers, flags, texts, arrays, lists and sets in attributes, dictionaries, closures and globals; the first step,
+    which looks at the program, included, a loss without a gradient, and what is first written in a later step."""
     x = torch.linspace(-1.0, 3.0, 8).reshape(2, 4)
 
     def left(elbo):
@@ -265,8 +279,9 @@ def test_what_a_program_keeps_is_what_one_run_a_step_leaves(estimator):
 
         pyro.clear_param_store()
         svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), elbo)
-        for _ in range(3):
+        for _ in range(4):
             svi.step()
+            assert net.made is net.first
         svi.evaluate_loss()
         return net.kept()
 
@@ -755,7 +770,7 @@ LEFT = {
 @pytest.mark.parametrize("estimator", [Enumerate(), DisARM()], ids=repr)
 def test_a_guide_is_run_again_only_if_the_model_reads_what_it_leaves(estimator, monkeypatch):
     """Nothing is drawn below z: with another z the guide gives the model that z, and what it has put away for it."""
-    left, way, guides = {}, "nothing", []
+    left, way, guides, seen = {}, "nothing", [], set()
 
     def executed(*args, above=None, **options):
         guides.append(above is None)
@@ -774,14 +789,18 @@ def test_a_guide_is_run_again_only_if_the_model_reads_what_it_leaves(estimator, 
 
     exact = exact_gradient(model, guide).gradient["a"]
     elbo, a = EstimatorELBO({"z": estimator}), pyro.param("a", torch.tensor(0.4))
-    for way in (*LEFT, "nothing"):  # one after another, which no plan knows
+    for way in (
+        *LEFT,
+        "nothing",
+    ):  # one after another, which no plan knows; a tensor that was left once is looked after
+        seen.add(way)
         for _ in range(3):
             guides.clear()
             a.grad = None
             elbo.loss_and_grads(model, guide)
             if estimator == Enumerate():
                 assert a.grad.item() == pytest.approx(float(exact), abs=1e-6), way
-        assert sum(guides) == (1 if way == "nothing" else len(guides)), way
+        assert sum(guides) == (1 if seen == {"nothing"} else len(guides)), way
 
 
 def _factor(z):

@@ -212,7 +212,9 @@ class PyroLibrary(Library):
         self._used, self.subsamples = {}, {}
         memory.generators.look(*program, everything=not known)
         before = memory.generators.state(everything=not known)
-        with nullcontext(memory.buffers.held()) if known else memory.buffers.watched(*program) as held:
+        places = memory.buffers
+        again = self._plan is not None and self._plan.reruns
+        with nullcontext(places.held(runs_again=again)) if known else places.watched(*program) as held:
             try:
                 result = one(Stream(memory.generators, held))
             except _Unplanned:
@@ -635,7 +637,8 @@ class PyroLibrary(Library):
 
     def _further(self, one: Callable[[Any], tuple[dict[str, Any], Run]]) -> tuple[dict[str, Any], Run]:
         """Another particle."""
-        source = Stream(self.memory.generators, self.memory.buffers.held())
+        again = self._plan is not None and self._plan.reruns
+        source = Stream(self.memory.generators, self.memory.buffers.held(runs_again=again))
         while True:
             self._used = {}
             try:
