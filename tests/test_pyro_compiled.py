@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import functools
 import random
+import types
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +20,7 @@ import torch
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import SGD, Adam
+from torch.utils.checkpoint import checkpoint
 
 from ppl_estimators import (
     REBAR,
@@ -29,7 +35,7 @@ from ppl_estimators import (
     Reinforce,
     StickingTheLanding,
 )
-from ppl_estimators.pyro import EstimatorELBO, JitEstimatorELBO, with_estimators
+from ppl_estimators.pyro import EstimatorELBO, JitEstimatorELBO, tape, with_estimators
 
 Program = Callable[..., Any]
 
@@ -389,6 +395,245 @@ def test_a_tensor_that_is_an_argument_and_a_global_too(monkeypatch):
     assert uses(same(lambda: (reading, bits_guide), [OFFSET, OFFSET, OFFSET, *flat(5, 5)], default=DisARM())) == [3]
 
 
+CONFIG = types.ModuleType("settings")
+CONFIG.sub = types.ModuleType("settings.sub")
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    weight: float = 1.0
+
+
+class Scaled:
+    weight = 1.0
+
+    def scale(self) -> float:
+        return self.weight
+
+
+def kept_in_a_cache(box: list[float]) -> Callable[[], float]:
+    return functools.lru_cache(lambda: box[0])
+
+
+#: what a program may read a number from, and a change of it
+HOLDERS: dict[str, Callable[[], tuple[Callable[[], Any], Callable[[], None]]]] = {}
+
+
+def holder(make: Callable[[], tuple[Callable[[], Any], Callable[[], None]]]) -> None:
+    HOLDERS[make.__name__] = make
+
+
+@holder
+def arguments_of_a_script():
+    options = argparse.Namespace(weight=1.0)
+    return lambda: options.weight, lambda: setattr(options, "weight", 2.0)
+
+
+@holder
+def an_attribute_in_a_slot():
+    thing = Slotted()
+    return lambda: thing.weight, lambda: setattr(thing, "weight", 2.0)
+
+
+@holder
+def a_set_of_the_same_size():
+    numbers = {1, 2}
+    return lambda: sum(numbers), lambda: (numbers.remove(1), numbers.add(5))
+
+
+@holder
+def an_array_of_numpy():
+    array = np.ones(3)
+    return lambda: float(array.sum()), lambda: array.fill(2.0)
+
+
+@holder
+def a_long_list():
+    numbers = [1.0] * 500
+    return lambda: numbers[7], lambda: numbers.__setitem__(7, 2.0)
+
+
+@holder
+def a_large_dictionary():
+    numbers = dict.fromkeys(range(500), 1.0)
+    return lambda: numbers[7], lambda: numbers.__setitem__(7, 2.0)
+
+
+@holder
+def a_module_in_a_module():
+    CONFIG.sub.weight = 1.0
+    return lambda: CONFIG.sub.weight, lambda: setattr(CONFIG.sub, "weight", 2.0)
+
+
+@holder
+def what_a_cached_function_reads():
+    box = [1.0]
+    cached = kept_in_a_cache(box)
+    return cached, lambda: (box.__setitem__(0, 2.0), cached.cache_clear())
+
+
+@holder
+def a_method_of_one_object():
+    thing = Scaled()
+    return lambda: thing.scale(), lambda: setattr(thing, "scale", lambda: 2.0)
+
+
+@holder
+def the_parent_behind_a_weak_reference():
+    thing = Scaled()
+    link = weakref.ref(thing)
+    return lambda: link().weight, lambda: setattr(thing, "weight", 2.0)
+
+
+@pytest.mark.parametrize("what", HOLDERS)
+def test_a_number_is_changed_wherever_it_is(what):
+    found = []
+    for compile in (False, True):
+        read, change = HOLDERS[what]()
+
+        def model(x: torch.Tensor, read: Callable[[], Any] = read) -> None:
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Bernoulli(logits=torch.tensor(-0.3)))
+                pyro.sample("x", dist.Normal(read() * z, 1.0), obs=x)
+
+        pyro.clear_param_store()
+        torch.manual_seed(2)
+        elbo = EstimatorELBO(default=Reinforce(MovingAverage()), compile=compile, verify=False)
+        svi, batches = SVI(model, bits_guide, SGD({"lr": 0.01}), elbo), flat(*[5] * 8)
+        losses = [svi.step(x) for x in batches[:4]]
+        change()
+        losses += [svi.step(x) for x in batches[4:]]
+        found.append(losses)
+    assert found[0] == found[1]
+    assert uses(elbo) == [2]  # again
+
+
+class Layer(torch.nn.Module):
+    """Something between a bit and the data."""
+
+    def __init__(self, inner: torch.nn.Module, call: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.inner, self.call = inner, call
+        self.register_buffer("count", torch.tensor(0.0))
+
+    def model(self, x: torch.Tensor) -> None:
+        pyro.module("layer", self)
+        self.count += 1
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Bernoulli(logits=torch.tensor(-0.3)))
+            loc = self.call(self.inner, x) + z[..., None] * self.count.rsqrt()
+            pyro.sample("x", dist.MultivariateNormal(loc, covariance_matrix=torch.eye(3) + 0.1), obs=x)
+
+    def guide(self, x: torch.Tensor) -> None:
+        a = pyro.param("a", torch.tensor([0.2, -0.1, 0.3]))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Bernoulli(logits=x @ a))
+
+
+def each_slope(inner: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return torch.func.vmap(torch.func.grad(lambda row: inner(row).tanh().sum()))(x)
+
+
+LAYERS: dict[str, tuple[Callable[[], torch.nn.Module], Callable[[Any, torch.Tensor], torch.Tensor]]] = {
+    "lstm": (lambda: torch.nn.LSTM(3, 3, 2, dropout=0.3, batch_first=True), lambda net, x: net(x[None])[0][0]),
+    "each slope": (lambda: torch.nn.Linear(3, 3), each_slope),
+    "table": (lambda: torch.nn.Embedding(9, 3, max_norm=1.0), lambda net, x: net(x[:, 0].abs().long())),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name):
+    make, call = LAYERS[name]
+
+    def program() -> tuple[Program, Program]:
+        net = Layer(make(), call)
+        return net.model, net.guide
+
+    elbo = same(program, [data(i) for i in range(6)], default=Reinforce(MovingAverage()), verify=False)
+    assert uses(elbo) == [4]
+
+
+def linear(net: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return net(x).float()
+
+
+@pytest.mark.parametrize("what", ["hook", "autocast", "sparse", "side by side", "one argument in two places"])
+def test_steps_around_a_layer(what):
+    """From the fifth on they are others."""
+
+    class Batch(dict):
+        pass
+
+    found = []
+    for compile in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(3)
+        if what == "sparse":
+            net = Layer(torch.nn.Embedding(9, 3, sparse=True), lambda inner, x: inner(x[:, 0].abs().long()))
+        else:
+            net = Layer(torch.nn.Linear(3, 3), linear)
+        spec, settings = Reinforce(MovingAverage()), dict[str, Any]()
+        if what == "side by side":
+            settings = {"num_particles": 2, "max_plate_nesting": 1}
+        elbo = EstimatorELBO(default=spec, compile=compile, verify=False, **settings)
+        model, guide = net.model, net.guide
+        if what.startswith("one"):
+            model = lambda b, net=net: net.model(b["x"] + b["y"])  # noqa: E731
+            guide = lambda b, net=net: net.guide(b["x"] - b["y"])  # noqa: E731
+        svi, losses, gradients = SVI(model, guide, SGD({"lr": 0.01}), elbo), [], []
+        net.inner.weight.register_hook(lambda g, seen=gradients: seen.append(g.to_dense()))
+        for i in range(9):
+            x: Any = data(i)
+            if what == "hook" and i == 5:
+                net.inner.register_forward_hook(lambda module, given, found: 2 * found)
+            if what == "side by side" and i == 5:
+                elbo.vectorize_particles = True
+            if what.startswith("one"):
+                x = Batch(x=x, y=x if i < 5 else data(i + 20))
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=what == "autocast" and i % 4 > 0):
+                losses.append(svi.step(x))
+        found.append((losses, gradients))
+    assert found[0][0] == found[1][0]
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        assert torch.equal(a, b)
+    assert sum(uses(elbo)) >= 2
+
+
+def test_what_a_program_writes_into_its_argument_is_written_once():
+    def guide(x: torch.Tensor) -> None:
+        bits_guide(x.mul_(0.5))
+
+    found = []
+    for compile in (False, True):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        batches = [x.clone() for x in flat(*[5] * 6)]
+        elbo = EstimatorELBO(default=Reinforce(MovingAverage()), compile=compile, verify=False)
+        svi = SVI(bits, guide, SGD({"lr": 0.01}), elbo)
+        found.append(([svi.step(x) for x in batches], torch.stack(batches)))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+    assert uses(elbo) == [4]
+
+
+def test_notes_that_fail_leave_nothing_written(monkeypatch):
+    """An operation may do without gradients what it does not with them; that step, and later ones, run as ever."""
+    binding = tape._binding
+
+    def failing(func: Any) -> Any:
+        return (lambda *_: 1 / 0) if "rsqrt" in func._schema.name else binding(func)
+
+    monkeypatch.setattr(tape, "_binding", failing)
+
+    def program() -> tuple[Program, Program]:
+        net = Layer(torch.nn.Linear(3, 3), linear)
+        return net.model, net.guide
+
+    with pytest.warns(EstimatorWarning, match="raises ZeroDivisionError when it is run"):
+        elbo = same(program, [data(i) for i in range(6)], default=Reinforce(MovingAverage()), verify=False)
+    assert uses(elbo) == []
+
+
 # ---- what cannot be compiled -----------------------------------------------------------------------------------------
 
 
@@ -434,6 +679,33 @@ def iterated(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     return z + next(NUMBERS)
 
 
+def crept(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    return z + 1e-6 * next(NUMBERS)
+
+
+PLACES = torch.tensor([2])
+
+
+def split(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    return torch.cat([part - part.mean() for part in torch.tensor_split(z, PLACES)])
+
+
+HEARD: list[torch.Tensor] = []
+LOUD = torch.nn.Identity()
+LOUD.register_forward_hook(lambda module, given, found: HEARD.append(found.sum()))
+
+
+def recorded(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    return LOUD(z)
+
+
+WIDTH = torch.nn.Parameter(torch.tensor(0.5))
+
+
+def run_again(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    return checkpoint(lambda x: x * WIDTH, x.clone().requires_grad_(), use_reentrant=True)
+
+
 def pythons_draw(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     return z + random.random()
 
@@ -463,6 +735,10 @@ def traced(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         (counted, "changes 'calls' when it runs"),
         (put_away, "changes 'pair' when it runs"),
         (iterated, "not what a later step does"),
+        (crept, "not what a later step does"),
+        (split, "hands the data of a tensor to other code at .*tensor_split"),
+        (recorded, "changes a list when it runs"),
+        (run_again, "use_reentrant=True"),
         (pythons_draw, "a random generator that is not torch's own"),
         (its_own_draw, "generator"),
         (drawn_in_a_loop, "reads a number out of a tensor at .*VonMises"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ _PROGRAMS = 16  # with their kinds of arguments, kept by one ELBO
 _CHANGES = 8  # so often may what a program reads change before its steps run uncompiled
 _UNKNOWN = 50  # steps with something new about their arguments, before that is said
 _TRIES = 3
+_KINDS = ("cpu", "cuda")
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Result:
             for p, gradient in zip(self.leaves, self.gradients, strict=True):
                 if p.grad is not None:
                     p.grad += gradient
-                elif p.stride() == gradient.stride():
+                elif gradient.layout is not torch.strided or p.stride() == gradient.stride():
                     p.grad = gradient
                 else:
                     p.grad = torch.empty_like(p).copy_(gradient)
@@ -135,8 +136,11 @@ class Compiler:
         """A step; None if it is to run uncompiled."""
         if any(type(m) is not TraceMessenger or not m.param_only for m in _PYRO_STACK):
             return None  # handlers may change anything
-        facts: list[Hashable] = [settings, *map(_identity, (model, guide)), torch.get_default_dtype()]
+        facts: list[Hashable] = [settings, *map(_identity, (model, guide)), torch.get_default_dtype(), *_autocast()]
         tensors = _flat((args, kwargs), facts)
+        names: dict[int, int] = {}
+        if len(set(map(id, tensors))) < len(tensors):  # of two that are one, one may be noted for both
+            facts.append(tuple(names.setdefault(id(x), len(names)) for x in tensors))
         if any(x.requires_grad for x in tensors):
             return None  # the loss leads to them, and on to whatever they were made from
         steps: _Steps | None = self._known.recall(key := tuple(facts))
@@ -193,7 +197,7 @@ class Compiler:
             tape.refuse("draws from a random generator that is not torch's own")
         if _PYRO_STACK and not before.keys() >= set(names):
             tape.refuse("has parameters that are not in the store (module_local_params); pass ELBOModule, not SVI")
-        if not result.known:
+        if not result.known and tape.reason is None:
             tape.refuse("has no parameter to train")
         if tape.reason is not None:
             _refuse(steps, f"the program {tape.reason}")
@@ -219,6 +223,9 @@ class Compiler:
                 made = any(before.get(n) is not p for n, p in store._params.items())  # on the tape, not outside
                 if made or not loss.requires_grad or not all(x.is_leaf for x in leaves):
                     return tape, Result(loss, runs=runs, known=False)
+                if _reenters(loss):
+                    tape.refuse("calls checkpoint(..., use_reentrant=True); use_reentrant=False can be compiled")
+                    return tape, Result(loss, runs=runs, known=False)
                 with _unhooked(leaves):
                     found = torch.autograd.grad(loss, leaves, allow_unused=True)
                 loss = loss.detach()
@@ -234,15 +241,20 @@ class Compiler:
         self._unknown = 0
         new = isinstance(program.run, Graph) and program.run.captures_next
         check, start = new or steps.uses == steps.next_check, generators.state()
-        before = [x.clone() for x in program.written] if check else []
+        given = [*tensors, *program.constants]
+        written = [given[i] for i in program.written] if check else []
+        before = [x.clone() for x in written]
         if _PYRO_STACK:
             for name, *_ in noted.stored:
                 pyro.param(name)  # for `SVI`, which asks what there is to train
         try:
-            with torch.no_grad():
-                loss, *gradients = program.run(*tensors, *program.constants)
-        except Exception:  # a draw from nan, memory that is short: the step that runs as ever will say
+            with torch.no_grad(), _cast_already():
+                loss, *gradients = program.run(*given)
+        except Exception as error:  # a draw from nan, memory that is short: the step that runs as ever will say
             generators.restore(start)
+            _copied(written, before)
+            if steps.uses == 0:
+                _refuse(steps, f"what it noted of a step raises {type(error).__name__} when it is run")
             return None
         steps.uses += 1
         result = Result(loss, noted.leaves, gradients, start=start)
@@ -250,15 +262,14 @@ class Compiler:
             return result
         if steps.uses > steps.next_check:
             steps.next_check = max(10, 10 * steps.next_check)
-        found = [*_ordered(result), *(x.clone() for x in program.written), *_held(generators.state())]
-        with torch.no_grad():
-            for x, value in zip(program.written, before, strict=True):
-                x.copy_(value)
+        found = [*_ordered(result), *(x.clone() for x in written), *_held(generators.state())]
+        _copied(written, before)
         generators.restore(start)
         tape, result = self._taped(evaluate, args, kwargs)
-        again = [*_ordered(result), *program.written, *_held(generators.state())]
+        again = [*_ordered(result), *written, *_held(generators.state())]
         with torch.no_grad():
-            same = len(found) == len(again) and all(map(_close, found, again))
+            alike = _close if self.backend is not None else _same
+            same = len(found) == len(again) and all(map(alike, found, again))
         if not tape.unsteady and not same:
             _refuse(steps, "what it noted of a step is not what a later step does: the program reads something that "
                     "changes (an iterator, a clock, a file), and whose change cannot be seen")  # fmt: skip
@@ -270,8 +281,46 @@ def _refuse(steps: _Steps, why: str) -> None:
     _warn(f"{why}. Its steps run uncompiled: right, and slower")
 
 
+def _copied(to: Sequence[Array], values: Sequence[Array]) -> None:
+    with torch.no_grad():
+        for x, value in zip(to, values, strict=True):
+            x.copy_(value)
+
+
+def _autocast() -> tuple[Hashable, ...]:
+    """What `torch.autocast` does at present, on the processor and on a card."""
+    if torch.__version__ < "2.4":  # each had functions of its own
+        return (
+            torch.is_autocast_cpu_enabled() and torch.get_autocast_cpu_dtype(),
+            torch.is_autocast_enabled() and torch.get_autocast_gpu_dtype(),
+        )
+    return tuple(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in _KINDS)
+
+
+@contextmanager
+def _cast_already() -> Iterator[None]:
+    """What was noted is what `torch.autocast` made of a program."""
+    with ExitStack() as without:
+        for kind, on in zip(_KINDS, _autocast(), strict=True):
+            if on:
+                without.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 def _warn(what: str) -> None:
     warnings.warn(f"EstimatorELBO(compile=...): {what}.", EstimatorWarning, stacklevel=2)
+
+
+def _reenters(loss: Array) -> bool:
+    """Does a backward pass inside the backward pass reach parameters?"""
+    queue, seen = [loss.grad_fn], set[Any]()
+    for node in queue:
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            return True
+        further = [n for n, _ in node.next_functions if n is not None and n not in seen] if node is not None else []
+        seen.update(further)
+        queue += further
+    return False
 
 
 @contextmanager
@@ -326,7 +375,16 @@ def _held(state: Any) -> list[Array]:
     return [state[0], *state[1]]
 
 
+def _same(a: Array, b: Array) -> bool:
+    """To the last bit, but for a card, where sums may be in any order."""
+    if a.is_cuda or a.is_sparse:
+        return _close(a, b)
+    return bool(((a == b) | ((a != a) & (b != b))).all()) if a.shape == b.shape else False
+
+
 def _close(a: Array, b: Array) -> bool:
+    if a.is_sparse or b.is_sparse:
+        a, b = a.to_dense(), b.to_dense()
     if a.shape != b.shape or not a.is_floating_point():
         return torch.equal(a, b)
     unit = b.abs().amax() if b.numel() else 1.0

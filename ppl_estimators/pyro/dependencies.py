@@ -650,7 +650,8 @@ _OBJECTS = 2000  # looked into at each run, and tensors of one container; what l
 _ELEMENTS = 200  # of a container of anything else than tensors
 _OURS = __name__.partition(".")[0]
 _ELSEWHERE = frozenset({_OURS, "torch", "pyro", "numpy", "pandas", "scipy", *sys.stdlib_module_names})
-_WALKED = (f"{_OURS}.", "torch.", "pyro.", "types")  # objects of these may hold what is the user's
+# objects of these may hold what is the user's
+_WALKED = (f"{_OURS}.", "torch.", "pyro.", "types", "argparse", "functools", "collections")
 _MODULE = {*vars(torch.nn.Module()), "_pyro_params"} - {"_parameters", "_buffers", "_modules"}
 
 

@@ -125,7 +125,8 @@ class EstimatorELBO(Configured, ELBO):
             return self._differentiable(model, guide, args, kwargs, standalone=standalone)
 
         if self.compiler is not None:
-            found = self.compiler.step(evaluate, self.settings, model, guide, args, kwargs)
+            settings = self.settings, self.vectorize_particles
+            found = self.compiler.step(evaluate, settings, model, guide, args, kwargs)
             if found is not None:
                 return found
         loss, runs = evaluate(args, kwargs)

@@ -1,15 +1,17 @@
 """What a program reads beside its arguments, and whether it is still the same: numbers, tensors (the objects, not their
-data) and functions in globals, closures, attributes and containers."""
+data) and functions in globals, closures, attributes and containers; arrays of numpy, with their data."""
 
 from __future__ import annotations
 
 import functools
+import operator
 import types
+import weakref
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import torch
 
 from .dependencies import _ATOMS, _ELEMENTS, _ELSEWHERE, _MODULE, _OBJECTS, _WALKED, _names
@@ -18,6 +20,11 @@ _MISSING = object()
 _SCALARS = frozenset((bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size))
 # Their own accounts may change from run to run; of these everything counts.
 _PLAIN = (dict, list, set, deque, types.FunctionType, type)
+_PARTS = (types.FunctionType, types.MethodType, types.ModuleType, type)
+_THINGS = 20_000  # looked into
+_MANY = 10_000  # elements of a container whose change is seen, and of an array
+#: of what every module has, what acts on its results
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 #: what holds something, under which key (None for the variable of a closure), what it held, and is it a library's own?
 Slot = tuple[Any, Any, Any, bool]
@@ -29,10 +36,10 @@ class Guard:
     def __init__(self, *roots: Any):
         self.tensors: dict[int, torch.Tensor] = {}
         self._slots: list[Slot] = []
-        self._sizes: list[tuple[Any, int]] = []
+        self._contents: list[tuple[Any, Any, bool]] = []
         seen: set[int] = set()
         queue = deque(roots)
-        while queue and len(seen) < _OBJECTS:
+        while queue and len(seen) < _THINGS:
             thing = queue.popleft()
             kind: Any = type(thing)
             if isinstance(thing, torch.Tensor):
@@ -40,8 +47,11 @@ class Guard:
             elif kind not in _ATOMS and id(thing) not in seen:
                 seen.add(id(thing))
                 library = not issubclass(kind, _PLAIN) and kind.__module__.partition(".")[0] in _ELSEWHERE
-                if isinstance(thing, (dict, list, set, deque)):
-                    self._sizes.append((thing, len(thing)))
+                if isinstance(thing, (dict, list, set, deque, np.ndarray)):
+                    self._contents.append((thing, _content(thing), False))
+                elif not issubclass(kind, _PARTS) and isinstance(own := getattr(thing, "__dict__", None), dict):
+                    # a further attribute may hide one of its class
+                    self._contents.append((own, len(own), library))
                 for holder, key in _holders(thing, kind):
                     if holder is _MISSING:  # it can hold nothing else
                         queue.append(key)
@@ -59,15 +69,16 @@ class Guard:
                 now = _MISSING
             if now is not value and not _equal(now, value):
                 return _words(slot)
-        for thing, size in self._sizes:
-            if len(thing) != size:
-                return f"the length of a {type(thing).__name__}"
+        for thing, content, _ in self._contents:
+            if not _holds(thing, content):
+                return f"a {type(thing).__name__}"
         return None
 
     def settled(self) -> str | None:
         """After a run of the program: something that the run has changed, but for the accounts of libraries, which are
         watched no more."""
         self._slots = [s for s in self._slots if not s[3] or (now := _held(*s[:2])) is s[2] or _equal(now, s[2])]
+        self._contents = [c for c in self._contents if not c[2] or _holds(*c[:2])]
         return self.changed()
 
 
@@ -76,6 +87,40 @@ def _held(holder: Any, key: Any) -> Any:
         return holder[key] if key is not None else holder.cell_contents
     except (KeyError, IndexError, ValueError):
         return _MISSING
+
+
+def _content(thing: Any) -> Any:
+    """Of a container the number of its elements, if each of them is watched; otherwise these."""
+    if isinstance(thing, np.ndarray):
+        return (thing.shape, thing.dtype, thing.tobytes()) if thing.size <= _MANY else None
+    if isinstance(thing, set):
+        return frozenset(thing) if len(thing) <= _MANY else len(thing)
+    values = thing.values() if isinstance(thing, dict) else thing
+    return len(thing) if _few(values) or len(thing) > _MANY else tuple(values)
+
+
+def _holds(thing: Any, content: Any) -> bool:
+    if type(content) is int:
+        return len(thing) == content
+    if type(content) is frozenset:
+        return bool(thing == content)
+    if isinstance(thing, np.ndarray):
+        return content is None or (thing.shape, thing.dtype, thing.tobytes()) == content
+    values = thing.values() if isinstance(thing, dict) else thing
+    return len(thing) == len(content) and all(map(operator.is_, values, content))
+
+
+class _Slots:
+    """Attributes in slots, as entries of a dictionary."""
+
+    def __init__(self, thing: Any):
+        self.thing = thing
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return getattr(self.thing, name)
+        except AttributeError as error:
+            raise KeyError(name) from error
 
 
 def _equal(now: Any, value: Any) -> bool:
@@ -100,6 +145,8 @@ def _holders(thing: Any, kind: Any) -> Iterator[tuple[Any, Any]]:
         yield from _leads(thing.__self__, thing.__func__)
     elif issubclass(kind, functools.partial):
         yield from _leads(thing.func, thing.args, thing.keywords)
+    elif issubclass(kind, weakref.ref):
+        yield from _leads(thing())
     elif kind in (staticmethod, classmethod):
         yield from _leads(thing.__func__)
     elif kind is property:
@@ -118,9 +165,11 @@ def _holders(thing: Any, kind: Any) -> Iterator[tuple[Any, Any]]:
         held = getattr(thing, "__dict__", {})
         yield from _leads(kind)
         yield from ((held, k) for k in held if k not in _MODULE or k == "training")
-        for slot in (s for c in kind.__mro__ for s in vars(c).get("__slots__", ()) if s not in ("__dict__",)):
-            with suppress(AttributeError):
-                yield from _leads(getattr(thing, slot))
+        if isinstance(thing, torch.nn.Module):
+            yield from _leads(*(held.get(k) for k in _HOOKS))
+        slots = [vars(c).get("__slots__", ()) for c in kind.__mro__]
+        names = [n for some in slots for n in ((some,) if isinstance(some, str) else some)]
+        yield from ((_Slots(thing), n) for n in names if n not in ("__dict__", "__weakref__"))
 
 
 def _leads(*things: Any) -> Iterator[tuple[Any, Any]]:
@@ -136,10 +185,11 @@ def _of_function(function: types.FunctionType) -> Iterator[tuple[Any, Any]]:
     yield from _leads(function.__defaults__, function.__kwdefaults__, vars(function) or None)
     if (function.__module__ or "").partition(".")[0] in _ELSEWHERE:
         return
-    names, held = _names(function.__code__), function.__globals__
-    for n in names:
-        if n in held:
-            yield held, n
-            module = held[n]
-            if type(module) is types.ModuleType and module.__name__.partition(".")[0] not in _ELSEWHERE:
-                yield from ((vars(module), m) for m in names if m in vars(module))
+    names, scopes = _names(function.__code__), [function.__globals__]
+    for held in scopes:  # which grow by modules that are named
+        for n in names:
+            if n in held:
+                yield held, n
+                module = held[n]
+                if type(module) is types.ModuleType and module.__name__.partition(".")[0] not in _ELSEWHERE:
+                    scopes += [vars(module)] if all(vars(module) is not s for s in scopes) else []

@@ -59,6 +59,9 @@ PRIVATES: dict[str, tuple[str, Callable[[], Any]]] = {
     "_buffers": ("what a module counts, restored before a re-run", lambda: torch.nn.Module()._buffers),
     "_parameters": ("a module's own parameters", lambda: torch.nn.Module()._parameters),
     "_modules": ("a module's parts", lambda: torch.nn.Module()._modules),
+    "_forward_pre_hooks": ("what acts on a module's results", lambda: torch.nn.Module()._forward_pre_hooks),
+    "_forward_hooks": ("likewise", lambda: torch.nn.Module()._forward_hooks),
+    "_backward_pre_hooks": ("likewise", lambda: torch.nn.Module()._backward_pre_hooks),
     # ---- torch: distributions -----------------------------------------------------------------------------------
     "_standard_gamma": ("the gamma draw that Gamma.rsample differentiates", lambda: torch._standard_gamma),
     "_cached_x_y": (

@@ -9,6 +9,7 @@ draw alike is drawn once, and generators are rewound only where that is not so.
 
 from __future__ import annotations
 
+import functools
 import linecache
 import sys
 import types
@@ -34,6 +35,7 @@ _ELEMENTS = 1 << 16  # results that are the same at every step are kept, up to t
 _EXITS = frozenset("numpy tolist __array__ data_ptr __dlpack__ __reduce_ex__".split())
 _ONE_HOT = torch.nn.functional.one_hot  # looks whether its classes are there; without a number of them, how many
 _LIBRARIES = ("torch.distributions.", "pyro.")
+_CONSTRAINTS = "torch.distributions.constraints"
 # Of those that ask for truth values only to raise errors, in `dependencies.CHECKS`.
 _CHECKING = frozenset(("__init__", "_validate_sample", "check_site_shape", "warn_if_nan", "warn_if_inf"))
 _OURS = tuple(f"{__name__.partition('.')[0]}.{part}." for part in ("core", "estimators", "pyro"))
@@ -171,8 +173,9 @@ class Tape(TorchDispatchMode):
             if module.startswith(_OURS) and module not in _WRAPPERS:
                 self.unsteady = True  # the step looked at something for the first time
                 return
-            if module.startswith(_LIBRARIES) or not (module.startswith("torch.") or module in _WRAPPERS):
-                break
+            if module != _CONSTRAINTS:  # for whom they look is what counts
+                if module.startswith(_LIBRARIES) or not (module.startswith("torch.") or module in _WRAPPERS):
+                    break
             frame = frame.f_back
         self._impossible("reads a number out of a tensor")
 
@@ -230,11 +233,11 @@ class _Exits(TorchFunctionMode):
         self.tape = tape
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _EXITS and args:
-            known = self.tape.value(args[0])
-            if known is None or known not in self.tape.fixed:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        places = [*args[1:2], *kwargs.values()] if name == "tensor_split" else ()  # where to split, which it looks at
+        for x in args[:1] if name in _EXITS else places:
+            if isinstance(x, torch.Tensor) and self.tape.value(x) not in self.tape.fixed:
                 self.tape._impossible("hands the data of a tensor to other code")
-        kwargs = kwargs or {}
         checks = func is _ONE_HOT and (kwargs.get("num_classes", -1) if len(args) < 2 else args[1]) > 0
         self.tape.checking += checks
         try:
@@ -285,7 +288,7 @@ class Program:
     source: str
     calls: list[Any]  # the operations
     constants: list[Array]
-    written: list[Array] = field(default_factory=list)  # tensors from outside that it changes
+    written: list[int] = field(default_factory=list)  # which of its arguments and constants it changes
 
 
 def compiled(tape: Tape, results: Sequence[Array], generators: Generators, backend: str | None) -> Program:
@@ -465,11 +468,11 @@ class _Writer:
         if now != clock:
             lines.append(f"restore(s{clock})")
         lines.append(f"return [{', '.join(self._own(wanted, inputs, made))}]")
-        parameters = ", ".join(map(repr, [*tape.given, *constants]))
-        source = f"def run({parameters}):\n" + "".join(f"    {line}\n" for line in lines)
+        parameters = [*tape.given, *constants]
+        source = f"def run({', '.join(map(repr, parameters))}):\n" + "".join(f"    {line}\n" for line in lines)
         exec(compile(source, "<compiled step>", "exec"), self.names)
-        written = [v for v in inputs if v not in made and tape.memory[v] in tape.written]
         tensors = tape.tensors
+        written = [i for i, v in enumerate(parameters) if tape.memory[v] in tape.written]
         run = self.names["run"]
         card = self._card(operations, [v for v in inputs if v not in made], constants)
         if self.backend is not None:
@@ -480,9 +483,7 @@ class _Writer:
             torch.distributions.Distribution.set_default_validate_args(checks)  # the compiler has switched them off
         if card is not None and not (self.backend and returns):  # compilers leave calls to generators to Python
             run = Graph(run, self.names, len(tape.given), card, trials=1 if self.backend else 0)
-        return Program(
-            run, source, [op.func for op in operations], [tensors[v] for v in constants], [tensors[v] for v in written]
-        )
+        return Program(run, source, [op.func for op in operations], [tensors[v] for v in constants], written)
 
     def _card(self, operations: Sequence[Operation], inputs: Iterable[Value], constants: Iterable[Value]) -> Any:
         """That on which the whole step is, if there is one, and its arguments stay what they are."""
@@ -545,9 +546,17 @@ def _pattern(outs: Any, found: Sequence[Value]) -> str:
 def _binding(func: Any) -> Any:
     """What Python calls for an operation: torch's own function or method of its name, which costs half as much."""
     space, _, name = func._schema.name.partition("::")
+    if name == "mkldnn_rnn_layer":
+        return functools.partial(_followed, func._op)
     if space == "aten":
         for holder in (torch._C._VariableFunctions, torch._C.TensorBase):
             found = getattr(holder, name, None)
             if found is not None:
                 return found
     return func._op
+
+
+def _followed(func: Any, *args: Any) -> Any:
+    """For an LSTM on the processor, which makes what its derivative needs only if gradients are asked for."""
+    with torch.enable_grad():
+        return func(*(x.detach() if isinstance(x, torch.Tensor) else x for x in args))
