@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from typing import Any
 
@@ -10,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from ppl_estimators import Enumerate, MovingAverage, Reinforce
+from ppl_estimators import RELAX, Enumerate, MovingAverage, Reinforce
 from ppl_estimators.pyro import EstimatorELBO, with_estimators
 
 SIZE = 8
@@ -63,6 +64,31 @@ def trained(spec: Any, compile: bool, x: torch.Tensor, several: bool) -> dict[st
     return {"gradient": gradient, "state": state}
 
 
+def kept(compile: bool, x: torch.Tensor, rank: int) -> dict[str, Any]:
+    """Networks and temperatures, which begin differently in each process; a checkpoint goes on in one."""
+    pyro.clear_param_store()
+    torch.manual_seed(rank)
+    loss = Loss(RELAX(), compile)
+    loss(x)  # makes them
+    step, optim = torch.nn.parallel.DistributedDataParallel(loss), torch.optim.SGD(loss.parameters(), lr=0.01)
+    for _ in range(5):
+        optim.zero_grad()
+        step(x).backward()
+        optim.step()
+    found = {n: p.tolist() for n, p in pyro.get_param_store().named_parameters() if "$state." not in n}
+    saved = pickle.dumps((loss.state_dict(), pyro.get_param_store().get_state()))
+    torch.manual_seed(5)
+    goes_on = loss(x).item()
+    pyro.clear_param_store()
+    alone = Loss(RELAX(), compile)
+    alone(x)
+    modules, store = pickle.loads(saved)
+    pyro.get_param_store().set_state(store)
+    alone.load_state_dict(modules)
+    torch.manual_seed(5)
+    return {"kept": found, "goes on": [goes_on, alone(x).item()]}
+
+
 def main(rank: int, file: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
@@ -73,6 +99,7 @@ def main(rank: int, file: str) -> None:
         found[f"exact {compile}"] = trained(exact, compile, x.chunk(2)[rank], True)
         found[f"whole {compile}"] = trained(exact, compile, x, False)
         found[f"state {compile}"] = trained(Reinforce(MovingAverage()), compile, x.chunk(2)[rank], True)
+        found[f"kept {compile}"] = kept(compile, x.chunk(2)[rank], rank)
     torch.distributed.destroy_process_group()
     print(json.dumps(found))
 

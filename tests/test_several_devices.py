@@ -36,7 +36,8 @@ def test_numpyro_over_data_and_over_particles():
 
 @pytest.mark.slow
 def test_pyro_in_two_processes(tmp_path):
-    """Gradients are those of the whole batch; running averages agree where they are averaged after each step."""
+    """Gradients are those of the whole batch; running averages agree where they are averaged after each step, networks
+    and temperatures anyway; a checkpoint goes on in one process."""
     both = [answer(p) for p in [started("devices_pyro.py", str(i), str(tmp_path / "meet")) for i in (0, 1)]]
     for compile in (False, True):
         for found in both:
@@ -45,3 +46,9 @@ def test_pyro_in_two_processes(tmp_path):
         states = [found[f"state {compile}"] for found in both]
         assert states[0] == states[1]
         assert states[0]["state"].keys() == {"z$state.mean", "z$state.started"}
+        networks = [found[f"kept {compile}"] for found in both]
+        assert networks[0]["kept"] == networks[1]["kept"]
+        assert {"z$log_temperature", "z$control.w1"} <= networks[0]["kept"].keys()
+        for found in networks:
+            goes_on, alone = found["goes on"]
+            assert goes_on == alone
