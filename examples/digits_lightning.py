@@ -2,7 +2,7 @@
 
 Sixteen bits z explain a picture of 8 × 8 pixels. The loss is an `ELBOModule`, called in `training_step`; Lightning does
 the rest: devices, gradients between them, checkpoints. `Reinforce(MovingAverage())` keeps an average in Pyro's
-parameter store, which the two hooks below put into the checkpoint and take from it. The script trains on `--devices`
+parameter store, which the three hooks below average over devices, put into the checkpoint and take from it. The script trains on `--devices`
 processes, saves, goes on from the checkpoint on one, and prints a bound on the log-likelihood of held-out digits
 after each.
 
@@ -51,6 +51,11 @@ class Program(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=0.02)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        for name, value in pyro.get_param_store().named_parameters():
+            if "$state." in name:
+                value.data = self.trainer.strategy.reduce(value.data, reduce_op="mean")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         store = pyro.get_param_store()
