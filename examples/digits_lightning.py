@@ -2,9 +2,9 @@
 
 Sixteen bits z explain a picture of 8 × 8 pixels. The loss is an `ELBOModule`, called in `training_step`; Lightning does
 the rest: devices, gradients between them, checkpoints. `Reinforce(MovingAverage())` keeps an average in Pyro's
-parameter store, which the three hooks below average over devices, put into the checkpoint and take from it. The script trains on `--devices`
-processes, saves, goes on from the checkpoint on one, and prints a bound on the log-likelihood of held-out digits
-after each.
+parameter store, which the three hooks below average over devices, put into the checkpoint and take from it. The script
+trains on `--devices` processes, saves, goes on from the checkpoint on one, and prints a bound on the log-likelihood of
+held-out digits after each.
 
     python examples/digits_lightning.py --devices 2
 """
