@@ -10,6 +10,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import SGD, Adam
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ppl_estimators import (
@@ -553,11 +555,19 @@ def test_layers(name):
     assert uses(elbo) == [4]
 
 
+class Doubled(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        return 2 * found if func is torch.nn.functional.linear else found
+
+
 def linear(net: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return net(x).float()
 
 
-@pytest.mark.parametrize("what", ["hook", "autocast", "sparse", "side by side", "one argument in two places"])
+@pytest.mark.parametrize(
+    "what", ["hook", "hook of all", "mode", "autocast", "sparse", "side by side", "one argument in two places"]
+)
 def test_steps_around_a_layer(what):
     """From the fifth on they are others."""
 
@@ -590,8 +600,13 @@ def test_steps_around_a_layer(what):
                 elbo.vectorize_particles = True
             if what.startswith("one"):
                 x = Batch(x=x, y=x if i < 5 else data(i + 20))
+            if what == "hook of all" and i == 5:
+                handle = torch.nn.modules.module.register_module_forward_hook(lambda module, given, found: 2 * found)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=what == "autocast" and i % 4 > 0):
-                losses.append(svi.step(x))
+                with Doubled() if what == "mode" and i > 4 else nullcontext():
+                    losses.append(svi.step(x))
+        if what == "hook of all":
+            handle.remove()
         found.append((losses, gradients))
     assert found[0][0] == found[1][0]
     for a, b in zip(found[0][1], found[1][1], strict=True):

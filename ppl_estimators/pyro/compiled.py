@@ -19,6 +19,9 @@ import torch
 from pyro.infer.util import torch_backward
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_map
 
 from ..core.errors import EstimatorWarning
@@ -136,7 +139,11 @@ class Compiler:
         """A step; None if it is to run uncompiled."""
         if any(type(m) is not TraceMessenger or not m.param_only for m in _PYRO_STACK):
             return None  # handlers may change anything
+        modes = _get_current_function_mode_stack()
+        if any(type(m) is not DeviceContext for m in modes):
+            return None  # so may these
         facts: list[Hashable] = [settings, *map(_identity, (model, guide)), torch.get_default_dtype(), *_autocast()]
+        facts += [m.device for m in modes]
         tensors = _flat((args, kwargs), facts)
         names: dict[int, int] = {}
         if len(set(map(id, tensors))) < len(tensors):  # of two that are one, one may be noted for both
@@ -169,7 +176,7 @@ class Compiler:
     def _note(self, steps: _Steps, evaluate: Evaluate, args: Any, kwargs: Any) -> Result | None:
         """A real step, noted; None if it raises, as some of torch does under a dispatch mode: then it runs as ever."""
         store, roots = pyro.get_param_store(), steps.roots
-        guard, before = Guard(*roots), dict(store._params)
+        guard, before = Guard(*roots, _global_forward_hooks, _global_forward_pre_hooks), dict(store._params)
         with TraceMessenger(param_only=True) as captured:
             start = self.memory.generators.state()
             try:

@@ -62,6 +62,13 @@ PRIVATES: dict[str, tuple[str, Callable[[], Any]]] = {
     "_forward_pre_hooks": ("what acts on a module's results", lambda: torch.nn.Module()._forward_pre_hooks),
     "_forward_hooks": ("likewise", lambda: torch.nn.Module()._forward_hooks),
     "_backward_pre_hooks": ("likewise", lambda: torch.nn.Module()._backward_pre_hooks),
+    "_global_forward_hooks": ("of all modules", lambda: torch.nn.modules.module._global_forward_hooks),
+    "_global_forward_pre_hooks": ("likewise", lambda: torch.nn.modules.module._global_forward_pre_hooks),
+    "_get_current_function_mode_stack": (
+        "which modes are at work around a step?",
+        lambda: torch.overrides._get_current_function_mode_stack,
+    ),
+    "_device": ("`DeviceContext`, the mode of a default device", lambda: torch.utils._device.DeviceContext),
     # ---- torch: distributions -----------------------------------------------------------------------------------
     "_standard_gamma": ("the gamma draw that Gamma.rsample differentiates", lambda: torch._standard_gamma),
     "_cached_x_y": (
