@@ -705,6 +705,10 @@ def split(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
     return torch.cat([part - part.mean() for part in torch.tensor_split(z, PLACES)])
 
 
+def slid(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    return z + x.as_strided((5,), (1,), x.storage_offset())
+
+
 HEARD: list[torch.Tensor] = []
 LOUD = torch.nn.Identity()
 LOUD.register_forward_hook(lambda module, given, found: HEARD.append(found.sum()))
@@ -752,6 +756,7 @@ def traced(x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         (iterated, "not what a later step does"),
         (crept, "not what a later step does"),
         (split, "hands the data of a tensor to other code at .*tensor_split"),
+        (slid, "a place in the memory of an argument at .*as_strided"),
         (recorded, "changes a list when it runs"),
         (run_again, "use_reentrant=True"),
         (pythons_draw, "a random generator that is not torch's own"),

@@ -40,6 +40,7 @@ _CHANGES = 8  # so often may what a program reads change before its steps run un
 _UNKNOWN = 50  # steps with something new about their arguments, before that is said
 _TRIES = 3
 _KINDS = ("cpu", "cuda")
+_APART = torch.__version__ < "2.4"  # autocast on each had functions of its own
 
 
 @dataclass
@@ -296,7 +297,7 @@ def _copied(to: Sequence[Array], values: Sequence[Array]) -> None:
 
 def _autocast() -> tuple[Hashable, ...]:
     """What `torch.autocast` does at present, on the processor and on a card."""
-    if torch.__version__ < "2.4":  # each had functions of its own
+    if _APART:
         return (
             torch.is_autocast_cpu_enabled() and torch.get_autocast_cpu_dtype(),
             torch.is_autocast_enabled() and torch.get_autocast_gpu_dtype(),
