@@ -91,7 +91,9 @@ def train(
     owner = getattr(model, "__self__", None)
     if isinstance(owner, torch.nn.Module):
         held |= {n: b.clone() for n, b in owner.named_buffers()}
-    held["random state"] = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else torch.get_rng_state()
+    held["random state"] = (
+        torch.cuda.get_rng_state() if torch.get_default_device().type == "cuda" else torch.get_rng_state()
+    )
     return losses, held
 
 
