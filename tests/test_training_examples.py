@@ -200,6 +200,7 @@ def dropped(x):
 
 
 @pytest.mark.filterwarnings("ignore:Currently, SVI with Trace_ELBO loss does not support models with discrete")
+@pytest.mark.filterwarnings("ignore:site 'z'.* a plate says that none does")  # the decoder's batch normalisation
 def test_mutable_state_is_that_of_one_run_a_step():
     x = jnp.asarray(np.random.default_rng(0).integers(0, 2, (8, 6)).astype(float))
 

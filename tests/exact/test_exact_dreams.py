@@ -196,6 +196,6 @@ def test_wake_and_sleep_of_one_particle():
         (TorchELBO(objective=WakeSleep()).loss, (torch_model, torch_guide, torch.tensor(X))),
     ):
         with pytest.raises(
-            EstimatorError, match=r"has mean zero, got num_particles=1. Pass 2 or more, or WakeSleep\(w"
+            EstimatorError, match=r"has mean zero, got num_particles=1. Pass num_particles=2 or more, or WakeSleep\(w"
         ):
             lib(*program)
