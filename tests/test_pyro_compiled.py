@@ -18,8 +18,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI
+from pyro.infer import SVI, autoguide
 from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroParam, PyroSample
 from pyro.optim import SGD, Adam
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -206,6 +207,69 @@ def test_an_autoguide_and_its_parameters():
         return model, AutoNormal(model)
 
     assert uses(same(make, flat(5, 5, 5, 5))) == [2]
+
+
+AUTOGUIDES = (
+    autoguide.AutoDelta, autoguide.AutoDiagonalNormal, autoguide.AutoMultivariateNormal,
+    autoguide.AutoLowRankMultivariateNormal, autoguide.AutoIAFNormal, autoguide.AutoHierarchicalNormalMessenger,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("make_guide", AUTOGUIDES, ids=lambda kind: kind.__name__)
+def test_autoguides(make_guide):
+    def make() -> tuple[Program, Program]:
+        def model(x: torch.Tensor) -> None:
+            scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+            w = pyro.sample("w", dist.Dirichlet(torch.ones(3)))
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(pyro.sample("m", dist.Normal(w[0], 1.0)), scale), obs=x)
+
+        return model, make_guide(model)
+
+    assert uses(same(make, flat(5, 5, 5, 5, 5), verify=False))[-1] > 0
+
+
+def test_a_module_with_samples_of_its_own():
+    class Regression(PyroModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = PyroModule[torch.nn.Linear](3, 1)
+            self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
+            self.noise = PyroParam(torch.tensor(1.0), constraint=dist.constraints.positive)
+
+        def forward(self, x: torch.Tensor) -> None:
+            mean = self.linear(x)[:, 0] + pyro.sample("z", dist.Bernoulli(0.3))
+            with pyro.plate("data", len(x)):
+                pyro.sample("y", dist.Normal(mean, self.noise), obs=x.sum(-1))
+
+    def make() -> tuple[Program, Program]:
+        def of_z(x: torch.Tensor) -> None:
+            pyro.sample("z", dist.Bernoulli(logits=pyro.param("a", torch.tensor(0.3))))
+
+        model = Regression()
+        guide = autoguide.AutoGuideList(model)
+        guide.append(AutoNormal(pyro.poutine.block(model, hide=["z"])))
+        guide.append(of_z)
+        return model, guide
+
+    assert uses(same(make, [data(i) for i in range(5)], {"z": DisARM()}, verify=False))[-1] > 0
+
+
+def test_sums_beside_draws():
+    """Along time, and of a site that the guide draws beside."""
+
+    def model(x: torch.Tensor) -> None:
+        w, k = pyro.param("w", torch.eye(2)), 0
+        b = pyro.sample("b", dist.Bernoulli(0.4))
+        for t in pyro.markov(range(len(x))):
+            k = pyro.sample(f"k_{t}", dist.Categorical(logits=w[k]), infer={"enumerate": "parallel"})
+            pyro.sample(f"x_{t}", dist.Normal(1.0 * k + b, 1.0), obs=x[t])
+
+    def guide(x: torch.Tensor) -> None:
+        pyro.sample("b", dist.Bernoulli(logits=pyro.param("a", torch.tensor(0.2))))
+
+    elbo = same(lambda: (model, guide), flat(4, 4, 4, 4, 4), {"b": Reinforce(MovingAverage())}, verify=False)
+    assert uses(elbo) == [3]
 
 
 @pytest.mark.parametrize("when", [1, 2, 4])

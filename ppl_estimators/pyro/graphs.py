@@ -72,12 +72,12 @@ class Card:
         for state in states[1:]:
             graph.register_generator_state(state)
         further, calls = iter(states[1:]), {k: names[k] for k in ("save", "restore")}
-        names.update(save=lambda: None, restore=lambda _: generator.graphsafe_set_state(next(further)))
         own = generator.graphsafe_get_state()
-        generator.graphsafe_set_state(states[0])
         with torch.cuda.device(self.device):
             before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
             try:
+                names.update(save=lambda: None, restore=lambda _: generator.graphsafe_set_state(next(further)))
+                generator.graphsafe_set_state(states[0])
                 with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                     results = run()
             finally:

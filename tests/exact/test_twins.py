@@ -43,7 +43,9 @@ from ppl_estimators import (
     WakeSleep,
 )
 from ppl_estimators.numpyro import with_estimators as jax_hook
+from ppl_estimators.numpyro.ops import OPS as jax_ops
 from ppl_estimators.pyro import with_estimators as torch_hook
+from ppl_estimators.pyro.ops import OPS as torch_ops
 
 pytestmark = [
     pytest.mark.usefixtures("double_precision"),
@@ -225,3 +227,10 @@ def declared(guide):
     state = {k: s["value"] for k, s in trace.items() if s["type"] == "mutable"}
     kept = {k: s["value"] for k, s in trace.items() if s["type"] == "param" and "$" in k}
     return state, kept
+
+
+def test_a_matrix_is_solved_alike():
+    """Any weights that add up to one would leave `Combine` unbiased."""
+    a, b = np.array([[2.0, 0.3], [0.1, 1.5]], np.float32), np.array([[1.0], [1.0]], np.float32)
+    for ops, array in ((torch_ops, torch.tensor), (jax_ops, jnp.asarray)):
+        np.testing.assert_allclose(np.asarray(ops.solve(array(a), array(b))), np.linalg.solve(a, b), rtol=1e-5)
